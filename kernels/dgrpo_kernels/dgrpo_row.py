@@ -1,0 +1,74 @@
+"""The clipped dGRPO objective of one token, in the gradient kernel's prologue.
+
+    loss = w (-u min(rho A, clip(rho) A) + beta D + beta_ref k3(logp, ref) - c_E entropy)
+
+and its slopes a = dL/dlogp, b = dL/dD, c = dL/dentropy (dGRPO, arXiv 2605.12227). The plain twin is
+`dgrpo.objectives.dgrpo`; both are tested against each other.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _clamp_log(x):
+    return tl.minimum(tl.maximum(x, -20.0), 20.0)
+
+
+@triton.jit
+def dgrpo_row(
+    in_ptr,
+    in_row,
+    logp,
+    divergence,
+    entropy,
+    clip_low,
+    clip_high,
+    clip_dual,
+    is_cap,
+    ref_coef,
+    entropy_coef,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_SAMPLER: tl.constexpr,
+):
+    """Loss, ratio, flags and (a, b, c) of one token; a zero coefficient skips its term."""
+    weight = tl.load(in_ptr)
+    advantage = tl.load(in_ptr + in_row)
+    beta = tl.load(in_ptr + 6 * in_row)
+    delta = 0.0 * weight
+    if HAS_OLD:
+        delta = logp - tl.load(in_ptr + 2 * in_row)
+    clamped = tl.abs(delta) > 20.0
+    ratio = tl.exp(_clamp_log(delta))
+    low = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), clip_dual)
+    bounded = tl.where(advantage > 0, tl.minimum(ratio, 1.0 + clip_high), low)
+    idle = advantage == 0
+    clipped = (bounded != ratio) & (advantage != 0)
+    loss = tl.where(idle, 0.0, -advantage * bounded)
+    a = tl.where(idle | clipped | clamped, 0.0, -advantage * ratio)
+    if HAS_WEIGHTS:
+        u = tl.load(in_ptr + 4 * in_row)
+        loss = tl.where(u == 0, 0.0, u * loss)
+        a = tl.where(u == 0, 0.0, u * a)
+    if HAS_SAMPLER:
+        u = tl.minimum(tl.exp(_clamp_log(logp - tl.load(in_ptr + 5 * in_row))), is_cap)
+        loss *= u
+        a *= u
+    loss += tl.where(beta == 0, 0.0, beta * divergence)
+    if HAS_REF:
+        delta_ref = tl.load(in_ptr + 3 * in_row) - logp
+        inside = tl.abs(delta_ref) <= 20.0
+        delta_ref = _clamp_log(delta_ref)
+        r = tl.exp(delta_ref)
+        loss += tl.where(ref_coef == 0, 0.0, ref_coef * (r - delta_ref - 1.0))
+        a += tl.where((ref_coef == 0) | (inside == 0), 0.0, ref_coef * (1.0 - r))
+    loss -= tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
+    skip = weight == 0
+    loss = tl.where(skip, 0.0, weight * loss)
+    loss = tl.where(logp == logp, loss, float("nan"))
+    a = tl.where(skip, 0.0, weight * a)
+    b = tl.where(skip | (beta == 0), 0.0, weight * beta)
+    c = tl.where(skip, 0.0, -weight * entropy_coef)
+    return loss, ratio, clipped, clamped, a, b, c
