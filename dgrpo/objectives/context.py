@@ -1,0 +1,49 @@
+"""What an objective needs beside a token's statistics: advantages, weights, coefficients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """Per-token inputs of an objective, all of one shape `(N,)` (or `(R,)` after `at`).
+
+    Tensors are constants: no gradient flows into them. Scalars may change between calls without
+    recompilation.
+    """
+
+    advantages: Tensor  # (N,) A
+    token_weights: Tensor  # (N,) w, every normaliser included
+    old_logprobs: Tensor | None = None  # (N,) None = on-policy: ratio 1, with gradient
+    ref_logprobs: Tensor | None = None  # (N,) reference policy, for the k3 penalty
+    policy_weights: Tensor | None = None  # (N,) u, multiplies the policy term only
+    sampler_logprobs: Tensor | None = None  # (N,) u = min(exp(logp - sampler), is_cap), detached
+    is_cap: float | None = None  # None = no cap
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    clip_dual: float | None = None  # c > 1 of dual clip, for negative advantages
+    teacher_coef: float | Tensor = 0.5  # beta, a number or (N,); 0 skips a token's divergence
+    ref_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+    def at(self, rows: Tensor | slice) -> Context:
+        """The same context at the tokens `rows` ((R,) int64 indices, or a slice)."""
+        picked = {
+            field.name: value.reshape(-1)[rows]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.dim()
+        }
+        return replace(self, **picked)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Context:
+        """The same context with its tensors on `device`."""
+        moved = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)

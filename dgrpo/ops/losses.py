@@ -1,0 +1,302 @@
+"""The losses: `linear_dgrpo_loss` and, for any other objective, `linear_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dgrpo.objectives.context import Context
+from dgrpo.objectives.dgrpo_loss import dgrpo
+from dgrpo.ops.call import Need
+from dgrpo.ops.functions import GradientInForward, needs, no_autocast
+from dgrpo.ops.inputs import check_number
+from dgrpo.ops.opaque import opaque
+from dgrpo.ops.prepare import Options, Prepared, prepare
+from dgrpo.ops.steps import (
+    Descend,
+    FusedPolicy,
+    Objective,
+    Score,
+    TokenStats,
+    power_of_two,
+    token_stats,
+    unpack,
+)
+from dgrpo.ops.sweep import sweep
+from dgrpo.ops.teachers import TeacherHead, TopKTeacher
+
+
+class DgrpoOutput(NamedTuple):
+    """`loss`: a differentiable scalar. The rest: detached, shaped like targets, 0 where masked."""
+
+    loss: Tensor
+    logprobs: Tensor
+    teacher_logprobs: Tensor
+    divergence: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor  # bool
+    clamped: Tensor  # bool: the log-ratio lies beyond ±20
+
+
+class LossOutput(NamedTuple):
+    """`loss`: a differentiable scalar. The rest: detached, shaped like targets, 0 where masked."""
+
+    loss: Tensor
+    logprobs: Tensor
+    teacher_logprobs: Tensor
+    divergence: Tensor
+    entropy: Tensor
+    metrics: dict[str, Tensor]
+
+
+@opaque
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    *,
+    teacher: TeacherHead | TopKTeacher | None = None,
+    divergence: str = "reverse_kl",
+    divergence_clip: float | None = None,
+    jsd_beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+    policy_logits: str = "float32",
+    rows: Tensor | None = None,
+    memory_budget: int = 2**30,
+    check: bool = False,
+    backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+) -> LossOutput:
+    """Any token-separable objective written in PyTorch, at the cost of 4 matrix products.
+
+    Everyday:
+        hidden: (N, H) or (B, T, H); weight: (V, H); targets: (N,) or (B, T) int64, -100 = masked.
+        objective: `f(stats, rows) -> losses` or `(losses, {name: (R,)})`. `stats` holds `logprobs`,
+            `divergence`, `entropy` (differentiable) and `teacher_logprobs`, each (R,) fp32; `rows`
+            (R,) int64 indexes the caller's own flattened (N,) tensors; `losses` (R,), already
+            weighted: the loss is their sum. It is called on some tokens at a time and must treat
+            each alone; no gradient reaches what it closes over.
+        teacher, rows, memory_budget: as in `linear_dgrpo_loss`.
+    Rare: the other arguments of `linear_dgrpo_loss`.
+
+    Raises ValueError or TypeError naming the argument.
+    """
+    options = Options(
+        teacher, divergence, divergence_clip, jsd_beta, temperature, teacher_temperature, bias,
+        logit_scale, logit_softcap, vocab_size, policy_logits, rows, memory_budget, check, backend,
+        group, vocab_start,
+    )  # fmt: skip
+    if not callable(objective):
+        raise TypeError(f"objective: got {type(objective).__name__}, expected a function")
+    prepared = prepare(hidden, weight, targets, options)
+    return LossOutput(*_run(prepared, objective, lambda: Descend(prepared.call, objective)))
+
+
+@opaque
+def linear_dgrpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    teacher: TeacherHead | TopKTeacher | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    policy_weights: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    is_cap: float | None = None,
+    token_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    clip_dual: float | None = None,
+    teacher_coef: float | Tensor = 0.5,
+    divergence: str = "reverse_kl",
+    divergence_clip: float | None = None,
+    jsd_beta: float = 0.5,
+    ref_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+    policy_logits: str = "float32",
+    rows: Tensor | None = None,
+    memory_budget: int = 2**30,
+    check: bool = False,
+    backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+) -> DgrpoOutput:
+    """LM head, softmax, full-vocabulary divergence to a teacher and clipped GRPO in one pass.
+
+    `sum_n w_n (-u min(rho A, clip(rho) A) + beta D + beta_ref k3 - c_E Ent)` (dGRPO, 2605.12227),
+    with `rho = exp(logp - old_logprobs)`. Logits of shape (N, V) never exist, forward or backward;
+    gradients of hidden, weight and bias are finished in the forward pass.
+
+    Everyday:
+        hidden: (N, H) or (B, T, H), bf16, fp16 or fp32 (fp64 on the CPU). `hidden[n]` predicts
+            `targets[n]`: nothing is shifted inside.
+        weight: (V, H), the LM head. Frozen (`requires_grad=False`): its product does not run.
+        targets: (N,) or (B, T) int64, -100 = no loss on this token.
+        advantages: shaped like targets.
+        teacher: `TeacherHead` (full distribution), `TopKTeacher`, or None.
+        old_logprobs: shaped like targets, nats; None = on-policy: ratio 1, with gradient.
+        token_weights: shaped like targets; every normaliser is in here. None = 1 / number of
+            unmasked tokens (of this call).
+        teacher_coef: beta, a number or shaped like targets; 0 skips a token's divergence.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        temperature, teacher_temperature: divide the logits.
+        rows: (n,) int64, flat indices of the unmasked tokens, on the device or the host. Saves the
+            host sync that finding them costs on a GPU.
+        memory_budget: bytes of transient workspace (beside the gradients themselves).
+    Rare:
+        ref_logprobs, ref_coef: a k3 penalty to a reference policy.
+        policy_weights: detached importance weights u of the policy term; or `sampler_logprobs` with
+            `is_cap`: u = min(exp(logp - sampler_logprobs), is_cap), from this very pass.
+        clip_dual: the c > 1 of dual clip. entropy_coef: an entropy bonus.
+        divergence: "reverse_kl" KL(p‖q), "forward_kl" KL(q‖p), "clipped_forward_kl" (each column's
+            term at most `divergence_clip`), "jsd" (TRL's generalised JSD, `jsd_beta`).
+        bias (V,), logit_scale, logit_softcap: logits are cap(scale (h W + bias)) / temperature.
+        vocab_size: compare the first vocab_size columns of both heads.
+        policy_logits: "bfloat16" rounds the linear layer's output (with its bias) for the policy
+            term, as an engine with bf16 logits does; divergence and entropy stay fp32.
+        check: validate values too (targets' range, NaN), at the cost of host syncs. Without it a
+            target outside the vocabulary makes its loss NaN and reads nothing out of bounds.
+        backend: "auto", "triton" or "torch".
+        group, vocab_start: weight (and the teacher's) are this rank's rows of a vocabulary split
+            over `group`, from row vocab_start on; a `Shard(0)` DTensor works too. Tokens are
+            replicated. Costs one small all-gather and one sync to agree on the arguments.
+
+    Returns DgrpoOutput. Without any unmasked token the loss is 0, connected to its inputs.
+    Raises ValueError or TypeError naming the argument, what it was and what it should be.
+    """
+    options = Options(
+        teacher, divergence, divergence_clip, jsd_beta, temperature, teacher_temperature, bias,
+        logit_scale, logit_softcap, vocab_size, policy_logits, rows, memory_budget, check, backend,
+        group, vocab_start,
+    )  # fmt: skip
+    per_token = {
+        "advantages": advantages,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "policy_weights": policy_weights,
+        "sampler_logprobs": sampler_logprobs,
+        "token_weights": token_weights,
+    }
+    if isinstance(teacher_coef, Tensor) and teacher_coef.dim():
+        per_token["teacher_coef"] = teacher_coef
+    scalars = {
+        "is_cap": is_cap,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "clip_dual": clip_dual,
+        "ref_coef": ref_coef,
+        "entropy_coef": entropy_coef,
+    }
+    prepared = prepare(
+        hidden,
+        weight,
+        targets,
+        options,
+        per_token,
+        lambda: _check_coefficients(per_token, teacher_coef, **scalars),
+    )
+    call, given = prepared.call, dict(prepared.per_token)
+    if "token_weights" not in given:
+        given["token_weights"] = (
+            given["advantages"].new_full((), 1 / max(call.count, 1)).expand(targets.shape)
+        )
+    given.setdefault("teacher_coef", teacher_coef)
+    context = Context(**given, **scalars)
+
+    def objective(stats: TokenStats, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return dgrpo(stats, context.at(tokens))
+
+    def step() -> Descend | FusedPolicy:
+        scale = None
+        if call.dtype == torch.float16:
+            scale = power_of_two(context.token_weights.reshape(-1)[call.rows], call.count)
+        if call.backend.FUSES_DGRPO:
+            return FusedPolicy(call, context, scale)
+        return Descend(call, objective, scale)
+
+    *common, metrics = _run(prepared, objective, step)
+    zeros = torch.zeros(targets.shape, device=call.device)
+    flags = torch.zeros(targets.shape, dtype=torch.bool, device=call.device)
+    return DgrpoOutput(
+        *common,
+        metrics.get("ratio", zeros),
+        metrics.get("clipped", flags),
+        metrics.get("clamped", flags),
+    )
+
+
+def _check_coefficients(
+    per_token: dict[str, Any],
+    teacher_coef: float | Tensor,
+    *,
+    is_cap: float | None,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float | None,
+    ref_coef: float,
+    entropy_coef: float,
+) -> None:
+    if per_token["advantages"] is None:
+        raise TypeError("advantages: got None, expected a tensor shaped like targets")
+    if not isinstance(teacher_coef, Tensor):
+        check_number("teacher_coef", teacher_coef)
+    check_number("clip_low", clip_low, least=0)
+    check_number("clip_high", clip_high, least=0)
+    check_number("ref_coef", ref_coef)
+    check_number("entropy_coef", entropy_coef)
+    if clip_dual is not None:
+        check_number("clip_dual", clip_dual, above=1)
+    if is_cap is not None:
+        check_number("is_cap", is_cap, above=0)
+        if per_token["sampler_logprobs"] is None:
+            raise ValueError(f"is_cap: got {is_cap} without sampler_logprobs, expected None")
+    if per_token["sampler_logprobs"] is not None and per_token["policy_weights"] is not None:
+        raise ValueError(
+            "policy_weights: got a tensor beside sampler_logprobs, expected one of the two; both "
+            "define the importance weight u"
+        )
+    if ref_coef and per_token["ref_logprobs"] is None:
+        raise ValueError(f"ref_logprobs: got None with ref_coef={ref_coef}, expected a tensor")
+
+
+def _run(
+    prepared: Prepared, objective: Objective, make_step: Callable[[], Descend | FusedPolicy]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, statistics and metrics, with gradients where something needs them."""
+    call, hidden, weight, bias, _ = prepared
+    need = needs(hidden, weight, bias)
+    if need.any():
+        step = make_step()
+        loss = GradientInForward.apply(hidden, weight, bias, need, call, step)
+        losses, metrics = step.losses, step.metrics
+    else:
+        step = Score(call)
+        with torch.no_grad(), no_autocast(call.device):
+            sweep(call, hidden, weight, bias, Need(), step)
+            stats = token_stats(step.stats)
+            losses, metrics = unpack(objective(stats, call.rows), call.count)
+            losses = losses.masked_fill(stats.logprobs.isnan(), torch.nan)
+            loss = losses.sum()
+    logprobs, divergence, entropy, teacher_logprobs = map(call.scatter, token_stats(step.stats))
+    metrics = {name: call.scatter(value) for name, value in metrics.items()}
+    return loss, logprobs, teacher_logprobs, divergence, entropy, metrics

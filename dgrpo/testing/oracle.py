@@ -1,0 +1,247 @@
+"""The fp64 oracle of the loss head: materialised logits, plain formulas, autograd's gradients.
+
+Shares no code with the library. For small sizes only: it keeps several (N, V) fp64 tensors.
+N tokens, R unmasked tokens, V vocabulary, H student width, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the target of a token without loss
+LOG_RATIO_LIMIT = 20.0  # nats
+TAIL_FLOOR = 1e-7  # least probability of a top-k teacher's tail bucket
+ABSENT = -1e4  # log-probability of a bucket that is not there: its exp is 0 in fp64
+
+
+class OracleStats(NamedTuple):
+    """Per-token statistics, (N,) fp64; the first three differentiable, all 0 where masked."""
+
+    logprobs: Tensor
+    divergence: Tensor
+    entropy: Tensor
+    teacher_logprobs: Tensor
+
+
+class OracleOutput(NamedTuple):
+    """A loss, its per-token statistics (like targets, 0 where masked) and its gradients; fp64."""
+
+    loss: Tensor
+    logprobs: Tensor
+    teacher_logprobs: Tensor
+    divergence: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor  # bool: the clip stops the policy gradient
+    clamped: Tensor  # bool: the log-ratio lies beyond 20 nats
+    d_hidden: Tensor  # shaped like hidden
+    d_weight: Tensor  # (V, H)
+    d_bias: Tensor | None  # (V,)
+
+
+def oracle(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    policy_weights: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    is_cap: float | None = None,
+    token_weights: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    clip_dual: float | None = None,
+    teacher_coef: float | Tensor = 0.5,
+    ref_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    **head: Any,
+) -> OracleOutput:
+    """`dgrpo.linear_dgrpo_loss` and its gradients in fp64.
+
+    Arguments as there; those of `oracle_stats` are taken too (`head`).
+
+    hidden (..., H) and weight (V, H) of any float dtype; targets and every per-token tensor (...).
+
+        loss = Σ_n w (-u min(ρA, clip(ρ) A) + β D + β_ref k3(logp, ref_logp) - c_E Ent)
+    """
+    if policy_weights is not None and sampler_logprobs is not None:
+        raise ValueError("sampler_logprobs: got both this and policy_weights, expected one of them")
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    flat = leaves[0].reshape(-1, leaves[0].shape[-1])
+    leaf_bias = leaves[2] if bias is not None else None
+    stats = oracle_stats(flat, leaves[1], targets.reshape(-1), bias=leaf_bias, **head)
+
+    keep = targets.reshape(-1) != IGNORED
+    rows = keep.nonzero()[:, 0]
+
+    def at(values: float | Tensor) -> Tensor:
+        """A per-token argument at the unmasked tokens, (R,) fp64."""
+        values = torch.as_tensor(values, dtype=torch.float64, device=rows.device)
+        return values.expand(targets.shape).reshape(-1)[rows]
+
+    logp, divergence, entropy = (field[rows] for field in stats[:3])
+    advantage = at(advantages)
+    delta = logp - (logp.detach() if old_logprobs is None else at(old_logprobs))
+    ratio = delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    surrogate = torch.minimum(
+        ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    )
+    clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | (
+        (advantage < 0) & (ratio < 1 - clip_low)
+    )
+    if clip_dual is not None:
+        clipped |= (advantage < 0) & (ratio > clip_dual)
+        floor = torch.where(advantage < 0, clip_dual * advantage, -math.inf)
+        surrogate = torch.maximum(surrogate, floor)
+    surrogate = torch.where(advantage == 0, 0.0, surrogate)
+    if policy_weights is not None:
+        surrogate = at(policy_weights) * surrogate
+    if sampler_logprobs is not None:
+        mismatch = (logp.detach() - at(sampler_logprobs)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        surrogate = mismatch.exp().clamp(max=is_cap or math.inf) * surrogate
+    losses = -surrogate + at(teacher_coef) * divergence - entropy_coef * entropy
+    if ref_logprobs is not None:
+        gap = (at(ref_logprobs) - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        losses = losses + ref_coef * (gap.exp() - gap - 1)
+    weights = at(1 / max(len(rows), 1) if token_weights is None else token_weights)
+    loss = (weights * losses).sum() + 0 * sum(leaf.sum() for leaf in leaves)
+    gradients = torch.autograd.grad(loss, leaves)
+
+    def full(values: Tensor) -> Tensor:
+        out = values.new_zeros(len(keep)).index_copy(0, rows, values)
+        return out.detach().reshape(targets.shape)
+
+    per_token = [stats.logprobs, stats.teacher_logprobs, stats.divergence, stats.entropy]
+    return OracleOutput(
+        loss.detach(),
+        *(field.detach().reshape(targets.shape) for field in per_token),
+        full(ratio),
+        full(clipped),
+        full(delta.abs() > LOG_RATIO_LIMIT),
+        gradients[0],
+        gradients[1],
+        gradients[2] if bias is not None else None,
+    )
+
+
+def oracle_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher: Any = None,
+    *,
+    bias: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    divergence_clip: float | None = None,
+    jsd_beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+    policy_logits: str = "float32",
+) -> OracleStats:
+    """Log-probability of the target, divergence to the teacher and entropy of each token.
+
+    hidden (N, H), weight (V, H), bias (V,): used in fp64, differentiated by autograd.
+    targets: (N,) int64, -100 = masked.
+    teacher: anything with the fields of `dgrpo.TeacherHead` (`hidden`, `weight`, ...) or of
+        `dgrpo.TopKTeacher` (`token_ids`, `logprobs`, `target_logprobs`), or None.
+    policy_logits: "bfloat16" takes the log-probability from the linear layer's output rounded to
+        bf16, with a straight-through gradient.
+    """
+    rows = (targets != IGNORED).nonzero()[:, 0]
+    labels = targets[rows, None]
+    linear = hidden.double()[rows] @ weight.double()[:vocab_size].T
+    if bias is not None:
+        linear = linear + bias.double()[:vocab_size]
+    log_p = _finish(linear, logit_scale, logit_softcap, temperature).log_softmax(-1)
+    policy = log_p
+    if policy_logits == "bfloat16":
+        rounded = linear.float().bfloat16().double().detach() + (linear - linear.detach())
+        policy = _finish(rounded, logit_scale, logit_softcap, temperature).log_softmax(-1)
+    logp = policy.gather(1, labels)[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    value, teacher_logp = torch.zeros_like(logp), torch.zeros_like(logp)
+    if teacher is not None:
+        if hasattr(teacher, "token_ids"):
+            present = torch.ones_like(rows, dtype=torch.bool)
+            p, q, teacher_logp = _buckets(log_p, labels, teacher, rows)
+        else:
+            source = rows if teacher.rows is None else teacher.rows[rows]
+            present = source >= 0
+            p, q = log_p, _teacher_log_q(teacher, source.clamp(min=0), vocab_size)
+            q = _finish(q, teacher.logit_scale, teacher.logit_softcap, teacher_temperature)
+            q = q.log_softmax(-1)
+            teacher_logp = torch.where(present, q.gather(1, labels)[:, 0], 0.0)
+        value = _divergence(p, q, divergence, divergence_clip, jsd_beta)
+        value = torch.where(present, value, 0.0)
+    empty = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
+    fields = (logp, value, entropy, teacher_logp.detach())
+    return OracleStats(*(empty.index_copy(0, rows, field) for field in fields))
+
+
+def _finish(linear: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
+    """Scale, soft cap and temperature, in this order."""
+    logits = linear * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def _teacher_log_q(teacher: Any, source: Tensor, vocab_size: int | None) -> Tensor:
+    """The linear layer's output of a full-vocabulary teacher at its rows `source`, (R, V) fp64."""
+    picked = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1]).double()
+    linear = picked[source.to(picked.device)].to(source.device) @ (
+        teacher.weight.detach().double()[:vocab_size].T
+    )
+    return linear if teacher.bias is None else linear + teacher.bias.detach().double()[:vocab_size]
+
+
+def _buckets(
+    log_p: Tensor, labels: Tensor, teacher: Any, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p, log q over the K teacher tokens and a tail bucket, (R, K + 1); log q of the target."""
+    vocab = log_p.shape[1]
+    ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
+    given = teacher.logprobs.reshape(-1, ids.shape[-1])[rows].double()
+    there = ids >= 0
+    # Padding points to a column of its own, so that scattering it leaves the vocabulary alone.
+    ids = torch.where(there, ids, vocab)
+    wide = torch.cat([log_p, torch.full_like(log_p[:, :1], ABSENT)], 1)
+    tail_p = wide.scatter(1, ids, ABSENT).logsumexp(-1, keepdim=True)
+    log_q = torch.where(there, given, ABSENT)
+    tail_q = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR).log()
+    # A tail without columns is no bucket.
+    tail_q = torch.where(there.sum(-1, keepdim=True) < vocab, tail_q, ABSENT)
+    if teacher.target_logprobs is not None:
+        target = teacher.target_logprobs.reshape(-1)[rows].double()
+    else:
+        hit = (ids == labels) & there
+        target = torch.where(hit.any(1), torch.where(hit, log_q, 0.0).sum(1), tail_q[:, 0])
+    return torch.cat([wide.gather(1, ids), tail_p], 1), torch.cat([log_q, tail_q], 1), target
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
+    """D(p, q) over the last axis by its definition; log-probabilities (R, V), fp64."""
+    p, q = log_p.exp(), log_q.exp()
+    if name == "reverse_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if name == "forward_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    if name == "clipped_forward_kl":
+        return (q * (log_q - log_p)).clamp(max=clip).sum(-1)
+    if name == "jsd":
+        log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+        return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
+    raise ValueError(
+        f"divergence: got {name!r}, expected reverse_kl, forward_kl, clipped_forward_kl or jsd"
+    )
