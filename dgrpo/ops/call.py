@@ -31,6 +31,12 @@ class Need(NamedTuple):
         return self.hidden or self.weight or self.bias
 
 
+def needs(*tensors: Tensor | None) -> Need:
+    """Which of hidden, weight and bias need a gradient. To be asked outside `apply`."""
+    enabled = torch.is_grad_enabled()
+    return Need(*(enabled and t is not None and t.requires_grad for t in tensors))
+
+
 @dataclass(frozen=True)
 class Call:
     """Everything but hidden, weight and bias. `n` counts the unmasked tokens."""
@@ -54,7 +60,7 @@ class Call:
     jsd_beta: float
     teacher_temperature: float
     teacher: TeacherHead | TopKTeacher | None
-    teacher_dtype: torch.dtype | None  # of its products; None = its weight's
+    teacher_dtype: torch.dtype | None  # of its products; None = its weight's, at most fp32
     teacher_index: Tensor | None  # (n,) rows of the teacher, where its hidden states lie
     has_teacher: Tensor | None  # (n,) bool; None = all
     shard: Shard | None
@@ -91,6 +97,7 @@ class Call:
             scale=self.logit_scale,
             softcap=self.logit_softcap,
             temperature=self.temperature,
+            holes=isinstance(self.teacher, TopKTeacher),
         )
         with ExitStack() as stack:
             teacher = None
@@ -105,7 +112,7 @@ class Call:
                     teacher_weight,
                     teacher_bias,
                     columns=self.columns,
-                    dtype=self.teacher_dtype or teacher_weight.dtype,
+                    dtype=self.teacher_dtype or _no_wider_than_fp32(teacher_weight.dtype),
                     scale=self.teacher.logit_scale,
                     softcap=self.teacher.logit_softcap,
                     temperature=self.teacher_temperature,
@@ -124,13 +131,17 @@ class Call:
             gradients=gradients,
             budget=self.memory_budget,
             processors=_processors(self.device) if cuda else 0,
-            lifts=not writes_fp32("mm", student.weight),
+            lifts=not all(writes_fp32("mm", head.weight) for head in (student, teacher) if head),
         )
 
 
 class Heads(NamedTuple):
     student: Head
     teacher: Head | None
+
+
+def _no_wider_than_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _processors(device: torch.device) -> int:

@@ -21,12 +21,6 @@ def no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def needs(*tensors: Tensor | None) -> Need:
-    """Which of hidden, weight and bias need a gradient. To be asked outside `apply`."""
-    enabled = torch.is_grad_enabled()
-    return Need(*(enabled and t is not None and t.requires_grad for t in tensors))
-
-
 class GradientInForward(Function):
     """Losses whose gradients are finished in the forward pass; backward scales and hands over."""
 

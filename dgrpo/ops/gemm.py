@@ -88,3 +88,12 @@ def accumulate(total: Tensor, grad: Tensor, hidden: Tensor, scratch: int) -> Non
         lifted = hidden.float()
         for part in _slices(len(total), len(grad), scratch):
             torch.addmm(total[part], grad[:, part].float().T, lifted, out=total[part])
+
+
+def accumulate_bias(total: Tensor, grad: Tensor, scratch: int) -> None:
+    """`total += grad.sum(0)`: (M, V) into (V,) fp32 (fp64 in fp64)."""
+    if grad.is_cuda or grad.dtype == total.dtype:
+        total += grad.sum(0, dtype=total.dtype)
+    else:  # the CPU would lift all of grad at once
+        for part in _slices(len(total), len(grad), scratch):
+            total[part] += grad[:, part].float().sum(0)

@@ -23,6 +23,7 @@ class Head:
     scale: float
     softcap: float | None
     temperature: float
+    holes: bool  # some logits may be -inf
 
     def gather(self, rows: Tensor | slice) -> Tensor:
         """Hidden states of the tokens `rows`, (R, H) on the device; streams from the host."""
@@ -41,7 +42,7 @@ class Head:
         """Project `hidden` (R, H) into `buffer` (>= R, padded V)."""
         raw = buffer[: len(hidden), : len(self.weight)]
         project(hidden, self.weight, raw, scratch)
-        return Logits(raw, self.bias, self.scale, self.softcap, self.temperature)
+        return Logits(raw, self.bias, self.scale, self.softcap, self.temperature, self.holes)
 
 
 def make_head(
@@ -54,6 +55,7 @@ def make_head(
     scale: float,
     softcap: float | None,
     temperature: float,
+    holes: bool = False,
 ) -> Head:
     """Cut a head to its first `columns` columns and cast what the products take."""
     weight = weight.detach()[:columns].to(dtype)
@@ -64,7 +66,8 @@ def make_head(
     if hidden.dim() == 3 and hidden.is_contiguous():
         hidden = hidden.flatten(0, 1)
     cap = None if softcap is None else float(softcap)
-    return Head(hidden, weight, bias, float(scale), cap, float(temperature))
+    holes = holes or bias is not None
+    return Head(hidden, weight, bias, float(scale), cap, float(temperature), holes)
 
 
 def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:

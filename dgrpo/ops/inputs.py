@@ -46,6 +46,14 @@ def check_number(
     return float(value)
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    """An int of at least `least`, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int or None")
+    if value is not None and value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Shapes, dtypes and devices of the student's side."""
     for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets)):
@@ -235,8 +243,7 @@ def check_vocabulary(columns: int, teacher_columns: int | None, vocab_size: int 
                 f"{min(sizes)}"
             )
         return columns
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size: got {type(vocab_size).__name__}, expected an int or None")
+    check_whole("vocab_size", vocab_size, least=1)
     if not 0 < vocab_size <= min(sizes):
         raise ValueError(f"vocab_size: got {vocab_size}, expected 1 to {min(sizes)}")
     return vocab_size

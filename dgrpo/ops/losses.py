@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dgrpo.objectives.context import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
-from dgrpo.ops.call import Need
-from dgrpo.ops.functions import GradientInForward, needs, no_autocast
+from dgrpo.ops.call import Need, needs
+from dgrpo.ops.functions import GradientInForward, no_autocast
 from dgrpo.ops.inputs import check_number
 from dgrpo.ops.opaque import opaque
 from dgrpo.ops.prepare import Options, Prepared, prepare
@@ -98,9 +98,12 @@ def linear_loss(
         logit_scale, logit_softcap, vocab_size, policy_logits, rows, memory_budget, check, backend,
         group, vocab_start,
     )  # fmt: skip
-    if not callable(objective):
-        raise TypeError(f"objective: got {type(objective).__name__}, expected a function")
-    prepared = prepare(hidden, weight, targets, options)
+
+    def check_objective() -> None:
+        if not callable(objective):
+            raise TypeError(f"objective: got {type(objective).__name__}, expected a function")
+
+    prepared = prepare(hidden, weight, targets, options, check_more=check_objective)
     return LossOutput(*_run(prepared, objective, lambda: Descend(prepared.call, objective)))
 
 
@@ -220,6 +223,8 @@ def linear_dgrpo_loss(
         given["token_weights"] = (
             given["advantages"].new_full((), 1 / max(call.count, 1)).expand(targets.shape)
         )
+    if isinstance(teacher_coef, Tensor):
+        teacher_coef = teacher_coef.detach()
     given.setdefault("teacher_coef", teacher_coef)
     context = Context(**given, **scalars)
 

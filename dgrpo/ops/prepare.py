@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgrpo.ops import inputs, values
 from dgrpo.ops.agreement import agree, agreed, local_part
-from dgrpo.ops.call import Call
+from dgrpo.ops.call import Call, needs
 from dgrpo.ops.shards import Shard
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 
@@ -72,6 +72,9 @@ def prepare(
         if group is None:
             teacher_columns = _teacher_columns(options.teacher)
             columns = inputs.check_vocabulary(len(weight), teacher_columns, options.vocab_size)
+        else:
+            inputs.check_whole("vocab_size", options.vocab_size, least=1)
+            inputs.check_whole("vocab_start", options.vocab_start, least=0)
     if group is not None:
         shard, columns = agree(
             group,
@@ -81,13 +84,25 @@ def prepare(
             teacher_columns=_teacher_columns(options.teacher),
             vocab_size=options.vocab_size,
             tokens=targets.numel(),
-            settings=repr((options.divergence, options.memory_budget, weight.shape[1])),
+            settings=_what_decides_collectives(hidden, weight, targets, options),
         )
     if options.check:
         with agreed(group):
             _check_values(hidden, weight, targets, options, checked, columns, shard)
     call = _lay_out(hidden, weight, targets, options, columns, shard)
     return Prepared(call, hidden, weight, options.bias, checked)
+
+
+def _what_decides_collectives(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: Options
+) -> str:
+    """All that must be equal on the ranks of a group, or one would wait for another. One sync."""
+    given, teacher = options.rows, options.teacher
+    unmasked = len(given) if given is not None else int((targets != inputs.IGNORE).sum())
+    topk = teacher.token_ids.shape if isinstance(teacher, TopKTeacher) else None
+    kinds = (type(teacher).__name__, topk, options.divergence, options.policy_logits)
+    numbers = (options.memory_budget, options.vocab_size, options.check, weight.shape[1], unmasked)
+    return repr((kinds, numbers, weight.dtype, needs(hidden, weight, options.bias)))
 
 
 def _teacher_columns(teacher: object) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +62,8 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def _hold(values: Tensor, logits: Logits, least: float) -> Tensor:
-    """`values` of at least `least`, in place. Only a bias makes a logit of -inf, so only then."""
-    return values if logits.bias is None else values.clamp_(min=least)
+    """`values` of at least `least`, in place, where some may be -inf."""
+    return values.clamp_(min=least) if logits.holes else values
 
 
 def row_stats(
@@ -87,10 +88,9 @@ def row_stats(
         e = u.exp()
         total = e.sum(-1)
         log_sum = total.log()
-        u.clamp_(min=LOWEST)  # a column taken out: 0 * inf
+        _hold(u, z, LOWEST)
         out.max_z.copy_(top)
         out.log_sum_z.copy_(log_sum)
-        out.entropy.copy_((log_sum - torch.linalg.vecdot(e, u) / total).where(total > 0, 0))
         if t is not None:
             v, top_t = _shifted(_linear(t, tile), t)
             f = v.exp()
@@ -102,11 +102,12 @@ def row_stats(
             out.teacher_logprobs.copy_(own.where(here[tile], missing))
             _hold(v, t, FLOOR)
             if divergence == "reverse_kl":
-                cross = torch.linalg.vecdot(e, torch.sub(u, v, out=v)) / total
+                cross = torch.sub(u, v, out=v).mul_(e).sum(-1) / total
                 out.divergence.copy_(cross - log_sum + log_sum_t)
             elif divergence == "forward_kl":
-                cross = torch.linalg.vecdot(f, torch.sub(v, u, out=v)) / total_t
+                cross = v.sub_(u).mul_(f).sum(-1) / total_t
                 out.divergence.copy_(cross + log_sum - log_sum_t)
+        out.entropy.copy_((log_sum - u.mul_(e).sum(-1) / total).where(total > 0, 0))
         if round_policy:
             u, top = _shifted(_rounded(x), z)
             target = u.gather(1, index[tile])[:, 0]
@@ -175,77 +176,90 @@ def row_grad(
 ) -> None:
     """See `dgrpo_kernels.row_grad`.
 
-    All terms are `p (row constant + row factor * log p + ...)`: one product with p a row.
+    All terms are `e^u (row constant + row factor u + ...)`: neither the normaliser nor a term costs
+    a pass over the tile.
     """
     rows, columns = z.raw.shape
     if grad_scale is not None:
         coef = coef * grad_scale
     if z.softcap is None:
         coef = coef * (z.scale / z.temperature)
+    no_entropy = not coef.is_cuda and not coef[2].any()  # on a GPU asking would wait for it
     here = (targets >= 0) & (targets < columns)
     index = targets.where(here, 0)[:, None]
-    plain = round_policy is False
     for tile in _tiles(rows, columns):
         at = RowStats(*stats[:, tile].unbind(0))
         a, b, c = coef[:, tile, None].unbind(0)
         x = _linear(z, tile)
-        lp = _log_probs(z, x, at.max_z, at.log_sum_z)
-        p = lp.exp()
-        lp.clamp_(min=LOWEST)
-        lq = None if t is None else _teacher_log_probs(t, tile, at)
-        fixed = -(c * at.entropy[:, None]).masked_fill_(c == 0, 0)
-        if plain:
-            fixed = fixed - a
-        g = _divergence_grad(lp, lq, p, at, b, c, fixed, divergence, divergence_clip, jsd_beta)
+        u, _ = _shifted(x, z, at.max_z)
+        e = u.exp()
+        _hold(u, z, LOWEST)
+        v = None if t is None else _hold(_shifted(_linear(t, tile), t, at.max_t)[0], t, FLOOR)
+        if divergence == "none" and no_entropy:
+            g = e.mul_(-a * (-at.log_sum_z[:, None]).exp()) if not round_policy else e.zero_()
+        else:
+            fixed = -(c * at.entropy[:, None]).masked_fill_(c == 0, 0)
+            fixed = fixed if round_policy else fixed - a
+            terms = _Terms(at, a, b, c, fixed, divergence, divergence_clip, jsd_beta)
+            g = terms.combine(u, v, e)
         policy = g
-        if not plain:
+        if round_policy:
             x_b = _rounded(x)
-            policy = _log_probs(z, x_b, at.policy_max, at.policy_log_sum).exp_().mul_(-a)
+            policy = _shifted(x_b, z, at.policy_max)[0].exp_()
+            policy.mul_(-a * (-at.policy_log_sum[:, None]).exp())
         policy.scatter_add_(1, index[tile], a.where(here[tile, None], 0))
         if z.softcap is not None:
             g.mul_(_chain(x, z))
-            if not plain:
+            if round_policy:
                 policy.mul_(_chain(x_b, z))
-        out[tile].copy_(g if plain else g.add_(policy))
+        out[tile].copy_(g.add_(policy) if round_policy else g)
 
 
-def _divergence_grad(
-    lp: Tensor,
-    lq: Tensor | None,
-    p: Tensor,
-    at: RowStats,
-    b: Tensor,
-    c: Tensor,
-    fixed: Tensor,
-    divergence: str,
-    clip: float | None,
-    jsd_beta: float,
-) -> Tensor:
-    """`p (fixed - c log p) + b dD/dz`, (R, V), made of `lp`. b, c, fixed: (R, 1)."""
-    skip = b == 0
+class _Terms(NamedTuple):
+    """The row numbers of a tile's gradient; a, b, c and fixed are (R, 1)."""
 
-    def times(value: Tensor) -> Tensor:
-        return (b * value[:, None]).masked_fill(skip, 0)
+    at: RowStats
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    fixed: Tensor  # what multiplies p alone
+    divergence: str
+    clip: float | None
+    jsd_beta: float
 
-    if lq is not None:
-        lq.masked_fill_(skip, 0)  # whatever a teacher says of a token that skips it
-    if divergence == "reverse_kl":
-        inner = lp.mul_(b - c).addcmul_(lq, -b)
-        return inner.add_(fixed - times(at.divergence)).mul_(p)
-    if divergence == "jsd":
-        factor = b * (1 - jsd_beta)
-        mix = _log_mix(lp, lq, jsd_beta)
-        inner = lp.mul_(factor - c).addcmul_(mix, -factor)
-        return inner.add_(fixed - (1 - jsd_beta) * times(at.aux)).mul_(p)
-    if divergence == "none":
-        return lp.mul_(-c).add_(fixed).mul_(p)
-    if divergence == "bucket":
-        return lp.mul_(-c).add_(fixed + times(at.aux)).mul_(p)
-    q = lq.exp()
-    if divergence == "forward_kl":
-        return lp.mul_(-c).add_(fixed + b).mul_(p).addcmul_(q, -b)
-    unclipped = torch.sub(lq, lp, out=lq).mul_(q) < clip
-    return lp.mul_(-c).add_(fixed + times(at.aux)).mul_(p).addcmul_(q.mul_(unclipped), -b)
+    def times_b(self, value: Tensor) -> Tensor:
+        return (self.b * value[:, None]).masked_fill(self.b == 0, 0)
+
+    def combine(self, u: Tensor, v: Tensor | None, e: Tensor) -> Tensor:
+        """`p (fixed - c log p) + b dD/dz`, (R, V). Changes u, v and e."""
+        at, b, c, fixed = self.at, self.b, self.c, self.fixed
+        log_sum = at.log_sum_z[:, None]
+        inverse = (-log_sum).exp()  # p = e * inverse
+        if v is not None:
+            v.masked_fill_(b == 0, 0)  # whatever a teacher says of a token that skips it
+        if self.divergence == "reverse_kl":
+            fixed = fixed - self.times_b(at.divergence - at.log_sum_t) - (b - c) * log_sum
+            u.mul_((b - c) * inverse).addcmul_(v, -b * inverse)
+            return u.add_(fixed * inverse).mul_(e)
+        plain = fixed + c * log_sum
+        if self.divergence in ("none", "bucket"):
+            if self.divergence == "bucket":
+                plain = plain + self.times_b(at.aux)
+            return u.mul_(-c * inverse).add_(plain * inverse).mul_(e)
+        lq = v.sub_(at.log_sum_t[:, None])
+        if self.divergence == "forward_kl":
+            q = lq.exp_()
+            return u.mul_(-c * inverse).add_((plain + b) * inverse).mul_(e).addcmul_(q, -b)
+        lp = u - log_sum
+        if self.divergence == "jsd":
+            share = b * (1 - self.jsd_beta)
+            plain = plain - (1 - self.jsd_beta) * self.times_b(at.aux)
+            lp.sub_(_log_mix(lp, lq, self.jsd_beta)).mul_(share * inverse)
+            return lp.addcmul_(u, -c * inverse).add_(plain * inverse).mul_(e)
+        q = lq.exp()
+        q.mul_(torch.sub(lq, lp, out=lq).mul_(q) < self.clip)
+        plain = plain + self.times_b(at.aux)
+        return u.mul_(-c * inverse).add_(plain * inverse).mul_(e).addcmul_(q, -b)
 
 
 def topk_take(raw: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dgrpo.ops.call import Need
-from dgrpo.ops.functions import Recompute, needs, no_autocast
+from dgrpo.ops.call import Need, needs
+from dgrpo.ops.functions import Recompute, no_autocast
 from dgrpo.ops.opaque import opaque
 from dgrpo.ops.prepare import Options, prepare
 from dgrpo.ops.steps import Score, TokenStats, token_stats

@@ -92,15 +92,26 @@ class Descend(_Writer):
         super().__init__(call, call.new_stats())
         self.objective = objective
         self.grad_scale = grad_scale
+        self.scale_is_given = grad_scale is not None
         self.losses = self.stats.new_zeros(call.count)
         self.metrics: dict[str, Tensor] = {}
+        if not call.count:  # no part will come, but the metrics have their names
+            self.differentiate(slice(0, 0))
 
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None:
         columns = measure(self.call, z, t, part, self.stats[:, part])
         coef = self.differentiate(part)
-        if self.grad_scale is None and self.call.dtype == torch.float16:
-            self.grad_scale = power_of_two(coef, self.call.count)
+        if self.call.dtype == torch.float16 and not self.scale_is_given:
+            self.find_scale(coef)
         self.write(z, t, part, columns, coef, grad)
+
+    def find_scale(self, coef: Tensor) -> None:
+        """From the first part with a gradient: what comes before it is zero at any scale."""
+        scale, found = power_of_two(coef, self.call.count), (coef != 0).any()
+        if self.grad_scale is not None:
+            scale = torch.where(self.found, self.grad_scale, scale)
+            found = found | self.found
+        self.grad_scale, self.found = scale, found
 
     def differentiate(self, part: slice) -> Tensor:
         """Keep the part's losses and metrics; return (3, R) a, b, c."""
@@ -225,8 +236,9 @@ def power_of_two(coefficients: Tensor, count: int) -> Tensor:
 
     fp16 gradients of tokens that weigh 1/N underflow without it. Where all are zero, 1 / (1 / N).
     """
-    top = coefficients.detach().abs().amax().float() if coefficients.numel() else None
-    if top is None:
+    if not coefficients.numel():
         return torch.ones(1, device=coefficients.device)
+    top = coefficients.detach().abs().amax().float()
     usable = (top > 0) & top.isfinite()
-    return torch.exp2(-torch.floor(torch.log2(top.where(usable, 1.0 / max(count, 1))))).reshape(1)
+    exponent = torch.floor(torch.log2(top.where(usable, 1.0 / max(count, 1))))
+    return torch.exp2(-exponent.clamp(min=-100)).reshape(1)

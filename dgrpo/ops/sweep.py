@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dgrpo.ops.call import Call, Need
-from dgrpo.ops.gemm import accumulate, accumulator, grad_hidden
+from dgrpo.ops.gemm import accumulate, accumulate_bias, accumulator, grad_hidden
 from dgrpo.ops.heads import Head, logits_buffer
 from dgrpo.ops.plan import padded
 from dgrpo_kernels.rows import Logits
@@ -107,7 +107,7 @@ def _multiply_out(
         with record_function("dgrpo::d_weight"):
             accumulate(grads.weight[: call.columns], g, h, scratch)
     if grads.bias is not None:
-        grads.bias[: call.columns] += g.sum(0, dtype=grads.bias.dtype)
+        accumulate_bias(grads.bias[: call.columns], g, scratch)
 
 
 def _finish(grads: Grads, weight: Tensor, bias: Tensor | None) -> Grads:

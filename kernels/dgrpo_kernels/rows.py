@@ -48,7 +48,8 @@ class Logits(NamedTuple):
     """A block of raw logits and their transform.
 
     raw: (R, V) fp32, unit column stride, row stride a multiple of 16 elements; what stands between
-        V and the row stride is never used. bias: None or fp32 of that padded length.
+        V and the row stride is never used. bias: None or fp32 of that padded length. holes: some
+        logits may be -inf (a bias masks tokens, a top-k teacher's columns were taken out).
     """
 
     raw: Tensor
@@ -56,6 +57,7 @@ class Logits(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    holes: bool = True
 
 
 POLICY_INPUTS = 7  # weights, advantages, old, ref, policy weights, sampler, teacher coefficients

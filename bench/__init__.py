@@ -1,0 +1,12 @@
+"""Measurements: one file a question, one harness (`harness`), one list of rivals (`rivals`).
+
+Question                                                   Run
+---------------------------------------------------------  -------------------------------------
+how many bytes does one step of the loss need?              python -m bench.loss_memory
+how long does it take, and how near is that to the floor?   python -m bench.loss_speed
+how exact are its gradients?                                python -m bench.loss_precision
+what does a shape cost on paper?                            python -m bench.roofline --gpu h200
+what can this GPU do at best?                               python -m bench.ceilings
+where does one sweep spend its time?                        python -m bench.parts
+all of it on a GPU, in one command                          bench/gpu.sh
+"""

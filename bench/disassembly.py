@@ -1,0 +1,139 @@
+"""What a compiled Triton kernel costs, read off its machine code without a GPU.
+
+NVIDIA: `cuobjdump`, which Triton's package carries; AMD: the assembly that the compiler keeps.
+A loop is the span of a backward branch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+# Bytes of shared memory that one program may ask for.
+SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+AMD_SHARED_LIMIT = 64 << 10
+WIDE = 16  # bytes of a load that streams well
+
+SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+AMD_WIDTHS = {"ubyte": 1, "sbyte": 1, "u8": 1, "ushort": 2, "sshort": 2, "short": 2, "u16": 2}
+AMD_WIDTHS |= {"dword": 4, "b32": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Resources of one kernel; sizes in bytes, counts per thread unless named otherwise."""
+
+    registers: int
+    spills: int  # instructions (NVIDIA) or registers (AMD) that go through local memory
+    stack: int
+    shared: int  # of one program
+    shared_limit: int
+    loop_loads: list[int] = field(default_factory=list)  # bytes a thread, each load in a loop
+    loop_stores: list[int] = field(default_factory=list)
+
+    def faults(self) -> list[str]:
+        """Why this kernel is slow or does not start; empty if it is sound."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} register spills")
+        if self.stack:
+            found.append(f"{self.stack} bytes of local memory")
+        if self.shared > self.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, over {self.shared_limit}")
+        narrow = sorted({size for size in self.loop_loads if size < WIDE})
+        if narrow:
+            found.append(f"loads of {', '.join(map(str, narrow))} bytes in a loop")
+        return found
+
+
+def inspect(kernel: Any) -> MachineCode:
+    """Read a `triton.compiler.CompiledKernel` of a CUDA or HIP target."""
+    if "cubin" in kernel.asm:
+        listing = cuobjdump(kernel.asm["cubin"])
+        limit = SHARED_LIMITS[kernel.metadata.target.arch]
+        return from_sass(listing, kernel.metadata.shared, limit)
+    return from_amdgcn(kernel.asm["amdgcn"], kernel.metadata.shared)
+
+
+def cuobjdump(cubin: bytes) -> str:
+    """Resource usage and disassembly of a cubin."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def from_sass(listing: str, shared: int, shared_limit: int) -> MachineCode:
+    """Read `cuobjdump -res-usage -sass`."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    assert usage, f"no resource usage in the disassembly: {listing[:200]}"
+    lines = [(int(at, 16), op, rest) for at, op, rest in SASS_LINE.findall(listing)]
+    jumps = [
+        (int(to[1], 16), at)
+        for at, op, rest in lines
+        if op.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", rest))
+    ]
+    loops = [(start, end) for start, end in jumps if start < end]  # equal: the padding at the end
+
+    def moved(*names: str) -> list[int]:
+        return [
+            _sass_width(op)
+            for at, op, _ in lines
+            if op.split(".")[0] in names and any(start <= at <= end for start, end in loops)
+        ]
+
+    spills = sum(op.split(".")[0] in ("STL", "LDL") for _, op, _ in lines)
+    loads, stores = moved("LDG", "LDGSTS"), moved("STG")
+    registers, stack = int(usage[1]), int(usage[2])
+    return MachineCode(registers, spills, stack, shared, shared_limit, loads, stores)
+
+
+def _sass_width(op: str) -> int:
+    """Bytes that a load or store such as `LDG.E.128` moves."""
+    parts = op.split(".")
+    bits = [int(part) for part in parts if part in ("64", "128", "256")]
+    if bits:
+        return bits[0] // 8
+    return 1 if {"U8", "S8"} & {*parts} else 2 if {"U16", "S16"} & {*parts} else 4
+
+
+def from_amdgcn(assembly: str, shared: int) -> MachineCode:
+    """Read the assembly of a HIP kernel."""
+
+    def value(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert match, f"no {name} in the assembly"
+        return int(match[1])
+
+    lines = assembly.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.?\w+):", line))}
+    loops = [
+        (labels[m[1]], i)
+        for i, line in enumerate(lines)
+        if (m := re.match(r"\s+s_c?branch\w*\s+(\.?\w+)", line)) and labels.get(m[1], i) < i
+    ]
+
+    def moved(kind: str) -> list[int]:
+        found = []
+        for i, line in enumerate(lines):
+            m = re.match(rf"\s+(?:global|buffer|flat)_{kind}_(\w+)", line)
+            if m and any(start <= i <= end for start, end in loops):
+                name = m[1].removeprefix("lds_").split("_d16")[0]
+                found.append(AMD_WIDTHS[name])
+        return found
+
+    return MachineCode(
+        registers=value("vgpr_count"),
+        spills=value("vgpr_spill_count") + value("sgpr_spill_count"),
+        stack=value("private_segment_fixed_size"),
+        shared=shared,
+        shared_limit=AMD_SHARED_LIMIT,
+        loop_loads=moved("load"),
+        loop_stores=moved("store"),
+    )

@@ -1,0 +1,103 @@
+"""Wheel and editable install, each in a venv of its own, beside Hugging Face's package `kernels`.
+
+The venvs borrow torch and the rest from the environment that runs the tests; only `kernels` and
+the build's setuptools are downloaded.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+
+USE = """
+import torch, transformers, dgrpo, dgrpo_kernels
+from transformers import Qwen3Config, Qwen3ForCausalLM
+model = Qwen3ForCausalLM(Qwen3Config(
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=8))
+tokens = torch.arange(8)[None]
+hidden = model.model(tokens).last_hidden_state
+out = dgrpo.linear_dgrpo_loss(hidden, model.lm_head.weight, tokens, torch.ones(1, 8))
+out.loss.backward()
+assert model.lm_head.weight.grad.isfinite().all() and model.lm_head.weight.grad.abs().sum() > 0
+print(dgrpo.__file__, dgrpo_kernels.__file__)
+"""
+BESIDE = "import kernels\nassert kernels.__file__ and hasattr(kernels, 'get_kernel'), kernels"
+
+
+def call(*command: str | Path, cwd: Path) -> str:
+    """Run a command without this session's Python paths; its output, or a failure that shows it."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    result = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what is packaged, so that no build artefacts land in the repository."""
+    copy = tmp_path_factory.mktemp("tree") / "dgrpo"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("dgrpo", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    call(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, tree, cwd=out)
+    (file,) = out.glob("*.whl")
+    return file
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """The folder of commands of a new venv that borrows the packages of this one."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return tmp_path / "venv" / "bin"
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel, tree):
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = {
+        str(path.relative_to(root))
+        for root in (tree, tree / "kernels")
+        for package in ("dgrpo", "dgrpo_kernels")
+        for path in (root / package).rglob("*.py")
+    }
+    assert packed - {"dgrpo/py.typed", "dgrpo_kernels/py.typed"} == modules
+    assert "dgrpo/py.typed" in packed and "dgrpo/ops/__init__.py" in packed
+    assert "dgrpo_kernels/row_stats.py" in packed
+
+
+def test_wheel_works_beside_hugging_face_kernels(wheel, environment, tmp_path):
+    call(environment / "pip", "install", "--no-deps", wheel, "kernels", cwd=tmp_path)
+    places = call(environment / "python", "-c", BESIDE + USE, cwd=tmp_path)
+    assert places.count(str(environment.parent)) == 2, "the library did not come from the wheel"
+    assert "usage" in call(environment / "dgrpo", "--help", cwd=tmp_path).lower()
+
+
+def test_editable_works_with_and_without_hugging_face_kernels(tree, environment, tmp_path):
+    call(environment / "pip", "install", "--no-deps", "-e", tree, cwd=tmp_path)
+    for folder in (tmp_path, tree):  # in the tree, the folder kernels/ is on the path too
+        places = call(environment / "python", "-c", USE, cwd=folder)
+        assert places.count(str(tree)) == 2, "the library did not come from the tree"
+    call(environment / "pip", "install", "--no-deps", "kernels", cwd=tmp_path)
+    for folder in (tmp_path, tree):
+        call(environment / "python", "-c", BESIDE + USE, cwd=folder)
