@@ -1,0 +1,176 @@
+r"""Rollouts to read: `rollouts/step-00000012-00000.jsonl.gz`, a file a step and rank.
+
+A line is a rollout, a JSON object. Always there:
+
+    step, group, index     ints: optimiser step, prompt within the step, rollout of the prompt
+    prompt                 the prompt as text; a long one has its middle left out
+    prompt_tokens          its length in tokens
+    tokens                 (C,) token ids of the completion
+    text                   (C,) strings that join to the completion; a token that ends within a
+                           character has "", the token that completes it the whole character
+    reward                 a number, or null where the reward failed
+
+and, where the run has them: `rewards` (by name), `answer`, `finish_reason`, `tags`, and per token,
+(C,) lists, null where not finite: `advantage`, `divergence` (KL to the teacher, nats), `clipped`
+(0 or 1), `ratio`, `entropy`, `logprob`, `teacher_logprob`, `loss` (0 where the token has no loss).
+A value that is the same for all tokens may be given once, as a number.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FOLDER = "rollouts"
+_NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
+_PROMPT_CHARACTERS = 8000
+PerToken = torch.Tensor | Sequence[float] | float | None
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[str]:
+    """The text that each token adds; the pieces join to the decoded sequence.
+
+    Bytes of a character that ends in a later token are given to that token. Decodes a window of
+    tokens before each one, as spaces depend on what comes before, so the cost is linear in the
+    length.
+    """
+
+    def decode(part: Sequence[int]) -> str:
+        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    ids = [int(i) for i in ids]
+    pieces, start, before = [], 0, ""
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[start:end])
+        # A replacement character at the end is a character that is not complete yet, unless it
+        # stays so.
+        unfinished = text.endswith("\ufffd") and end < len(ids) and end - start < window + 4
+        if unfinished or not text.startswith(before):
+            pieces.append("")
+            if unfinished:
+                continue
+        else:
+            pieces.append(text[len(before) :])
+        before = text
+        if end - start >= window:
+            start, before = end - window // 2, decode(ids[end - window // 2 : end])
+    return pieces
+
+
+def rollout_record(
+    tokenizer: Any,
+    *,
+    step: int,
+    group: int,
+    index: int,
+    prompt_ids: Sequence[int] | torch.Tensor,
+    completion_ids: Sequence[int] | torch.Tensor,
+    reward: float | None,
+    advantages: PerToken = None,
+    divergence: PerToken = None,
+    clipped: PerToken = None,
+    ratio: PerToken = None,
+    entropy: PerToken = None,
+    logprobs: PerToken = None,
+    teacher_logprobs: PerToken = None,
+    loss_mask: PerToken = None,
+    rewards: Mapping[str, float] | None = None,
+    finish_reason: str | None = None,
+    answer: str | None = None,
+    tags: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One rollout as a line of the file, whose format the module tells. Per token: (C,)."""
+    prompt = [int(i) for i in prompt_ids]
+    tokens = [int(i) for i in completion_ids]
+    per_token = {
+        "advantage": advantages,
+        "divergence": divergence,
+        "clipped": clipped,
+        "ratio": ratio,
+        "entropy": entropy,
+        "logprob": logprobs,
+        "teacher_logprob": teacher_logprobs,
+        "loss": loss_mask,
+    }
+    optional = {
+        "rewards": {name: _number(value) for name, value in rewards.items()} if rewards else None,
+        "answer": answer,
+        "finish_reason": finish_reason,
+        "tags": dict(tags) if tags else None,
+        **{name: _per_token(name, values, len(tokens)) for name, values in per_token.items()},
+    }
+    return {
+        "step": step,
+        "group": group,
+        "index": index,
+        "prompt": _shortened(tokenizer.decode(prompt, skip_special_tokens=False)),
+        "prompt_tokens": len(prompt),
+        "tokens": tokens,
+        "text": token_pieces(tokenizer, tokens),
+        "reward": None if reward is None else _number(reward),
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+def _per_token(name: str, values: PerToken, count: int) -> list[float | None] | float | None:
+    if values is None or isinstance(values, int | float):
+        return None if values is None else _number(values)
+    numbers = values.tolist() if isinstance(values, torch.Tensor) else list(values)
+    if len(numbers) != count:
+        raise ValueError(
+            f"{name}: got {len(numbers)} values, expected one for each of {count} tokens"
+        )
+    return [_number(number) for number in numbers]
+
+
+def _number(value: float) -> float | int | None:
+    """Five digits are enough to read; a whole number is written as one."""
+    value = float(value)
+    if not math.isfinite(value):
+        return None
+    value = float(f"{value:.5g}")
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - _PROMPT_CHARACTERS
+    if left_out <= 0:
+        return text
+    half = _PROMPT_CHARACTERS // 2
+    return f"{text[:half]}\n… {left_out:,} characters left out …\n{text[-half:]}"
+
+
+def write_rollouts(
+    folder: str | Path, step: int, records: Sequence[Mapping[str, Any]]
+) -> Path | None:
+    """Writes this rank's rollouts of a step, atomically; nothing for none. Not collective."""
+    if not records:
+        return None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    path = Path(folder) / FOLDER / f"step-{step:08d}-{rank:05d}.jsonl.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    # No time stamp in the header: equal runs write equal files.
+    with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+            file.write(line.encode("utf-8", "replace") + b"\n")
+    os.replace(temporary, path)
+    return path
+
+
+def cut_rollouts(folder: Path, step: int) -> None:
+    """Removes the rollouts of steps after `step`."""
+    for path in (folder / FOLDER).glob("step-*"):
+        match = _NAME.fullmatch(path.name)
+        if match is None or int(match.group(1)) > step:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""Which metrics are drawn together, in which order, under which title."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# Alone in a panel each, in this order, before all others.
+FIRST = {
+    "reward": "reward",
+    "evaluation/reward": "held-out reward",
+    "divergence": "KL to the teacher (nats)",
+    "clipped": "share of clipped tokens",
+    "loss": "loss",
+    "entropy": "entropy (nats)",
+    "ratio": "policy ratio",
+    "token_accuracy": "token accuracy",
+    "nll": "negative log-likelihood (nats)",
+    "advantage": "advantage",
+    "completion_length": "completion length (tokens)",
+    "truncated": "share of truncated completions",
+    "sampler_mismatch": "sampler mismatch (nats)",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "teacher_coef": "teacher coefficient",
+    "time/tokens_per_second": "tokens per second",
+    "memory/peak_gib": "peak memory (GiB)",
+}
+# One panel for all names below a prefix.
+GROUPS = {"evaluation": "held-out", "reward": "parts of the reward", "time": "seconds"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: metric names and their labels."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+
+
+def panels(names: Iterable[str]) -> list[Panel]:
+    """The plots for these metrics: the known ones first, then the groups, then the rest by name."""
+    names = list(names)
+    found = [
+        Panel(title, ((name, _label(name)),)) for name, title in FIRST.items() if name in names
+    ]
+    rest = [name for name in names if name not in FIRST]
+    grouped: dict[str, list[str]] = {}
+    for name in rest:
+        prefix = name.partition("/")[0]
+        grouped.setdefault(prefix if "/" in name else name, []).append(name)
+    order: Mapping[str, int] = {prefix: place for place, prefix in enumerate(GROUPS)}
+    for prefix in sorted(grouped, key=lambda p: (order.get(p, len(order)), p)):
+        lines = tuple((name, _label(name.partition("/")[2] or name)) for name in grouped[prefix])
+        # Evaluation has scores and lengths: each its own scale.
+        parts = [(line,) for line in lines] if prefix == "evaluation" else [lines]
+        for part in parts:
+            title = GROUPS.get(prefix, _label(prefix))
+            title = f"{title}: {part[0][1]}" if prefix == "evaluation" else title
+            found.append(Panel(title, part))
+    return found
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def points(steps: list[int], values: list[float | None]) -> tuple[list[int], list[float]]:
+    """The steps at which a metric has a value, and the values."""
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def smooth(values: list[float]) -> list[float] | None:
+    """The mean of the values around each; None for a curve that is short or has few values."""
+    count = len(values)
+    if count < 40 or len(set(values)) < count / 4:
+        return None
+    half = max(2, count // 50)
+    sums = [0.0, *itertools.accumulate(values)]
+    ends = [(max(0, i - half), min(count, i + half + 1)) for i in range(count)]
+    return [(sums[high] - sums[low]) / (high - low) for low, high in ends]
