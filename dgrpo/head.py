@@ -56,7 +56,8 @@ class HeadInputs:
 class HeadOutput(NamedTuple):
     """`loss`: scalar, None where the mode has none. The rest (N,), 0 where masked.
 
-    Differentiable: `loss`, and in mode "stats" also `logprobs`, `divergence` and `entropy`.
+    Differentiable: `loss`, and in mode "stats" without a `sequence_objective` `logprobs`,
+    `divergence` and `entropy`.
     """
 
     loss: Tensor | None
@@ -70,7 +71,8 @@ class HeadOutput(NamedTuple):
 class FusedHead(nn.Linear):
     """An LM head that computes losses without logits. Parameters named as `nn.Linear`'s.
 
-    logit_scale multiplies and logit_softcap bends the logits (Cohere, Granite, Gemma-2); both are
+    logit_scale multiplies and logit_softcap bends the logits (Cohere, Granite, Gemma-2);
+    they apply to the losses and to the plain logits alike.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ def _sequence_loss(stats: TokenStats, inputs: HeadInputs) -> HeadOutput:
         result = inputs.sequence_objective(stats, _context(inputs))
         losses, metrics = result if isinstance(result, tuple) else (result, {})
         loss = losses.sum()
+        stats = TokenStats(*(value.detach() for value in stats))
     return HeadOutput(
         loss, stats.logprobs, stats.teacher_logprobs, stats.divergence, stats.entropy, metrics
     )

@@ -63,6 +63,8 @@ def make_head(
         bias = bias.detach()[:columns].to(weight.device, accumulator(dtype))
         bias = F.pad(bias, (0, padded(columns) - columns))
     hidden = hidden.detach()
+    if not hidden.shape[:-1].numel():  # a teacher of nobody: a row for the tokens without one
+        hidden = hidden.new_zeros(1, hidden.shape[-1])
     if hidden.dim() == 3 and hidden.is_contiguous():
         hidden = hidden.flatten(0, 1)
     cap = None if softcap is None else float(softcap)

@@ -65,7 +65,8 @@ def make_plan(
     scratch = max(budget // 8, 1) if lifts else 0
     budget -= scratch
     share = LOGITS_SHARE if gradients else 0.9
-    rows = max(1, min(int(budget * share) // logit_row, MOST_LOGIT_ROWS))
+    rows = min(int(budget * share) // logit_row, budget // (logit_row + grad_row))
+    rows = max(1, min(rows, MOST_LOGIT_ROWS))
     rows = 1 << (rows.bit_length() - 1)
     limit = max(budget - rows * logit_row, 0) // grad_row
     limit = min(max(limit // rows, 1), MOST_GRAD_ROWS // rows)

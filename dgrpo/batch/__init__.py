@@ -1,0 +1,25 @@
+"""Sequences packed into micro-batches without padding.
+
+A `Sample` is one prompt with its completion, on the CPU. `pack` lays samples end to end into
+`Micro`s: token n of a micro carries the target that its hidden state predicts, so nothing is
+shifted later, and only the positions before unmasked completion tokens are rows of the loss head.
+`balanced_count` gives all ranks the same number of micros, as FSDP needs.
+
+Legend: P prompt tokens, C completion tokens, T tokens of a micro, S sequences in it, n tokens with
+loss.
+"""
+
+from dgrpo.batch.micro import Micro
+from dgrpo.batch.packing import balanced_count, filler, pack, shared_fields, split_evenly
+from dgrpo.batch.sample import IGNORED, Sample
+
+__all__ = [
+    "IGNORED",
+    "Micro",
+    "Sample",
+    "balanced_count",
+    "filler",
+    "pack",
+    "shared_fields",
+    "split_evenly",
+]

@@ -1,0 +1,88 @@
+"""Hugging Face models from a folder, the hub or a configuration, with LoRA and Liger's layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+
+def from_pretrained(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora: Any = None,
+    liger: bool = False,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A causal language model on the CPU, from safetensors alone: nothing is unpickled.
+
+    Args:
+        path: folder or hub name.
+        dtype: of the parameters: fp32 to train (master weights), bf16 for a frozen model.
+        lora: a `peft.LoraConfig`; None trains all parameters.
+        liger: replace RMSNorm, the gated MLP and RoPE by Liger-Kernel's (GPU only).
+        trust_remote_code: run Python code from the folder.
+        kwargs: more arguments of `AutoModelForCausalLM.from_pretrained`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+    )
+    return _adapted(model, lora, liger)
+
+
+def from_config(
+    config: PretrainedConfig | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora: Any = None,
+    liger: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A model with random weights from a configuration, or from a folder that holds one."""
+    if isinstance(config, str):
+        config = AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    return _adapted(model, lora, liger)
+
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """Replace RMSNorm, the gated MLP and RoPE by Liger-Kernel's, in place; its losses stay off.
+
+    Raises:
+        ValueError: no GPU, or a kind of model that Liger-Kernel does not know.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("liger: got True without a GPU, expected False; it runs on GPUs only")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+
+    kind = model.config.model_type
+    if kind not in known:
+        raise ValueError(
+            f"liger: got a model of type {kind!r}, expected one of {sorted(known)}; set liger=False"
+        )
+    known[kind](model=model, **liger_options(inspect.signature(known[kind]).parameters))
+
+
+def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
+    """Switches for one of Liger's functions with these parameters: layers on, losses off."""
+    layers = {"rope", "rms_norm", "swiglu", "geglu"}
+    losses = {"cross_entropy", "fused_linear_cross_entropy"}
+    return {name: name in layers for name in parameters if name in layers | losses}
+
+
+def _adapted(model: PreTrainedModel, lora: Any, liger: bool) -> nn.Module:
+    if liger:
+        apply_liger(model)
+    if lora is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, lora)

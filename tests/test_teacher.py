@@ -1,0 +1,181 @@
+"""Teachers: their hidden states, the loss with each kind, and a server on this machine."""
+
+import pytest
+import torch
+
+from dgrpo.batch import filler, pack
+from dgrpo.policy import PolicyModel
+from dgrpo.teacher import SelfTeacher, Teacher, common_vocab
+from tests.tiny import (
+    SIZES,
+    VOCAB,
+    assert_same_gradients,
+    loss_with,
+    make_samples,
+    plain_loss,
+    relative,
+    teacher_samples,
+    tiny_model,
+    tiny_pair,
+)
+
+WIDE = {"hidden_size": 48, "vocab_size": VOCAB + 16}  # padded further than the student's
+
+
+@pytest.mark.parametrize(
+    "student, kind, changes",
+    [
+        ("qwen3", "qwen3", {}),
+        ("qwen3", "llama", WIDE),
+        ("gemma2", "phi_biased_head", WIDE),
+        ("llama", "gemma3", {"hidden_size": 48}),
+        ("cohere", "granite", WIDE),
+        ("granite", "cohere", {}),
+    ],
+)
+def test_the_loss_is_that_of_both_models_logits(student, kind, changes):
+    policy, plain = tiny_pair(student)
+    model = tiny_model(kind, seed=3, **changes)
+    teacher = Teacher(PolicyModel(tiny_model(kind, seed=3, **changes)))
+    samples = teacher_samples()
+    want = plain_loss(plain, samples, teacher=model)
+    want.backward()
+    got = loss_with(policy, samples, teacher, vocab_size=VOCAB)
+    assert abs(got - float(want.detach())) < 2e-5 * max(1, abs(float(want.detach())))
+    assert_same_gradients(policy, plain)
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters())
+
+
+def test_hidden_states_are_kept_for_guided_tokens_alone():
+    model = tiny_model("qwen2", seed=3)
+    body = tiny_model("qwen2", seed=3).model
+    teacher = Teacher(PolicyModel(model))
+    samples = teacher_samples()
+    teacher.attach(samples, 25)
+    assert len(teacher.hidden) == sum(int(s.guided.sum()) for s in samples)
+    assert not teacher.hidden.requires_grad
+    for sample in samples:
+        assert torch.equal(sample.teacher_rows >= 0, sample.guided)
+        own = sample.teacher_prompt_ids
+        prompt = sample.prompt_ids if own is None else own
+        ids = torch.cat([prompt, sample.completion_ids])
+        want = body(ids[None]).last_hidden_state[0, len(prompt) - 1 : -1][sample.guided]
+        got = teacher.hidden[sample.teacher_rows[sample.guided]]
+        torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_of_a_pass_does_not_matter():
+    teacher = Teacher(PolicyModel(tiny_model("gemma3", seed=3)))
+    kept = []
+    for max_tokens in (1, 25, 1000):
+        teacher.attach(teacher_samples(), max_tokens)
+        kept.append(teacher.hidden)
+    assert relative(kept[0], kept[1]) < 1e-5 and relative(kept[0], kept[2]) < 1e-5
+
+
+def test_a_next_batch_takes_the_place_of_the_last():
+    teacher = Teacher(PolicyModel(tiny_model("llama")), offload_body=True)
+    teacher.attach(make_samples(SIZES), 25)
+    samples = make_samples([(4, 3)], loss_mask=torch.ones(3, dtype=torch.bool))
+    teacher.attach(samples, 25)
+    assert len(teacher.hidden) == 3 and samples[0].teacher_rows.tolist() == [0, 1, 2]
+    teacher.attach([], 25)
+    assert len(teacher.hidden) == 0
+
+
+def test_a_micro_without_the_teachers_tokens_has_an_empty_head():
+    policy, _ = tiny_pair("llama")
+    teacher = Teacher(PolicyModel(tiny_model("llama", seed=3)))
+    samples = make_samples([(3, 4)])
+    samples[0].teacher_mask = torch.zeros(4, dtype=torch.bool)
+    teacher.attach(samples, 25)
+    for micro in (*pack(samples, 25), filler()):
+        head = teacher.head(micro)
+        assert len(teacher.hidden) == 0 and (head.rows == -1).all()
+        out = policy(**micro.model_args(), inputs=micro.head_inputs(teacher=head))
+        out.loss.backward()
+        assert not out.divergence.any() and torch.isfinite(out.loss)
+
+
+def test_a_bf16_teacher_stays_bf16():
+    teacher = Teacher(PolicyModel(tiny_model("qwen3", seed=3, dtype=torch.bfloat16)))
+    policy, _ = tiny_pair("qwen3")
+    samples = teacher_samples()
+    got = loss_with(policy, samples, teacher)
+    assert teacher.hidden.dtype == torch.bfloat16
+    exact = Teacher(PolicyModel(tiny_model("qwen3", seed=3)))
+    assert abs(got - loss_with(policy, samples, exact)) < 0.02 * abs(got)
+
+
+# The policy as its own teacher.
+
+
+def test_the_policy_on_another_prompt_is_a_constant():
+    policy, plain = tiny_pair("gemma3")
+    samples = teacher_samples()
+    want = plain_loss(plain, samples, teacher=tiny_model("gemma3"))  # the same weights
+    want.backward()
+    policy.train()
+    got = loss_with(policy, samples, SelfTeacher(policy))
+    assert policy.model.training
+    assert abs(got - float(want.detach())) < 1e-5
+    assert_same_gradients(policy, plain)
+
+
+def test_the_policy_on_the_same_prompt_teaches_nothing():
+    policy, _ = tiny_pair("qwen2")
+    samples = make_samples(SIZES, advantages=None)
+    assert abs(loss_with(policy, samples, SelfTeacher(policy))) < 1e-6
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_head_does_not_move(frozen):
+    policy, _ = tiny_pair("phi_biased_head")
+    teacher = SelfTeacher(policy, frozen_head=frozen)
+    samples = teacher_samples()
+    teacher.attach(samples, 25)
+    before = [t.clone() for t in (policy.head.weight, policy.head.bias)]
+    with torch.no_grad():
+        policy.head.weight.add_(1.0)
+        policy.head.bias.add_(1.0)
+    (micro, *_) = pack(samples, 25)
+    with teacher.head(micro).open() as now:
+        assert all(torch.equal(a, b) == frozen for a, b in zip(before, now, strict=True))
+        assert not any(t.requires_grad for t in now)
+
+
+def test_a_self_teacher_with_lora_has_the_merged_head():
+    policy, _ = tiny_pair("llama", lora=["lm_head"])
+    (micro,) = pack(make_samples([(3, 4)]), 25)
+    with SelfTeacher(policy).head(micro).open() as (weight, bias):
+        assert torch.equal(weight, policy.head.merged_weight()) and bias is None
+        assert not torch.equal(weight, policy.head.weight) and not weight.requires_grad
+    with pytest.raises(ValueError, match="frozen_head: got True for a head with LoRA"):
+        SelfTeacher(policy, frozen_head=True)
+
+
+# Vocabularies.
+
+
+class Tokenizer:
+    def __init__(self, *tokens, **changed):
+        self.vocab = {token: i for i, token in enumerate(tokens)} | changed
+
+    def get_vocab(self):
+        return self.vocab
+
+
+def test_heads_are_compared_in_their_common_columns():
+    assert common_vocab(151936, 152064) == common_vocab(152064, 151936) == 151936
+    same = Tokenizer("a", "b", "c")
+    assert common_vocab(4, 6, same, Tokenizer("a", "b", "c")) == 4
+
+
+def test_vocabularies_that_differ_raise():
+    ours = Tokenizer("a", "b", "c")
+    with pytest.raises(ValueError, match="teacher: got id 5 for token 'b', expected 1"):
+        common_vocab(8, 8, ours, Tokenizer("a", "b", "c", b=5))
+    with pytest.raises(ValueError, match="teacher: got id 3 for token 'd', expected None"):
+        common_vocab(8, 8, ours, Tokenizer("a", "b", "c", "d"))
+    with pytest.raises(ValueError, match="expected at least the 3 ids"):
+        common_vocab(2, 8, ours, ours)
