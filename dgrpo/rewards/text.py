@@ -1,0 +1,151 @@
+"""Text as rewards read it: final answers, normal forms, overlap, copying, repetition.
+
+Standard library only: the worker process that runs rewards imports this and nothing heavy. Patterns
+must not backtrack: a policy writes runs of a hundred thousand spaces or tags.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+_ANSWER = re.compile(r"^[ \t*_#>-]*(?:final )?answer[ \t*_]*:[*_]*\s*(.*)$", re.I | re.M)
+_ARTICLES = {"a", "an", "the"}
+_EDGES = "".join(chr(c) for c in range(33, 127) if not chr(c).isalnum()) + "“”‘’«»…–—"
+_RUN = 12  # words of a block that is looked up in a document; two in a row are a copy
+
+
+def column(values: Sequence | None, n: int) -> Sequence:
+    """A column of n values; of None where the data has no such column."""
+    return [None] * n if values is None else values
+
+
+def without_thinking(completion: str) -> str:
+    """What follows the last ``</think>``, or the whole completion if there is none."""
+    return completion.rpartition("</think>")[2]
+
+
+def final_answer(completion: str) -> str:
+    """What follows the last "Answer:" at a line's start, to the line's end; else the last line.
+
+    Reasoning up to ``</think>`` is left out. A completion that lists several answers gives its last
+    line only, so that listing gains nothing.
+    """
+    text = without_thinking(completion)
+    marked = _ANSWER.findall(text)
+    if marked:
+        return marked[-1].strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def normalise(text: str) -> str:
+    """Comparable form: NFKC, no case, no articles, no punctuation around words, single spaces.
+
+    Signs, decimal points and everything else within a word stay ("-3.5" is not "35"); commas
+    between digits go ("1,000" is "1000").
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    words = [_strip(word) for word in text.split()]
+    kept = [word for word in words if word and word not in _ARTICLES]
+    return " ".join(kept or [word for word in words if word]) or " ".join(text.split())
+
+
+def _strip(word: str) -> str:
+    stripped = word.rstrip(_EDGES.replace("%", "")).lstrip(_EDGES.replace("-", "").replace("+", ""))
+    if stripped[:1] in ("-", "+") and not stripped[1:2].isdigit():
+        stripped = stripped.lstrip(_EDGES)
+    return stripped
+
+
+def answers(answer: Any, aliases: Any) -> list[str]:
+    """The normal forms of what counts as right: the aliases, or the answer where there are none.
+
+    Raises:
+        ValueError: the row has neither.
+    """
+    given = aliases if aliases else [answer]
+    if isinstance(given, str):
+        given = [given]
+    found = [normalise(str(a)) for a in given if a is not None and str(a).strip()]
+    if not found:
+        raise ValueError("answer: got a row without answer and aliases, expected one of them")
+    return found
+
+
+def overlap(words: Sequence[str], gold: Sequence[str]) -> tuple[float, float]:
+    """Precision and recall of a multiset of words (or items) against the right one."""
+    if not words or not gold:
+        return 0.0, 0.0
+    common = sum((Counter(words) & Counter(gold)).values())
+    return common / len(words), common / len(gold)
+
+
+def f1(precision: float, recall: float) -> float:
+    """Harmonic mean; 0 where both are."""
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def guarded(precision: float, recall: float) -> float:
+    """F1 times precision: what is given for a set of answers.
+
+    F1 alone pays for lists: k candidates of which one is right have F1 = 2 / (k + 1), more than the
+    1/k that one of them at random would earn. With the precision as a factor it is less, and what
+    names nothing wrong still has its plain F1.
+    """
+    return f1(precision, recall) * precision
+
+
+def contains(text: str, part: str) -> bool:
+    """Whether normalised ``part`` stands in normalised ``text`` as whole words."""
+    return f" {part} " in f" {text} "
+
+
+def repetition(text: str, size: int = 6) -> float:
+    """Share of the runs of ``size`` words that occurred before: near 1 in loops."""
+    words = text.lower().split()
+    runs = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def copied(text: str, document: str | None) -> float:
+    """Share of ``text`` that is copied in bulk: in runs of 24 or more words of ``document`` within
+    one line. A sentence taken over as a line of its own is shorter."""
+    if not document:
+        return 0.0
+    total = taken = 0
+    for line in text.lower().splitlines():
+        words = re.findall(r"\w+", line)
+        total += len(words)
+        blocks = range(0, len(words) - _RUN + 1, _RUN)
+        if len(blocks) > 1:
+            whole = _plain_words(document)
+            found = [f" {' '.join(words[i : i + _RUN])} " in whole for i in blocks]
+            near = [False, *found, False]
+            runs = sum(f and (near[i] or near[i + 2]) for i, f in enumerate(found))
+            taken += len(words) * runs / len(blocks)
+    return taken / total if total else 0.0
+
+
+@lru_cache(maxsize=8)
+def _plain_words(document: str) -> str:
+    words = re.findall(r"\w+", document.lower())
+    return f" {' '.join(words)} "
+
+
+def passages_of(document: str, ids: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(id, text) of the passages labelled "[id] text", for those of ``ids`` that there are."""
+    for label in ids:
+        start = re.search(rf"^[ \t]*\[{re.escape(label)}\]", document, re.M)
+        if start:
+            kind = re.escape(label.rstrip("0123456789"))
+            end = re.compile(rf"^[ \t]*\[{kind}\d+\]", re.M).search(document, start.end())
+            yield label, document[start.end() : end.start() if end else None]
+
+
+def squeeze(text: str) -> str:
+    """Single spaces for all white space."""
+    return " ".join(text.split())

@@ -1,0 +1,182 @@
+"""What a sampler is given and what it returns, and how a token is drawn.
+
+Every random number is a function of (seed, step, prompt, index, position) and of nothing else: a
+sample draws the same whatever is generated beside it, in which order and on which rank, and so does
+a resumed run. :func:`stream_keys` hashes the first four into one key a sample, :func:`uniforms`
+turns key and position into a number by SplitMix64 (Steele et al., OOPSLA 2014), which needs no
+state, and :func:`draw` inverts the cumulative distribution at it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+_BLOCK = 256  # columns of a block of the two-level cumulative sum
+_CHUNK = 1 << 24  # logits turned into probabilities at once
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    There is no top-p or top-k: the ratio of the policy objective is taken to the whole
+    distribution, and would be biased by sampling from a part of it.
+    """
+
+    max_tokens: int = 256
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Divisor of the logits; 0 takes the likeliest token."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a completion and are part of it; None: the model's own, (): none."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion; the token that completes one is kept. Needs a tokenizer."""
+    seed: int = 0
+    """Seed of the run."""
+    step: int = 0
+    """Step of the run, so that the same prompt draws anew in each."""
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: got {self.max_tokens}, expected at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature: got {self.temperature}, expected 0 (greedy) or a positive number"
+            )
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings: got an empty string, expected texts; leave it out")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion, on the CPU; C tokens, the end-of-sequence token among them."""
+
+    prompt_ids: Tensor  # (P,) int64, shared by the samples of a prompt
+    completion_ids: Tensor  # (C,) int64
+    logprobs: Tensor  # (C,) fp32, of the sampling distribution over the whole vocabulary
+    finish_reason: Literal["stop", "length"]
+    version: int  # of the weights that it was sampled from
+
+
+class Sampler(Protocol):
+    """Anything that completes prompts with the policy."""
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor | Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        *,
+        keys: Sequence[int | str] | None = None,
+    ) -> list[Rollout]:
+        """Complete every prompt ``n`` times; sample j of prompt i is at ``i * n + j``.
+
+        Called on all ranks alike, each with its own prompts, or none.
+
+        Args:
+            prompts: token ids, at least one each.
+            n: completions per prompt.
+            sampling: length, stops, temperature, seed and step.
+            keys: what stands for each prompt in its random numbers; None: its token ids. Prompts
+                that occur twice in a step need different keys, or they draw the same completions.
+        """
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Sample from these weights from now on; called on all ranks.
+
+        Args:
+            weights: the policy's names and full tensors, one at a time. To advance the iterator
+                may take a collective, so a sampler consumes it on all ranks or on none.
+            version: number that the rollouts are to carry.
+        """
+
+
+def stream_keys(sampling: Sampling, keys: Iterable[int | str | bytes], n: int) -> Tensor:
+    """A 64-bit key for each of n samples of each prompt: (prompts, n) int64."""
+    rows = []
+    for key in keys:
+        kind = type(key).__name__.encode()
+        data = key if isinstance(key, bytes) else str(key).encode()
+        base = f"{sampling.seed} {sampling.step} ".encode() + kind + b" " + data
+        digest = hashlib.blake2b(base, digest_size=32).digest()
+        for index in range(n):
+            small = hashlib.blake2b(index.to_bytes(8, "little"), key=digest, digest_size=8)
+            rows.append(int.from_bytes(small.digest(), "little", signed=True))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, n)
+
+
+def uniforms(keys: Tensor, position: int) -> Tensor:
+    """Number ``position`` of each key's stream: fp64 in [0, 1), shaped like ``keys``.
+
+    SplitMix64: the state is key + (position + 1) * gamma, the output its mixed bits. All in
+    wrapping int64 arithmetic, hence the same bits on every device.
+    """
+    x = keys + _signed((position + 1) * 0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x ^ _shift(x, 31)
+    return _shift(x, 12).double() * 2.0**-52  # 52 bits: u * total stays below total
+
+
+def draw(logits: Tensor, u: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw one token a row.
+
+    Args:
+        logits: (R, V) fp32.
+        u: (R,) fp64 in [0, 1): the token is where the cumulative distribution passes it. Unused at
+            temperature 0.
+        temperature: divisor of the logits; 0 takes the likeliest token, whose log-probability is
+            then that at temperature 1.
+
+    Returns:
+        tokens (R,) int64, and their log-probabilities (R,) fp32.
+    """
+    size = max(1, _CHUNK // logits.shape[1])
+    if logits.shape[0] > size:
+        starts = range(0, logits.shape[0], size)
+        parts = [
+            draw(logits[i : i + size], None if u is None else u[i : i + size], temperature)
+            for i in starts
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    lse = logits.logsumexp(1, keepdim=True)
+    tokens = logits.argmax(1) if temperature == 0.0 else _invert(logits - lse, u)
+    return tokens, (logits.gather(1, tokens[:, None]) - lse)[:, 0]
+
+
+def _invert(logprobs: Tensor, u: Tensor) -> Tensor:
+    """First token at which the cumulative probability exceeds u times its total.
+
+    Block sums first, then the columns of one block, all in fp64: an fp32 cumulative sum over a
+    whole vocabulary would be off by 1e-5 and drop rare tokens.
+    """
+    rows, vocab = logprobs.shape
+    blocks = -(-vocab // _BLOCK)
+    p = logprobs.new_zeros(rows, blocks * _BLOCK)
+    torch.exp(logprobs, out=p[:, :vocab])
+    p = p.view(rows, blocks, _BLOCK)
+    cumulative = p.sum(2, dtype=torch.float64).cumsum(1)
+    goal = u[:, None] * cumulative[:, -1:]
+    block = (cumulative <= goal).sum(1, keepdim=True).clamp_(max=blocks - 1)
+    before = cumulative.gather(1, (block - 1).clamp(min=0)) * (block > 0)
+    inner = p.gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0].double()
+    column = (inner.cumsum(1) <= goal - before).sum(1)
+    # Rounding may leave the goal at the block's very end: then its last token of any probability.
+    last = _BLOCK - 1 - (inner.flip(1) > 0).int().argmax(1)
+    return block[:, 0] * _BLOCK + torch.minimum(column, last)
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of int64 taken as unsigned."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
