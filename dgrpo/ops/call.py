@@ -131,7 +131,12 @@ class Call:
             gradients=gradients,
             budget=self.memory_budget,
             processors=_processors(self.device) if cuda else 0,
-            lifts=not all(writes_fp32("mm", head.weight) for head in (student, teacher) if head),
+            lifts=not all(
+                writes_fp32(product, head.weight)
+                for head in (student, teacher)
+                for product in ("mm", "addmm")
+                if head is not None
+            ),
         )
 
 

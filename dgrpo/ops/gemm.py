@@ -24,15 +24,17 @@ def _writes_fp32(product: str, device: torch.device, dtype: torch.dtype) -> bool
     """Whether `mm` or `addmm` on this device takes `out_dtype` and gives the right numbers."""
     if device.type == "cpu":
         return False
-    a, b = (torch.eye(32, dtype=dtype, device=device) for _ in range(2))
-    out = torch.ones(32, 32, dtype=torch.float32, device=device)
-    try:
+    a, b = (torch.eye(32, 48, dtype=dtype, device=device) for _ in range(2))
+    want = torch.eye(32, device=device)
+    try:  # in the layouts of the sweep: a row stride of its own, transposed operands, in place
         if product == "mm":
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-            want = torch.eye(32, device=device)
+            out = torch.ones(32, 64, device=device)[:, :32]
+            torch.mm(a, b.T, out_dtype=torch.float32, out=out)
         else:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-            want = torch.eye(32, device=device) + 1
+            out = torch.ones(32, 32, device=device)
+            a = a.T.contiguous()
+            torch.addmm(out, a.T, b.T, out_dtype=torch.float32, out=out)
+            want += 1
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return bool((out == want).all())

@@ -41,7 +41,7 @@ def measure(
         missing=float("nan") if call.shard is None else -float("inf"),
     )
     if call.shard is not None:
-        merge_stats(stats, call.shard, local, known)
+        merge_stats(stats, call.shard, local, known, teacher=t is not None)
     if topk:
         return _merge_columns(call, z, part, stats, ids, taken, target_raw)
     if call.divergence in SECOND_PASS:

@@ -46,33 +46,37 @@ def _mix(tops: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top, log_sum, (masses - log_sum).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def merge_stats(stats: Tensor, shard: Shard, divergence: str, known: Tensor) -> None:
+def merge_stats(
+    stats: Tensor, shard: Shard, divergence: str, known: Tensor, teacher: bool
+) -> None:
     """Replace this shard's statistics, an (11, R) view, by those of the whole row.
 
     One all-gather. known: (R,) bool, the target lies in the vocabulary; elsewhere its
-    log-probability becomes NaN.
+    log-probability becomes NaN. teacher: there are a teacher's logits; without, its rows stay 0.
     """
     each = RowStats(*gather(stats, shard.group).unbind(1))
     out = RowStats(*stats.unbind(0))
     max_z, log_sum_z, log_p = _mix(each.max_z, each.log_sum_z)
-    max_t, log_sum_t, log_q = _mix(each.max_t, each.log_sum_t)
     max_b, log_sum_b, log_b = _mix(each.policy_max, each.policy_log_sum)
-    p, q = log_p.exp(), log_q.exp()
+    p = log_p.exp()
     logprobs = (each.logprobs + log_b).amax(0)
-    teacher_logprobs = (each.teacher_logprobs + log_q).amax(0)
     out.entropy.copy_((p * (each.entropy - log_p)).where(p > 0, 0).sum(0))
+    out.max_z.copy_(max_z)
+    out.log_sum_z.copy_(log_sum_z)
+    out.policy_max.copy_(max_b)
+    out.policy_log_sum.copy_(log_sum_b)
+    out.logprobs.copy_(logprobs.where(known, torch.nan))
+    if not teacher:
+        return
+    max_t, log_sum_t, log_q = _mix(each.max_t, each.log_sum_t)
+    q = log_q.exp()
+    out.max_t.copy_(max_t)
+    out.log_sum_t.copy_(log_sum_t)
+    out.teacher_logprobs.copy_((each.teacher_logprobs + log_q).amax(0).where(known, torch.nan))
     if divergence == "reverse_kl":
         out.divergence.copy_((p * (each.divergence + log_p - log_q)).where(p > 0, 0).sum(0))
     elif divergence == "forward_kl":
         out.divergence.copy_((q * (each.divergence + log_q - log_p)).where(q > 0, 0).sum(0))
-    out.max_z.copy_(max_z)
-    out.log_sum_z.copy_(log_sum_z)
-    out.max_t.copy_(max_t)
-    out.log_sum_t.copy_(log_sum_t)
-    out.policy_max.copy_(max_b)
-    out.policy_log_sum.copy_(log_sum_b)
-    out.logprobs.copy_(logprobs.where(known, torch.nan))
-    out.teacher_logprobs.copy_(teacher_logprobs.where(known, torch.nan))
 
 
 def add_divergence(stats: Tensor, shard: Shard) -> None:

@@ -1,0 +1,103 @@
+"""One pass over rows in bounded memory, from a position that can be saved."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dgrpo.data.problems import BadRow, Report
+from dgrpo.data.rows import is_function, looks_local, open_table, parse_line, renamed, row_files
+
+
+class RowStream:
+    """One pass over files or a hub dataset, in bounded memory, resumable.
+
+    Iterating gives ``(where, row)`` or ``(where, BadRow)``. :meth:`state` is where to go on.
+
+    Args:
+        path: as for :func:`load_rows`, without functions.
+        split: of a hub dataset.
+        columns: ``{our name: name in the file}``.
+        report: files that cannot be opened are counted here.
+        seed, epoch: the order of the files.
+        state: from :meth:`state`.
+    """
+
+    def __init__(
+        self, path, *, split="train", columns=None, report=None, seed=0, epoch=0, state=None
+    ):
+        self.path, self.columns, self.report = str(path), columns or {}, report or Report()
+        self.files = row_files(path)
+        self.file, self.row = (state["file"], state["row"]) if state else (0, 0)
+        self.hub = None
+        if self.files:
+            order = np.random.default_rng([seed, epoch]).permutation(len(self.files))
+            self.files = [self.files[i] for i in order]
+        elif looks_local(self.path) or is_function(self.path):
+            raise ValueError(
+                f"path: got {self.path!r}, expected row files or a hub dataset for streaming=True"
+            )
+        else:
+            import datasets
+
+            self.hub = datasets.load_dataset(self.path, split=split, streaming=True)
+            self.hub = self.hub.shuffle(seed=seed + epoch, buffer_size=1)  # the order of its files
+            if state:
+                self.hub.load_state_dict(state["hub"])
+
+    def state(self) -> dict:
+        """Where the pass stands, as plain numbers."""
+        hub = self.hub.state_dict() if self.hub is not None else None
+        return {"file": self.file, "row": self.row, "hub": hub}
+
+    def __iter__(self) -> Iterator[tuple[str, dict | BadRow]]:
+        for where, row in self._hub_rows() if self.hub is not None else self._file_rows():
+            try:
+                yield where, row if isinstance(row, BadRow) else renamed(row, self.columns, where)
+            except BadRow as problem:
+                yield where, problem
+
+    def _hub_rows(self):
+        for row in self.hub:
+            self.row += 1
+            yield f"{self.path}:{self.row - 1}", row
+
+    def _file_rows(self):
+        while self.file < len(self.files):
+            file = self.files[self.file]
+            reader = _read_parquet if file.endswith(".parquet") else _read_lines
+            try:
+                for row in reader(file, self.row):
+                    self.row += 1
+                    yield f"{file}:{self.row}", row
+            except Exception as error:  # whatever a reader raises on a broken file
+                self.report.drop(
+                    BadRow("unreadable file", f"{type(error).__name__}: {error}", file)
+                )
+            self.file, self.row = self.file + 1, 0
+
+
+def _read_lines(file: str, skip: int):
+    if file.endswith(".json"):
+        table = open_table(file)
+        yield from (table.rows[i] for i in range(skip, len(table)))
+        return
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream):
+            if number < skip:
+                continue
+            try:
+                yield parse_line(line, f"{file}:{number + 1}")
+            except BadRow as problem:
+                yield problem
+
+
+def _read_parquet(file: str, skip: int):
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        groups = list(range(parquet.num_row_groups))
+        while groups and skip >= parquet.metadata.row_group(groups[0]).num_rows:
+            skip -= parquet.metadata.row_group(groups.pop(0)).num_rows
+        for batch in parquet.iter_batches(batch_size=16, row_groups=groups):
+            yield from batch.slice(min(skip, len(batch))).to_pylist()
+            skip = max(0, skip - len(batch))

@@ -1,0 +1,207 @@
+"""A row becomes a prompt: the columns it is read from, its text, its tokens."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dgrpo.data.problems import BadRow
+from dgrpo.data.text import encode_chat, encode_text
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows and how to read it.
+
+    Attributes:
+        path: see :func:`~dgrpo.data.rows.load_rows`; empty with ``rows``.
+        name: stands in messages and in ``Prompt.source``; the path if empty.
+        weight: share of this source in the mix, relative to the sum of all.
+        split: the split of a hub dataset.
+        streaming: pass through the files once an epoch with a block-wise shuffle, instead of
+            random access with a full one (a hub dataset is then not downloaded as a whole).
+        columns: ``{our name: name in the file}``.
+        options: keyword arguments of a ``module:function`` path.
+        prompt: column with the whole prompt, a text or chat messages. Empty: ``messages``, else
+            ``prompt``, else ``template`` filled in from the columns.
+        template: the prompt's text with columns in braces.
+        completion: column with the target. Empty: ``completion``, else ``response_reference``,
+            else the first ``response_*`` with text, else ``answer``.
+        reward: overrides the row's ``reward`` column.
+        where: only rows whose columns have these values; the others do not count as dropped.
+        books: a folder with the texts of rows whose ``document`` is null, see
+            :mod:`dgrpo.data.longblocks`.
+        rows: the rows themselves, in place of ``path``.
+    """
+
+    path: str = ""
+    name: str = ""
+    weight: float = 1.0
+    split: str = "train"
+    streaming: bool = False
+    columns: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    prompt: str = ""
+    template: str = "{document}\n\n{question}"
+    completion: str = ""
+    reward: str = ""
+    where: dict = field(default_factory=dict)
+    books: str = ""
+    rows: list | None = None
+
+
+@dataclass
+class Prompt:
+    """A prompt ready for the model.
+
+    Attributes:
+        ids: (P,) int64, the tokenised prompt.
+        text: what the rewards get as the prompt: a text or chat messages.
+        completion: the target's text, where there is one.
+        completion_ids: (C,) int64, the target's tokens with the end-of-sequence token.
+        loss_mask: (C,) bool, for rows of segments: the tokens that carry loss.
+        columns: the row.
+        source: the source's name.
+        id: the row's ``id``, or its place in the file.
+        index: running number in the global stream, the same on every rank.
+    """
+
+    ids: Tensor
+    text: str | list
+    completion: str | None
+    completion_ids: Tensor | None
+    loss_mask: Tensor | None
+    columns: dict
+    source: str
+    id: str
+    index: int = -1
+
+
+def render_row(row: dict, source: Source) -> tuple[str | list, str | None]:
+    """Prompt (text or messages) and target of a row.
+
+    Raises:
+        BadRow: a column that the prompt needs is missing or null.
+    """
+    column = source.prompt or next((name for name in ("messages", "prompt") if row.get(name)), "")
+    prompt = row.get(column) if column else _filled(row, source.template)
+    if not prompt:
+        raise BadRow("empty prompt", f"column {column!r}" if column else "template")
+    if not isinstance(prompt, str | list):
+        raise BadRow("a prompt that is neither text nor messages", type(prompt).__name__)
+    completion = _target(row, source.completion)
+    if isinstance(prompt, list) and prompt[-1].get("role") == "assistant":
+        completion = completion if source.completion else prompt[-1].get("content")
+        prompt = prompt[:-1]
+    if completion is not None and not isinstance(completion, str):
+        raise BadRow("a target that is not text", type(completion).__name__)
+    return prompt, completion
+
+
+def _filled(row: dict, template: str) -> str:
+    used = _Used(row)
+    try:
+        text = template.format_map(used)
+    except KeyError as error:
+        raise BadRow("missing column", str(error).strip("'")) from None
+    nulls = [name for name in used.names if row[name] is None]
+    if nulls:
+        hint = (
+            "the public LongBlocks has no text for Institutional Books; give books=FOLDER to "
+            f"rejoin it, row {row.get('id')}"
+        )
+        raise BadRow(f"{nulls[0]} is null", hint if nulls[0] == "document" else "")
+    return text
+
+
+class _Used(dict):
+    """A row that remembers which columns a template read."""
+
+    def __init__(self, row: dict):
+        super().__init__(row)
+        self.names: list[str] = []
+
+    def __getitem__(self, name: str):
+        self.names.append(name)
+        return super().__getitem__(name)
+
+
+def _target(row: dict, column: str):
+    if column:
+        if column not in row:
+            raise BadRow("missing column", column)
+        return row[column]
+    responses = sorted(name for name in row if name.startswith("response_"))
+    for name in ("completion", "response_reference", *responses, "answer"):
+        if row.get(name):
+            return row[name]
+    return None
+
+
+class PromptEncoder:
+    """Rows to :class:`Prompt` with one tokenizer.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        chat: apply the tokenizer's chat template; False: the text as it is, after the
+            beginning-of-sequence token where the tokenizer adds one; None: chat where the
+            tokenizer has a template.
+        system: a system message, or, without a chat template, text before every prompt.
+        chat_options: passed to the chat template.
+    """
+
+    def __init__(self, tokenizer, *, chat=None, system=None, chat_options=None):
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if chat and not has_template:
+            raise ValueError(
+                "chat: got True for a tokenizer without a chat template; "
+                "use chat=False or set tokenizer.chat_template"
+            )
+        self.tokenizer = tokenizer
+        self.chat = has_template if chat is None else chat
+        self.system, self.chat_options = system, chat_options or {}
+        start = list(tokenizer("")["input_ids"])
+        self.start = [token for token in start if token != tokenizer.eos_token_id]
+        self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(self, row: dict, source: Source, where: str = "") -> Prompt:
+        """Raises BadRow where the row has no usable prompt."""
+        name = source.name or source.path
+        row = dict(row, reward=source.reward) if source.reward else row
+        identifier = str(row.get("id") or where)
+        if row.get("segments"):
+            before = row.get("prompt") or ""
+            ids, target, mask = self._segments(before, row["segments"])
+            return Prompt(ids, before, None, target, mask, row, name, identifier)
+        text, completion = render_row(row, source)
+        ids = torch.tensor(self._prompt(text), dtype=torch.int64)
+        target = None
+        if completion is not None:
+            tokens = encode_text(self.tokenizer, completion, target=True)
+            target = torch.tensor(tokens + self.end, dtype=torch.int64)
+        return Prompt(ids, text, completion, target, None, row, name, identifier)
+
+    def _prompt(self, text: str | list) -> list[int]:
+        if self.chat:
+            messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+            if self.system and messages[0].get("role") != "system":
+                messages = [{"role": "system", "content": self.system}, *messages]
+            return encode_chat(self.tokenizer, messages, **self.chat_options)
+        if isinstance(text, list):
+            raise BadRow("chat messages without a chat template", "chat is off")
+        return self.start + encode_text(self.tokenizer, (self.system or "") + text)
+
+    def _segments(self, prompt: str | list, segments: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+        """One text of several pieces; each piece with loss is ended by end-of-sequence."""
+        ids = self._prompt(prompt) if prompt else list(self.start)
+        mask = [False] * len(ids)
+        for piece in segments:
+            loss = bool(piece["loss"])
+            tokens = encode_text(self.tokenizer, piece["text"], target=loss)
+            tokens += self.end if loss else []
+            ids, mask = ids + tokens, mask + [loss] * len(tokens)
+        first = mask.index(True) if True in mask else len(mask)
+        if first in (0, len(mask)):
+            raise BadRow("segments", "expected some with loss, after some without")
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        return tokens[:first], tokens[first:], torch.tensor(mask[first:])
