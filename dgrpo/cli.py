@@ -1,0 +1,267 @@
+"""The command line: `dgrpo train | eval | generate | report | data`; `--help` of each lists all.
+
+Anything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from dgrpo.config import PRESETS, describe, load
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Bad input is told on stderr, with status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:2] == ["data", "make"]:
+        from dgrpo.data.make import main as make
+
+        return make(arguments[2:])
+    wanted = parser()
+    options, rest = wanted.parse_known_args(arguments)
+    if rest and not (options.run is train and all("=" in text[1:] for text in rest)):
+        wanted.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.run is train:
+        options.arguments += rest  # overrides after an option
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    main_parser = argparse.ArgumentParser(
+        prog="dgrpo", description="Post-training of language models on long sequences."
+    )
+    commands = main_parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "train",
+        help="train a model from a settings file",
+        description="Train from a YAML file of settings, and from key=value overrides of it.\n"
+        "The same command goes on where a run was interrupted. Under torchrun: on many GPUs.",
+        epilog=settings_help(),
+        formatter_class=raw,
+    )
+    command.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="FILE key=value",
+        help="YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it",
+    )
+    command.add_argument("--stage", help="run this stage of the file alone")
+    command.add_argument("--show", action="store_true", help="print the settings and do nothing")
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("generate", help="complete a prompt with a model")
+    _model_arguments(command)
+    command.add_argument("prompt", nargs="?", help="text; left out: standard input")
+    command.add_argument("--n", type=int, default=1, help="completions (1)")
+    command.add_argument("--max-tokens", type=int, default=256, help="longest completion (256)")
+    command.set_defaults(run=generate)
+
+    command = commands.add_parser(
+        "eval",
+        help="score a model on long-context tasks, rows or public benchmarks",
+        description="Prints a table by task and length with 95 % intervals.",
+    )
+    _model_arguments(command)
+    add = command.add_argument
+    add("--ruler", metavar="TASKS", help="tasks made here: all, or some by comma")
+    add("--lengths", default="4096", help="lengths of these in tokens, by comma (4096)")
+    add("--count", type=int, default=100, help="items of each task and length (100)")
+    add("--rows", action="append", default=[], metavar="FILE", help="rows with a reward column")
+    add(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a user's file of longbench, longbench_v2, infinitebench, gsm8k, mmlu_pro or ifeval",
+    )
+    add("--lm-eval", metavar="TASKS", help="tasks of lm-eval by comma, where it is installed")
+    add("--limit", type=int, help="items of each source at most (all)")
+    add("--max-tokens", type=int, help="longest completion (the row's own, else 256)")
+    add("--batch", type=int, default=8, help="prompts at once (8)")
+    add("--against", metavar="JSON", help="earlier results.json: paired differences to it")
+    add("--out", help="folder for results.json and the heat map")
+    command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("report", help="draw a run's curves and write its page")
+    command.add_argument("folder", help="folder of the run")
+    command.set_defaults(run=report)
+
+    command = commands.add_parser("data", help="make long-context data: dgrpo data make --help")
+    command.add_argument("make", choices=["make"], help="make rows")
+    return main_parser
+
+
+def settings_help() -> str:
+    """All settings with type, default and meaning, and the presets."""
+    lines = ["settings (group.name=value, values in YAML):"]
+    group = ""
+    for name, kind, default, text in describe():
+        head = name.rpartition(".")[0]
+        if head != group:
+            group = head
+            lines.append("")
+        shown = (
+            "null" if default is None else repr(default) if isinstance(default, str) else default
+        )
+        shown = str(default) if default == "required" else str(shown)
+        if len(shown) > 40:
+            shown = shown[:37] + "..."
+        lines.append(f"  {name}  ({kind}, {shown})")
+        lines.append(textwrap.indent(textwrap.fill(text or "", 90), " " * 8))
+    lines += ["", "method.preset sets, where not overridden:"]
+    for name, values in PRESETS.items():
+        shown = ", ".join(f"{key}={value}" for key, value in values.items()) or "the defaults above"
+        lines.append(textwrap.indent(textwrap.fill(f"{name}: {shown}", 90), " " * 4))
+    return "\n".join(lines)
+
+
+def train(options: argparse.Namespace) -> int:
+    """`dgrpo train`."""
+    files = [text for text in options.arguments if "=" not in text]
+    overrides = [text for text in options.arguments if "=" in text]
+    if len(files) > 1:
+        raise ValueError(f"train: got the files {files}, expected one; settings are key=value")
+    stages = load(files[0] if files else None, overrides, options.stage)
+    if options.show:
+        from dgrpo.config import dump
+
+        for name, settings in stages.items():
+            print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
+        return 0
+    from dgrpo.checkpoint import CheckpointError
+    from dgrpo.trainer import Diverged, train_stages
+    from dgrpo.training import ranks
+
+    try:
+        outcomes = train_stages(stages)
+        first = ranks.rank() == 0
+    except (Diverged, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        ranks.leave()
+    for name, outcome in outcomes.items() if first else ():
+        label = f"{name}: " if name else ""
+        print(f"{label}{outcome.status} at step {outcome.step} in {outcome.folder}")
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`dgrpo generate`."""
+    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    for number, text in enumerate(_generator(options)([prompt], options.max_tokens, options.n)):
+        if options.n > 1:
+            print(f"--- {number}")
+        print(text)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`dgrpo eval`."""
+    if not (options.rows or options.ruler or options.benchmark or options.lm_eval):
+        raise ValueError("eval: got no task, expected --ruler, --rows, --benchmark or --lm-eval")
+    from dgrpo.evaluation import Results, compare, lm_eval_scores
+    from dgrpo.evaluation import evaluate as score
+
+    if options.lm_eval:
+        names = options.lm_eval.split(",")
+        scores = lm_eval_scores(options.model, names, limit=options.limit, batch_size=options.batch)
+        for name, value in scores.items():
+            print(f"{name}  {_points(value)}")
+    if not (options.rows or options.ruler or options.benchmark):
+        return 0
+    complete = _generator(options)
+    results = score(
+        complete,
+        _evaluation_rows(options, complete.tokenizer),
+        batch_size=options.batch,
+        max_tokens=options.max_tokens,
+        tokenizer=complete.tokenizer,
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    print(results.table())
+    if options.against:
+        print(f"difference to {options.against}:")
+        for task, difference in compare(Results.from_json(options.against), results).items():
+            print(f"{task}  {_points(difference)}")
+    if options.out:
+        folder = Path(options.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        results.to_json(folder / "results.json")
+        results.heatmap(folder / "heatmap.png")
+    return 0
+
+
+def _evaluation_rows(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
+    """The rows of all sources, one source after the other."""
+    from dgrpo.data import load_rows
+    from dgrpo.evaluation import LOADERS, ruler
+
+    sources = [load_rows(path, split="test") for path in options.rows]
+    for text in options.benchmark:
+        name, _, path = text.partition("=")
+        if name not in LOADERS or not path:
+            raise ValueError(f"--benchmark: got {text!r}, expected NAME=FILE, NAME of {[*LOADERS]}")
+        sources.append(LOADERS[name](path))
+    if options.ruler:
+        tasks = [] if options.ruler == "all" else options.ruler.split(",")
+        lengths = [int(length) for length in options.lengths.split(",")]
+        sources.append(ruler(tokenizer, tasks, lengths, options.count, options.seed))
+    for source in sources:
+        yield from islice(source, options.limit)
+
+
+def report(options: argparse.Namespace) -> int:
+    """`dgrpo report`."""
+    from dgrpo.report import write_report
+
+    written = write_report(options.folder)
+    print(f"curves: {written.curves}\npage:   {written.page}")
+    return 0
+
+
+def _points(value) -> str:
+    """A mean with its 95 % interval, in points."""
+    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def _model_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="hub name or folder")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights")
+    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: likeliest token (0)")
+    command.add_argument("--seed", type=int, default=0, help="of sampling and made tasks (0)")
+    command.add_argument("--plain", action="store_true", help="without the chat template")
+    command.add_argument("--batch-tokens", type=int, default=65536, help="in the cache (65536)")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the model's code")
+
+
+def _generator(options: argparse.Namespace):
+    from dgrpo.training.generate import Generator
+
+    return Generator(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        chat=False if options.plain else None,
+        temperature=options.temperature,
+        seed=options.seed,
+        batch_tokens=options.batch_tokens,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

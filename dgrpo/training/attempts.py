@@ -1,0 +1,141 @@
+"""Hooks that look at a prompt's whole group: the teacher's prompt, and the gate on its weight.
+
+A teacher context is `context(group, row) -> (prompt, weight)`, `row` the place of a completion in
+its `group`: the prompt that the teacher sees (text or chat messages; None: the student's own) and
+the factor on that completion's teacher term (0: no teacher). A gate is `gate(group) -> factors`,
+one a completion. Both factors multiply `teacher_coef`, so with `method.advantage: none` they are
+the weight of the whole completion.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+Messages = list[dict[str, Any]]
+View = tuple[str | Messages | None, float]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One completion of a group, as hooks see it."""
+
+    prompt: str | Messages
+    completion: str
+    row: dict[str, Any]  # the columns of the prompt's row
+    tokens: int  # of the completion
+    reward: float  # 0 where the reward failed
+    correct: bool  # reward above rewards.correct_above
+    failed: bool  # its reward raised or timed out
+    truncated: bool
+
+
+TeacherContext = Callable[[Sequence[Attempt], int], View]
+Gate = Callable[[Sequence[Attempt]], Sequence[float]]
+
+
+def teacher_context(name: str, template: str) -> TeacherContext | None:
+    """The hook of `method.teacher_context`; None for "same".
+
+    Args:
+        name: "same", "evidence", "correct_rollout", "privileged" or "module:function".
+        template: text with `{prompt}` and `{context}`, for the two that add a context.
+    """
+    if name == "same":
+        return None
+    if name == "evidence":
+        return evidence
+    if name == "correct_rollout":
+        return partial(correct_rollout, template=template)
+    if name == "privileged":
+        return partial(privileged, template=template)
+    return load_function(name, "method.teacher_context")
+
+
+def gate(name: str) -> Gate | None:
+    """The hook of `method.gate`; None for "none"."""
+    if name == "none":
+        return None
+    if name == "wrong":
+        return wrong
+    if name == "mixed":
+        return mixed
+    return load_function(name, "method.gate")
+
+
+def evidence(group: Sequence[Attempt], row: int) -> View:
+    """OPSDL (2604.17535): the prompt with its `document` replaced by the row's `evidence`.
+
+    Without an `evidence` column its `passages` are joined. A row with neither, or whose document
+    is not part of its prompt, has no teacher.
+    """
+    attempt = group[row]
+    document = attempt.row.get("document")
+    short = attempt.row.get("evidence") or "\n\n".join(attempt.row.get("passages") or ())
+    if not document or not short:
+        return None, 0.0
+    prompt = _map_text(attempt.prompt, lambda text: text.replace(document, short))
+    return (prompt, 1.0) if prompt != attempt.prompt else (None, 0.0)
+
+
+def correct_rollout(group: Sequence[Attempt], row: int, *, template: str) -> View:
+    """SSOPD (2605.17497): the longest wrong completion, seen with the shortest correct one.
+
+    Its weight is 4 p (1 - p), p the share of correct completions; every other completion has no
+    teacher, and neither has a group that is all right or all wrong.
+    """
+    scored = [i for i, attempt in enumerate(group) if not attempt.failed]
+    right = [i for i in scored if group[i].correct]
+    wrong_ones = [i for i in scored if not group[i].correct]
+    if not right or not wrong_ones or row != max(wrong_ones, key=lambda i: group[i].tokens):
+        return None, 0.0
+    witness = group[min(right, key=lambda i: group[i].tokens)]
+    share = len(right) / len(scored)
+    return _with_context(group[row].prompt, witness.completion, template), 4 * share * (1 - share)
+
+
+def privileged(group: Sequence[Attempt], row: int, *, template: str) -> View:
+    """The prompt with the row's `privileged` text, else its `answer`; neither: no teacher."""
+    attempt = group[row]
+    text = attempt.row.get("privileged") or attempt.row.get("answer")
+    return (_with_context(attempt.prompt, text, template), 1.0) if text else (None, 0.0)
+
+
+def wrong(group: Sequence[Attempt]) -> list[float]:
+    """KDRL's reward-guided masking (2506.02208): the teacher on wrong completions only."""
+    return [0.0 if attempt.correct else 1.0 for attempt in group]
+
+
+def mixed(group: Sequence[Attempt]) -> list[float]:
+    """4 p (1 - p) of the group's share p of correct completions: most where it is undecided."""
+    scored = [attempt.correct for attempt in group if not attempt.failed]
+    share = sum(scored) / max(1, len(scored))
+    return [4 * share * (1 - share)] * len(group)
+
+
+def load_function(path: str, setting: str) -> Callable[..., Any]:
+    """The function at "module:function"; ValueError that names the setting if there is none."""
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise ValueError(f'{setting}: got {path!r}, expected a known name or "module:function"')
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{setting}: got {path!r}, which cannot be imported: {error}") from error
+
+
+def _with_context(prompt: str | Messages, context: str, template: str) -> str | Messages:
+    def fill(text: str) -> str:
+        return template.replace("{prompt}", text).replace("{context}", context)
+
+    return _map_text(prompt, fill)
+
+
+def _map_text(prompt: str | Messages, change: Callable[[str], str]) -> str | Messages:
+    """The text of a prompt changed; of chat messages that of the last one."""
+    if isinstance(prompt, str):
+        return change(prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": change(prompt[-1]["content"])}]

@@ -1,0 +1,203 @@
+"""Everything of a run made from its settings, and continued from its last checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dgrpo import fsdp
+from dgrpo.checkpoint import Checkpointer
+from dgrpo.config import DataSource, RunSettings, dump
+from dgrpo.data import Prompt, PromptStream, Source
+from dgrpo.metrics import RunLog
+from dgrpo.rewards.runner import Reward, Scorer
+from dgrpo.rollout import HFSampler
+from dgrpo.training import ranks
+from dgrpo.training.attempts import gate, teacher_context
+from dgrpo.training.models import (
+    load_objective,
+    load_policy,
+    load_reference,
+    load_teacher,
+    load_tokenizer,
+    place,
+    shard,
+)
+from dgrpo.training.optim import make_optimizers
+from dgrpo.training.run import Run, unpack_pending
+
+
+def build(settings: RunSettings) -> Run:
+    """Everything of a run, continued from its folder's last checkpoint where it has one.
+
+    Starts torch.distributed under torchrun. Raises ValueError on settings that do not fit the
+    model or the data.
+    """
+    transformers.logging.disable_progress_bar()
+    device, mesh = place(settings)
+    tokenizer = load_tokenizer(settings.model)
+    model = shard(load_policy(settings.model, settings.seed), settings, mesh, device)
+    if len(tokenizer) > model.vocab_size:
+        raise ValueError(
+            f"model.tokenizer: got {len(tokenizer)} tokens for a head of {model.vocab_size} rows, "
+            "expected at most as many; set vocab_size in model.config, or another tokenizer"
+        )
+    method, lora = settings.method, settings.model.lora
+    options = {
+        "divergence": method.divergence,
+        "divergence_clip": method.divergence_clip,
+        "jsd_beta": method.jsd_beta,
+        "temperature": settings.rollout.temperature if method.sequences == "rollout" else 1.0,
+        "teacher_temperature": settings.teacher.temperature,
+        "policy_logits": settings.head.policy_logits,
+        "memory_budget": settings.head.memory_budget,
+        "backend": settings.head.backend,
+    }
+    teacher = load_teacher(settings, model, tokenizer, mesh, device, options)
+    objective, per_sequence = load_objective(method.objective)
+    optimizer = settings.optimizer
+    stream = _stream(settings, settings.data.sources, tokenizer, epochs=settings.epochs)
+    run = Run(
+        settings=settings,
+        device=device,
+        model=model,
+        tokenizer=tokenizer,
+        stream=stream,
+        held_out=_held_out(settings, tokenizer),
+        teacher=teacher,
+        reference=load_reference(settings, mesh, device),
+        sampler=HFSampler(
+            model,
+            tokenizer,
+            vocab_size=options.get("vocab_size"),
+            batch_tokens=settings.rollout.batch_tokens,
+        ),
+        scorer=_scorer(settings),
+        context=teacher_context(method.teacher_context, method.teacher_template),
+        gate=gate(method.gate),
+        objective=objective,
+        per_sequence=per_sequence,
+        options=options,
+        optimizers=make_optimizers(
+            model,
+            optimizer.kind,
+            lr=optimizer.lr,
+            muon_lr=optimizer.muon_lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+        ),
+        checkpointer=Checkpointer(
+            Path(settings.out) / "checkpoints",
+            keep=settings.checkpoint.keep,
+            asynchronous=settings.checkpoint.asynchronous,
+            frozen=lora is None,
+        ),
+        log=None,  # type: ignore[arg-type]  # after the checkpoint: it cuts the metrics back to it
+        gradient_scale=1 if mesh is None else fsdp.gradient_scale(mesh),
+        steps=_known_steps(settings, stream.size),
+    )
+    torch.manual_seed(settings.seed + ranks.rank())
+    _resume(run)
+    return run
+
+
+def _scorer(settings: RunSettings) -> Scorer | None:
+    """The rewards in their worker; None where no completion is ever scored."""
+    if settings.method.sequences == "given" and not settings.evaluate.sources:
+        return None
+    functions = [Reward(**reward.model_dump()) for reward in settings.rewards.functions]
+    if not functions:
+        # Rows may name the library's rewards only; what the settings name may be called too.
+        sources = [*settings.data.sources, *settings.evaluate.sources]
+        allow = sorted({source.reward for source in sources if source.reward})
+        functions = [Reward("by_row", options={"allow": allow})]
+    return Scorer(functions, timeout=settings.rewards.timeout)
+
+
+def _stream(
+    settings: RunSettings, sources: list[DataSource], tokenizer: Any, **options: Any
+) -> PromptStream:
+    data = settings.data
+    defaults = {
+        "seed": settings.seed,
+        "shuffle": data.shuffle,
+        "min_prompt_tokens": data.min_prompt_tokens,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "max_completion_tokens": data.max_completion_tokens,
+        "require_completion": settings.method.sequences == "given",
+    }
+    return PromptStream(
+        [Source(**source.model_dump()) for source in sources],
+        tokenizer,
+        chat=data.chat,
+        chat_options=data.chat_options,
+        system=data.system,
+        rank=ranks.rank(),
+        world=ranks.world(),
+        **{**defaults, **options},
+    )
+
+
+def _held_out(settings: RunSettings, tokenizer: Any) -> list[Prompt]:
+    """This rank's prompts of the evaluation."""
+    if not settings.evaluate.sources:
+        return []
+    stream = _stream(
+        settings,
+        settings.evaluate.sources,
+        tokenizer,
+        shuffle=False,
+        require_completion=False,
+        max_completion_tokens=None,
+    )
+    return stream.batch(settings.evaluate.count)
+
+
+def _known_steps(settings: RunSettings, rows: int | None) -> int | None:
+    """Optimiser steps in all: the setting, or what the epochs give before any row is dropped."""
+    if settings.steps is not None or rows is None or settings.epochs is None:
+        return settings.steps
+    batches = math.ceil(rows * settings.epochs / settings.batch.prompts)
+    return batches * settings.batch.updates
+
+
+def _resume(run: Run) -> None:
+    """Continues from the newest checkpoint, or starts the folder's files."""
+    settings, folder = run.settings, run.folder
+    if ranks.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _note_changes(folder / "settings.yaml", dump(settings))
+    state = None
+    if settings.resume:
+        optimizers = [rated.optimizer for rated in run.optimizers]
+        state = run.checkpointer.restore(run.model, optimizers)
+    if state is not None:
+        run.state = state
+        run.stream.load_state_dict(state.data)
+        run.pending = unpack_pending(state)
+        run.saved_step = state.step
+    run.log = RunLog(
+        folder,
+        total_steps=run.steps,
+        tensorboard=settings.log.tensorboard,
+        wandb=settings.log.wandb,
+        settings=settings.model_dump(),
+        resume_step=run.state.step if settings.resume else None,
+        live=None if settings.log.progress else False,
+    )
+    run.show_warnings()
+    if state is not None:
+        run.log.message(f"going on from the checkpoint of step {state.step}")
+
+
+def _note_changes(path: Path, text: str) -> None:
+    """Writes the settings beside the run; the last ones stay as settings.before.yaml if changed."""
+    if path.exists() and path.read_text() != text:
+        path.replace(path.with_name("settings.before.yaml"))
+    path.write_text(text)

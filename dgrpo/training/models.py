@@ -1,0 +1,186 @@
+"""The models of a run from its settings: where they lie, policy, teacher, reference, objective."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoTokenizer
+
+from dgrpo import fsdp, objectives
+from dgrpo.config import Model, RunSettings
+from dgrpo.policy import PolicyModel
+from dgrpo.served import HttpTopK
+from dgrpo.teacher import SelfTeacher, ServedTeacher, Teacher, common_vocab
+from dgrpo.training.attempts import load_function
+
+
+def place(settings: RunSettings) -> tuple[torch.device, Any]:
+    """This rank's device, and the mesh to shard over; None for one process on a CPU."""
+    cuda = settings.device != "cpu" and (settings.device == "cuda" or torch.cuda.is_available())
+    if not cuda and "WORLD_SIZE" not in os.environ:
+        return torch.device("cpu"), None
+    device = fsdp.start(settings.device)
+    return device, fsdp.make_mesh(device, settings.fsdp.replicas)
+
+
+def shard(model: PolicyModel, settings: RunSettings, mesh: Any, device: torch.device) -> Any:
+    """The trained model on its device: masters in model.dtype, computing in fsdp.param_dtype."""
+    if mesh is None:
+        if settings.model.checkpointing:
+            fsdp.checkpoint_layers(model)
+        return model.to(device)
+    compute = settings.fsdp.param_dtype or ("bfloat16" if device.type == "cuda" else None)
+    return fsdp.shard(
+        model,
+        mesh,
+        compute_dtype=getattr(torch, compute) if compute else None,
+        reduce_dtype=getattr(torch, settings.fsdp.reduce_dtype),
+        cpu_offload=settings.fsdp.offload,
+        checkpoint_activations=settings.model.checkpointing,
+    )
+
+
+def frozen(
+    name: str, settings: RunSettings, mesh: Any, device: torch.device, **options: Any
+) -> PolicyModel:
+    """A model that is only read, in teacher.dtype, sharded like the policy."""
+    wanted = settings.teacher.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = PolicyModel.from_pretrained(name, dtype=getattr(torch, wanted), **options)
+    model.requires_grad_(False).eval()
+    return model.to(device) if mesh is None else fsdp.shard(model, mesh)
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer of `model.tokenizer`, else that of the model."""
+    if model.tokenizer is not None:
+        check_folder(model.tokenizer, "model.tokenizer")
+    elif model.name is not None:
+        check_folder(model.name, "model.name")
+    return AutoTokenizer.from_pretrained(
+        model.tokenizer or model.name,
+        revision=model.revision if model.tokenizer is None else None,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def load_policy(model: Model, seed: int = 0) -> PolicyModel:
+    """The policy, not sharded yet: from a folder or the hub, or with random weights by `seed`."""
+    common = {
+        "dtype": getattr(torch, model.dtype),
+        "lora": lora_config(model),
+        "liger": model.liger,
+    }
+    if model.name is not None:
+        return PolicyModel.from_pretrained(
+            model.name,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **common,
+        )
+    fields = dict(model.config or {})
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(seed)
+    return PolicyModel.from_config(config, **common)
+
+
+def check_folder(name: str, setting: str) -> None:
+    """ValueError for what can only be a folder and is not there, such as an earlier stage's."""
+    path = Path(name)
+    if (path.is_absolute() or len(path.parts) > 2) and not path.is_dir():
+        raise ValueError(
+            f"{setting}: got {name!r}, expected an existing folder or a hub name; "
+            "the result of a stage is there once that stage has been run"
+        )
+
+
+def lora_config(model: Model) -> LoraConfig | None:
+    """peft's configuration of the adapters; None without."""
+    if model.lora is None:
+        return None
+    targets = model.lora.targets
+    if model.lora.head:
+        targets = [*targets, "lm_head"]
+    return LoraConfig(
+        r=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        lora_dropout=model.lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_teacher(
+    settings: RunSettings,
+    model: PolicyModel,
+    tokenizer: Any,
+    mesh: Any,
+    device: torch.device,
+    options: dict[str, Any],
+) -> Teacher | SelfTeacher | ServedTeacher | None:
+    """The teacher of the method; notes in `options` how many columns the heads share."""
+    method, wanted = settings.method, settings.teacher
+    if not method.teaches():
+        return None
+    if method.teacher == "self":
+        return SelfTeacher(model, offload_above=wanted.host_above)
+    if method.teacher == "served":
+        source = HttpTopK(wanted.url, wanted.name, timeout=wanted.timeout)
+        return ServedTeacher(source, wanted.top_k)
+    check_folder(wanted.name, "teacher.name")
+    teacher = frozen(
+        wanted.name,
+        settings,
+        mesh,
+        device,
+        revision=wanted.revision,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+    options["vocab_size"] = wanted.vocab_size
+    if wanted.vocab_size is None and model.vocab_size != teacher.vocab_size:
+        theirs = AutoTokenizer.from_pretrained(wanted.name, revision=wanted.revision)
+        options["vocab_size"] = common_vocab(
+            model.vocab_size, teacher.vocab_size, tokenizer, theirs
+        )
+    return Teacher(teacher, offload_above=wanted.host_above, offload_body=wanted.offload_body)
+
+
+def load_reference(settings: RunSettings, mesh: Any, device: torch.device) -> PolicyModel | None:
+    """The starting policy, frozen, where `ref_coef` asks for it."""
+    if settings.method.ref_coef == 0.0:
+        return None
+    if settings.model.name is None:
+        raise ValueError("method.ref_coef: got a value above 0 with random weights, expected 0")
+    return frozen(settings.model.name, settings, mesh, device, revision=settings.model.revision)
+
+
+def load_objective(name: str) -> tuple[Callable | None, bool]:
+    """The objective of that name (None: the fused dGRPO) and whether it couples tokens.
+
+    A function of dgrpo.objectives or "module:function"; one with a parameter `sequence_ids` is
+    given those of the micro-batch.
+    """
+    if name == "dgrpo":
+        return None, False
+    known = [n for n in objectives.__all__ if _is_objective(getattr(objectives, n))]
+    if ":" in name:
+        function = load_function(name, "method.objective")
+    elif name in known:
+        function = getattr(objectives, name)
+    else:
+        raise ValueError(
+            f'method.objective: got {name!r}, expected one of {known} or "module:function"'
+        )
+    return function, "sequence_ids" in inspect.signature(function).parameters
+
+
+def _is_objective(value: Any) -> bool:
+    if not inspect.isfunction(value):
+        return False
+    names = list(inspect.signature(value).parameters)
+    return names[:2] == ["stats", "context"] and value.__name__ not in ("kl_advantages", "k1_loss")
