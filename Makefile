@@ -9,8 +9,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Two workers with one thread each: the interpreter and the gloo tests are single-threaded.
 WORKERS ?= 2
 
-TRAIN := $(BIN)/python examples/train_op.py
-BENCHES := bench.loss_memory bench.loss_speed bench.loss_precision
+TRAIN := $(BIN)/python examples/tiny.py
+BENCHES := bench.loss_memory bench.loss_speed bench.loss_precision bench.step
 
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
@@ -20,7 +20,7 @@ KERNEL_TESTS := tests/test_interpreter.py tests/kernels
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make train        run the smallest training run'
+	@echo 'make train        the whole recipe with tiny models, in minutes, no GPU needed'
 	@echo 'make test         run the tests (no GPU needed)'
 	@echo 'make test-slow    run the slow tests: packaging, whole training runs'
 	@echo 'make test-triton  run the kernel tests under triton $(OLDEST_TRITON) and $(NEWEST_TRITON)'

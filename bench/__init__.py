@@ -8,5 +8,7 @@ how exact are its gradients?                                python -m bench.loss
 what does a shape cost on paper?                            python -m bench.roofline --gpu h200
 what can this GPU do at best?                               python -m bench.ceilings
 where does one sweep spend its time?                        python -m bench.parts
+how long does a whole training step take?                   python -m bench.step
+what machine code do the kernels become?                    python -m bench.aot
 all of it on a GPU, in one command                          bench/gpu.sh
 """

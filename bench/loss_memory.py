@@ -1,0 +1,120 @@
+"""How many bytes does one step need beyond its inputs and gradients, and how does it grow with N?
+
+On a GPU: the allocator's peak. On a CPU: growth of the resident set of a process per provider, less
+the gradients; a provider that would need more than `--limit` GiB is stopped and says so. Compare
+equal `terms` only.
+
+The CPU's N lie below the chunks of some rivals (1024 tokens in Liger's JSD, 4096 in TRL), whose
+need stops growing there; the GPU's N lie beyond.
+
+    python -m bench.loss_memory
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from bench import options
+from bench.cases import Case, make_case
+from bench.harness import Row, new_row, why
+from bench.memory import GIB, cpu_peaks, gpu_peak
+from bench.report import console, finish, print_rows
+from bench.rivals import Provider
+from bench.sizes import Shape, pair
+
+SHAPES = {
+    "tiny": [Shape("tiny", n, 32, 48, 1000, "float32") for n in (64, 128)],
+    # Narrow heads: what grows with N is the logits, and width only costs time.
+    "cpu": [Shape("V = 32768", n, 32, 48, 32768, "float32") for n in (512, 1024, 2048)],
+    "gpu": [pair("qwen2.5", n) for n in (4096, 16384, 32768, 65536, 131072)],
+}
+COLUMNS = ("peak",)
+
+
+def providers() -> list[Provider]:
+    """Everything that is compared."""
+    return options.all_providers()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, save."""
+    parser = options.parser(__doc__)
+    parser.add_argument(
+        "--limit", type=float, default=4, help="GiB that a provider may take on a CPU"
+    )
+    args = parser.parse_args(argv)
+    out = console()
+    run = on_gpu if torch.cuda.is_available() else on_cpu
+    rows = run(SHAPES[args.size], args)
+    for shape in SHAPES[args.size]:
+        here = [row.as_json() for row in rows if row.tokens == shape.tokens]
+        print_rows(str(shape), here, COLUMNS, out)
+    finish("loss_memory", args.size, rows, out, plot=not args.no_plot)
+
+
+def on_gpu(shapes: list[Shape], args) -> list[Row]:
+    """Peaks by the allocator, one step a provider and shape."""
+    everyone = options.chosen(providers(), args.only)
+    warm_up(everyone, make_case(shapes[0].at(1024), options.device()))
+    rows, end = [], time.monotonic() + args.seconds
+    for shape in shapes:
+        case = make_case(shape, options.device())
+        for provider in everyone:
+            row = new_row(provider, shape)
+            rows.append(row)
+            if not row.absent and time.monotonic() > end:
+                row.absent = f"not reached within {args.seconds:.0f} s"
+            if not row.absent:
+                try:
+                    row.peak_bytes = gpu_peak(provider, case)
+                except Exception as error:  # a rival that fails must not end the comparison
+                    row.absent = why(error)
+                case.zero_grad()
+                torch.cuda.empty_cache()
+    return rows
+
+
+def warm_up(everyone: list[Provider], case: Case) -> None:
+    """Compile and load what a first step does: it is not to count."""
+    for provider in everyone:
+        if not provider.absent:
+            try:
+                provider.step(case)
+            except Exception as error:  # it will say so again, in its row
+                print(f"{provider.name}: {why(error)}")
+    case.zero_grad()
+
+
+def on_cpu(shapes: list[Shape], args) -> list[Row]:
+    """Peaks by the resident set: a process a provider, two at a time."""
+    everyone = providers()
+    wanted = {provider.name for provider in options.chosen(everyone, args.only)}
+    end = time.monotonic() + args.seconds
+
+    def peaks(number: int) -> list[Row]:
+        rows = [new_row(everyone[number], shape) for shape in shapes]
+        left = min(180.0, end - time.monotonic())
+        if rows[0].absent:
+            found = [rows[0].absent] * len(rows)
+        elif left <= 0:
+            found = [f"not reached within {args.seconds:.0f} s"] * len(rows)
+        else:
+            limits = {"limit": int(args.limit * GIB), "seconds": left}
+            found = cpu_peaks(providers, number, shapes, distinct=64, **limits)
+        for row, peak in zip(rows, found, strict=True):
+            if isinstance(peak, str):
+                row.absent = peak
+            else:
+                row.peak_bytes = peak
+        return rows
+
+    numbers = [n for n, provider in enumerate(everyone) if provider.name in wanted]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return [row for rows in pool.map(peaks, numbers) for row in rows]
+
+
+if __name__ == "__main__":
+    main()

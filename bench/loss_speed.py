@@ -1,0 +1,86 @@
+"""How long does one forward and backward of the loss take, and how near is that to the GEMMs alone?
+
+Every provider gets the same inputs: a clipped GRPO objective plus the reverse KL to a teacher, from
+hidden states to the gradients of hidden states and head. "of floor" is the time of the GEMMs that
+no exact dense loss can avoid (z, t, dHidden, dW; without t where no teacher is read), run in turns
+with the providers, over the provider's own time. Compare equal `terms` only.
+
+    python -m bench.loss_speed                 CPU sizes without a GPU, real sizes with one
+    python -m bench.loss_speed --size gpu --only fused,TRL --seconds 60
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from bench import options
+from bench.cases import make_case
+from bench.harness import measure
+from bench.reference import BOTH
+from bench.report import console, finish, print_rows
+from bench.rivals import Provider
+from bench.sizes import Shape, pair
+
+SHAPES = {
+    "tiny": [Shape("tiny", 64, 64, 96, 1000, "float32")],
+    # The real models' sizes divided, in fp32: bf16 products are slow on many CPUs.
+    "cpu": [
+        pair("qwen2.5", 1024, divide=8, dtype="float32"),
+        pair("gemma-3", 1024, divide=16, dtype="float32"),
+    ],
+    "gpu": [
+        pair("qwen2.5", 32768),
+        pair("qwen2.5", 4096),
+        pair("qwen3", 32768),
+        pair("llama-3.1", 32768),
+        pair("gemma-3", 32768),
+        pair("qwen2.5", 131072),
+    ],
+}
+COLUMNS = ("ms", "floor", "peak", "hidden", "weight")
+
+
+def providers() -> list[Provider]:
+    """Everything that is compared."""
+    return options.all_providers()
+
+
+def short_list(everyone: list[Provider]) -> list[Provider]:
+    """For the later shapes: single terms, and what compiles long, sit them out."""
+    return [
+        p
+        if p.absent or (p.terms == BOTH and not p.compiles)
+        else replace(p, absent="measured on the first shapes only; see --all")
+        for p in everyone
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, save."""
+    parser = options.parser(__doc__)
+    parser.add_argument("--all", action="store_true", help="all providers on all GPU shapes")
+    args = parser.parse_args(argv)
+    out, rows = console(), []
+    end = time.monotonic() + args.seconds
+    shapes = SHAPES[args.size]
+    for index, shape in enumerate(shapes):
+        left = max(1.0, end - time.monotonic())
+        everyone = options.chosen(providers(), args.only)
+        if shape.tokens > 4096 and index and not args.all:
+            everyone = short_list(everyone)
+        found = measure(
+            everyone,
+            make_case(shape, options.device()),
+            repeats=args.repeats,
+            # The first shape is the one of the contracts: it may take half of the time.
+            seconds=left / 2 if index == 0 and len(shapes) > 1 else left / (len(shapes) - index),
+            exact_whole=index == 0 or shape.tokens <= 8192,
+        )
+        rows += found
+        print_rows(str(shape), [row.as_json() for row in found], COLUMNS, out)
+    finish("loss_speed", args.size, rows, out, plot=not args.no_plot)
+
+
+if __name__ == "__main__":
+    main()

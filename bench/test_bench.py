@@ -1,0 +1,192 @@
+"""Small sizes under pytest-benchmark, and checks that the benches compare like with like.
+
+pytest bench --benchmark-only                  times of every provider that runs here
+pytest bench --benchmark-skip                  the checks
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+from bench import ceilings, loss_memory, loss_precision, loss_speed, parts, summary
+from bench.cases import make_case
+from bench.harness import floor_ms, gemms, interleaved, measure
+from bench.memory import cpu_peaks
+from bench.options import all_providers, chosen, device
+from bench.ours import MIB, teacher
+from bench.plots import draw
+from bench.reference import BOTH, CROSS_ENTROPY, KL, POLICY, errors, reference
+from bench.rivals import Provider
+from bench.roofline import GPUS, roofline
+from bench.sizes import Shape, heads, pair
+from dgrpo.ops.plan import padded
+from dgrpo.testing import oracle, relative_error
+
+TINY = Shape("tiny", 64, 48, 64, 1000, "float32")
+RUNNABLE = [p for p in all_providers() if not p.absent and not p.compiles]
+
+
+@pytest.fixture(scope="module")
+def case():
+    return make_case(TINY, device())
+
+
+@pytest.mark.parametrize("provider", RUNNABLE, ids=lambda p: p.name)
+def test_time_of_a_step(benchmark, case, provider):
+    benchmark.group = provider.terms
+    benchmark.pedantic(provider.step, args=(case,), rounds=5, warmup_rounds=1)
+
+
+def test_the_reference_is_the_oracle(case):
+    want = oracle(
+        case.hidden,
+        case.weight,
+        case.targets,
+        case.advantages,
+        old_logprobs=case.old_logprobs,
+        teacher=teacher(case),
+    )
+    got = reference(case, [BOTH])[BOTH]
+    assert relative_error(got.loss, want.loss) < 1e-12
+    assert relative_error(got.d_hidden, want.d_hidden[got.rows]) < 1e-12
+    assert relative_error(got.d_weight, want.d_weight[got.columns]) < 1e-12
+
+
+@pytest.mark.parametrize("provider", RUNNABLE, ids=lambda p: p.name)
+def test_every_provider_computes_its_terms(case, provider):
+    loss = provider.step(case)
+    found = errors(case, reference(case, [provider.terms])[provider.terms], loss)
+    assert set(found) == {"error_hidden", "error_weight", "error_loss"}
+    assert max(found.values()) < 1e-4
+
+
+@pytest.mark.parametrize("claimed", [POLICY, KL, CROSS_ENTROPY])
+def test_a_provider_of_other_terms_would_show(case, claimed):
+    both = next(p for p in RUNNABLE if p.terms == BOTH)
+    loss = both.step(case)
+    assert errors(case, reference(case, [claimed])[claimed], loss)["error_hidden"] > 0.05
+
+
+def test_a_provider_that_fails_stays_in_the_table(case):
+    def broken(case):
+        raise RuntimeError("no such kernel\nand more")
+
+    providers = [Provider("broken", BOTH, broken), Provider("gone", KL, broken, "not installed")]
+    rows = measure(providers, case)
+    assert [row.absent for row in rows] == ["RuntimeError: no such kernel", "not installed"]
+    assert rows[0].ms is None and rows[0].floor_share is None
+
+
+def test_providers_take_turns():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = interleaved(runs, repeats=3)
+    assert calls == list("ababab") and all(len(found) == 3 for found in times.values())
+    assert len(interleaved(runs, repeats=3, seconds=-1)["a"]) == 1
+
+
+def test_the_floor_counts_the_products_that_are_needed(case):
+    assert set(gemms(case)) == {"z", "t", "dHidden", "dW"}
+    times = {"z": [1.0], "t": [10.0], "dHidden": [100.0], "dW": [1000.0]}
+    shape = pair("qwen2.5", 8192)
+    assert floor_ms(times, shape, BOTH) == 2 * 1111
+    assert floor_ms(times, shape, POLICY) == 2 * 1101
+
+
+def _holds_64_mib(case):
+    held = torch.ones(2**24)
+    return (case.hidden.sum() + case.weight.sum()) * held[0]
+
+
+def _holder():
+    return [Provider("holder", BOTH, _holds_64_mib)]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+def test_peak_of_a_process_is_what_a_step_holds():
+    (peak,) = cpu_peaks(_holder, 0, [TINY])
+    assert 60 * MIB < peak < 72 * MIB
+    (refused,) = cpu_peaks(_holder, 0, [TINY], limit=32 * MIB)
+    assert refused.startswith("needs more than")
+
+
+def test_roofline_agrees_with_the_estimates_of_the_design():
+    found = roofline(pair("qwen2.5", 32768), GPUS["h200"], 1024 * MIB)
+    stats, grad, sums = found.rows
+    assert found.ms(found.products) == pytest.approx(200, rel=0.01)
+    assert stats.ms + grad.ms == pytest.approx(21, rel=0.02)
+    assert sums.ms / -(-32768 // found.plan.grad_rows) == pytest.approx(1.0, rel=0.03)
+
+
+def test_heads_of_two_families_are_refused():
+    with pytest.raises(ValueError, match="152064.*151936|151936.*152064"):
+        heads("qwen2.5-7b", "qwen3-32b", 128)
+    with pytest.raises(ValueError, match="expected one of"):
+        heads("qwen9", "qwen3-32b", 128)
+
+
+def test_cases_are_peaked_and_repeat(case):
+    z = case.hidden.detach() @ case.weight.detach().T
+    top = z.softmax(1).amax(1)
+    assert top.median() > 0.5 and top.max() < 0.9999
+    again = make_case(TINY, device())
+    assert torch.equal(case.hidden, again.hidden) and torch.equal(
+        case.old_logprobs, again.old_logprobs
+    )
+    near = make_case(Shape("near", 16, 32, 32, 200, "float32"), teacher="near", kl=0.01)
+    exact = reference(near, [KL], columns=8)[KL]
+    assert float(exact.loss / near.teacher_coef) == pytest.approx(0.01, rel=0.3)
+
+
+def test_only_picks_by_name():
+    names = [p.name for p in chosen(all_providers(), "TRL, jsd")]
+    assert names and all("trl" in n.lower() or "jsd" in n.lower() for n in names)
+
+
+@pytest.mark.parametrize(
+    "bench", [loss_speed, loss_precision, loss_memory], ids=lambda m: m.__name__
+)
+def test_benches_write_what_the_summary_reads(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    bench.main(["--size", "tiny", "--only", "eager", "--repeats", "2"])
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert not any(where in path.read_text() for where in (str(tmp_path), sys.prefix))
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert draw(report, tmp_path / "again.png").exists()
+    lines = summary.SECTIONS[report["bench"]](summary.load(tmp_path)[report["bench"]])
+    assert lines and "full logits, eager" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
+def test_parts_write_the_gradient_of_the_sweep(case, triton):
+    if triton and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+        pytest.skip("needs a GPU, or Triton's interpreter")
+    vocab, rows = TINY.vocab, 16
+    wide = padded(vocab)
+    z, t, grad = (torch.zeros(rows, wide, device=device())[:, :vocab] for _ in range(3))
+    z.copy_(case.hidden.detach()[:rows] @ case.weight.detach().T)
+    t.copy_(case.teacher_hidden[:rows] @ case.teacher_weight.T)
+    run = parts.row_kernels(case, z, t, grad, triton=triton)
+    assert list(run) == ["row_stats", "row_grad"]
+    run["row_stats"]()
+    run["row_grad"]()
+    assert grad.abs().sum(1).min() > 0 and grad.isfinite().all()
+    if triton:
+        exact = reference(case, [BOTH], tokens=64)[BOTH]
+        assert relative_error(grad @ case.weight.detach(), exact.d_hidden[:rows]) < 1e-4
+
+
+def test_parts_and_ceilings_write_what_the_summary_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    parts.main(["--size", "tiny", "--repeats", "2"])
+    ceilings.main(["--size", "tiny", "--repeats", "2"])
+    for name, report in summary.load(tmp_path).items():
+        assert all(value for _, value in summary.SECTIONS[name](report))
+    assert "row_grad" in capsys.readouterr().out
