@@ -24,6 +24,7 @@ from dgrpo.ops import (
     linear_loss,
     linear_token_stats,
 )
+from dgrpo.ops.prepare import TEACHER_OPTIONS
 
 MODES = ("loss", "stats", "logprobs")
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -169,8 +170,7 @@ def _context(inputs: HeadInputs) -> Context:
 
 def _scoring(options: dict[str, Any]) -> dict[str, Any]:
     """The options without those of a teacher, which scoring does not have."""
-    teacher = ("divergence", "divergence_clip", "jsd_beta", "teacher_temperature")
-    return {name: value for name, value in options.items() if name not in teacher}
+    return {name: value for name, value in options.items() if name not in TEACHER_OPTIONS}
 
 
 def _fused(

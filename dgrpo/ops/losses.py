@@ -15,7 +15,7 @@ from dgrpo.ops.call import Need, needs
 from dgrpo.ops.functions import GradientInForward, no_autocast
 from dgrpo.ops.inputs import check_number
 from dgrpo.ops.opaque import opaque
-from dgrpo.ops.prepare import Options, Prepared, prepare
+from dgrpo.ops.prepare import Options, Prepared, make_options, prepare
 from dgrpo.ops.steps import (
     Descend,
     FusedPolicy,
@@ -62,22 +62,7 @@ def linear_loss(
     objective: Objective,
     *,
     teacher: TeacherHead | TopKTeacher | None = None,
-    divergence: str = "reverse_kl",
-    divergence_clip: float | None = None,
-    jsd_beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
-    policy_logits: str = "float32",
-    rows: Tensor | None = None,
-    memory_budget: int = 2**30,
-    check: bool = False,
-    backend: str = "auto",
-    group: dist.ProcessGroup | None = None,
-    vocab_start: int | None = None,
+    **options: Any,
 ) -> LossOutput:
     """Any token-separable objective written in PyTorch, at the cost of 4 matrix products.
 
@@ -88,22 +73,20 @@ def linear_loss(
             (R,) int64 indexes the caller's own flattened (N,) tensors; `losses` (R,), already
             weighted: the loss is their sum. It is called on some tokens at a time and must treat
             each alone; no gradient reaches what it closes over.
-        teacher, rows, memory_budget: as in `linear_dgrpo_loss`.
-    Rare: the other arguments of `linear_dgrpo_loss`.
+        teacher, options: as in `linear_dgrpo_loss` (`divergence`, `divergence_clip`, `jsd_beta`,
+            `temperature`, `teacher_temperature`, `bias`, `logit_scale`, `logit_softcap`,
+            `vocab_size`, `policy_logits`, `rows`, `memory_budget`, `check`, `backend`, `group`,
+            `vocab_start`).
 
     Raises ValueError or TypeError naming the argument.
     """
-    options = Options(
-        teacher, divergence, divergence_clip, jsd_beta, temperature, teacher_temperature, bias,
-        logit_scale, logit_softcap, vocab_size, policy_logits, rows, memory_budget, check, backend,
-        group, vocab_start,
-    )  # fmt: skip
 
     def check_objective() -> None:
         if not callable(objective):
             raise TypeError(f"objective: got {type(objective).__name__}, expected a function")
 
-    prepared = prepare(hidden, weight, targets, options, check_more=check_objective)
+    settings = make_options(teacher=teacher, **options)
+    prepared = prepare(hidden, weight, targets, settings, check_more=check_objective)
     return LossOutput(*_run(prepared, objective, lambda: Descend(prepared.call, objective)))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,20 @@ class Options:
     backend: str = "auto"
     group: dist.ProcessGroup | None = None
     vocab_start: int | None = None
+
+
+TEACHER_OPTIONS = {"teacher", "divergence", "divergence_clip", "jsd_beta", "teacher_temperature"}
+
+
+def make_options(**given: Any) -> Options:
+    """The options by name; an unknown one raises TypeError."""
+    known = [field.name for field in fields(Options)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{unknown[0]}: got an argument that does not exist, expected {', '.join(known)}"
+        )
+    return Options(**given)
 
 
 class Prepared(NamedTuple):

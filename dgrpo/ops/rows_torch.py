@@ -246,7 +246,7 @@ class _Terms(NamedTuple):
             if self.divergence == "bucket":
                 plain = plain + self.times_b(at.aux)
             return u.mul_(-c * inverse).add_(plain * inverse).mul_(e)
-        lq = v.sub_(at.log_sum_t[:, None])
+        lq = v.sub_(at.log_sum_t[:, None].masked_fill(b == 0, 0))
         if self.divergence == "forward_kl":
             q = lq.exp_()
             return u.mul_(-c * inverse).add_((plain + b) * inverse).mul_(e).addcmul_(q, -b)

@@ -46,9 +46,7 @@ def _mix(tops: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top, log_sum, (masses - log_sum).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def merge_stats(
-    stats: Tensor, shard: Shard, divergence: str, known: Tensor, teacher: bool
-) -> None:
+def merge_stats(stats: Tensor, shard: Shard, divergence: str, known: Tensor, teacher: bool) -> None:
     """Replace this shard's statistics, an (11, R) view, by those of the whole row.
 
     One all-gather. known: (R,) bool, the target lies in the vocabulary; elsewhere its

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dgrpo.ops.call import Need, needs
 from dgrpo.ops.functions import Recompute, no_autocast
 from dgrpo.ops.opaque import opaque
-from dgrpo.ops.prepare import Options, prepare
+from dgrpo.ops.prepare import TEACHER_OPTIONS, make_options, prepare
 from dgrpo.ops.steps import Score, TokenStats, token_stats
 from dgrpo.ops.sweep import sweep
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
@@ -43,23 +42,7 @@ def linear_token_stats(
     weight: Tensor,
     targets: Tensor,
     teacher: TeacherHead | TopKTeacher | None = None,
-    *,
-    divergence: str = "reverse_kl",
-    divergence_clip: float | None = None,
-    jsd_beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
-    policy_logits: str = "float32",
-    rows: Tensor | None = None,
-    memory_budget: int = 2**30,
-    check: bool = False,
-    backend: str = "auto",
-    group: dist.ProcessGroup | None = None,
-    vocab_start: int | None = None,
+    **options: Any,
 ) -> TokenStats:
     """Differentiable log-probability, divergence and entropy of each token.
 
@@ -67,18 +50,15 @@ def linear_token_stats(
     backward pass computes the logits again, 6 matrix products in all against 4 of `linear_loss`.
 
     hidden: (N, H) or (B, T, H); weight: (V, H); targets: shaped like hidden without H, int64, -100
-    = masked. Other arguments: as in `linear_dgrpo_loss`.
+    = masked. teacher, options: as in `linear_loss`.
 
     Returns TokenStats(logprobs, divergence, entropy, teacher_logprobs), each shaped like targets,
     fp32 nats, 0 where masked; the first three are differentiable in hidden, weight and bias.
     Raises ValueError or TypeError naming the argument.
     """
-    options = Options(
-        teacher, divergence, divergence_clip, jsd_beta, temperature, teacher_temperature, bias,
-        logit_scale, logit_softcap, vocab_size, policy_logits, rows, memory_budget, check, backend,
-        group, vocab_start,
-    )  # fmt: skip
-    call, hidden, weight, bias, _ = prepare(hidden, weight, targets, options)
+    call, hidden, weight, bias, _ = prepare(
+        hidden, weight, targets, make_options(teacher=teacher, **options)
+    )
     need = needs(hidden, weight, bias)
     if need.any():
         stats = Recompute.apply(hidden, weight, bias, need, call)
@@ -91,44 +71,19 @@ def linear_token_stats(
 
 @opaque
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
-    policy_logits: str = "float32",
-    rows: Tensor | None = None,
-    memory_budget: int = 2**30,
-    check: bool = False,
-    backend: str = "auto",
-    group: dist.ProcessGroup | None = None,
-    vocab_start: int | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
 ) -> LogprobsOutput:
     """Log-probabilities and entropy of given tokens, without gradient: one matrix product.
 
-    For old, reference and teacher log-probabilities. Arguments as in `linear_dgrpo_loss`. Returns
-    LogprobsOutput, shaped like targets. Raises ValueError or TypeError naming the argument.
+    For old, reference and teacher log-probabilities. hidden, weight, targets and options (all but
+    those of a teacher): as in `linear_dgrpo_loss`. Returns LogprobsOutput, shaped like targets.
+    Raises ValueError or TypeError naming the argument.
     """
-    with torch.no_grad():
-        stats = linear_token_stats(
-            hidden,
-            weight,
-            targets,
-            temperature=temperature,
-            bias=bias,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            vocab_size=vocab_size,
-            policy_logits=policy_logits,
-            rows=rows,
-            memory_budget=memory_budget,
-            check=check,
-            backend=backend,
-            group=group,
-            vocab_start=vocab_start,
+    given = sorted(TEACHER_OPTIONS & options.keys())
+    if given:
+        raise TypeError(
+            f"{given[0]}: got an argument of a teacher, expected none; linear_token_stats has it"
         )
+    with torch.no_grad():
+        stats = linear_token_stats(hidden, weight, targets, **options)
     return LogprobsOutput(stats.logprobs, stats.entropy)

@@ -173,8 +173,10 @@ def oracle_stats(
     value, teacher_logp = torch.zeros_like(logp), torch.zeros_like(logp)
     if teacher is not None:
         if hasattr(teacher, "token_ids"):
-            present = torch.ones_like(rows, dtype=torch.bool)
+            ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
+            present = (ids >= 0).any(1)  # a row of padding alone has no teacher
             p, q, teacher_logp = _buckets(log_p, labels, teacher, rows)
+            teacher_logp = torch.where(present, teacher_logp, 0.0)
         else:
             source = rows if teacher.rows is None else teacher.rows[rows]
             present = source >= 0

@@ -201,8 +201,8 @@ def _row_grad_kernel(
 def grad_block(V: int) -> tuple[int, int, int]:
     """Columns a step, warps, and programs a row: 256 rows are to fill a chip.
 
-    8 columns a thread give 16-byte loads and stores. Twice the columns and warps spill with the JSD,
-    a soft cap and a rounded policy at once (ahead-of-time check, triton 3.9).
+    8 columns a thread give 16-byte loads and stores. Twice the columns and warps spill with the
+    JSD, a soft cap and a rounded policy at once (ahead-of-time check, triton 3.9).
     """
     block = min(1024, triton.next_power_of_2(V))
     return block, 4, min(8, triton.cdiv(V, block))
