@@ -46,6 +46,8 @@ def start(device: str = "auto") -> torch.device:
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch finds no GPU; expected 'auto' or 'cpu'")
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     here = torch.device("cpu")
     if cuda:

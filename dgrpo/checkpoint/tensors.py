@@ -51,8 +51,8 @@ def optimizer_tensors(
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
 
-    The rest, one dict an optimiser: `groups` (each group's settings, `params` as names) and `state`
-    (`{name: {key: value, or None where the value is a tensor}}`).
+    The rest, one dict an optimiser: `kind` (its class), `groups` (each group's settings, `params` as
+    names) and `state` (`{name: {key: value, or None where the value is a tensor}}`).
     """
     tensors, rest = {}, []
     names = _names(model)
@@ -69,7 +69,7 @@ def optimizer_tensors(
                 state[name][key] = None if isinstance(value, torch.Tensor) else {"value": value}
                 if isinstance(value, torch.Tensor):
                     tensors[f"optimizer.{i}.{name}.{key}"] = value.detach()
-        rest.append({"groups": groups, "state": state})
+        rest.append({"kind": type(optimizer).__name__, "groups": groups, "state": state})
     return tensors, rest
 
 
@@ -116,7 +116,11 @@ def load_optimizers(
     rest: list[dict],
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    """Gives the optimisers the saved state; raises CheckpointError where their groups differ."""
+    """Gives the optimisers the saved state and learning rate.
+
+    Other options (betas, weight decay) stay those that they were made with. Raises CheckpointError
+    where kind, number or parameters differ.
+    """
     names = _names(model)
     optimizers = list(optimizers)
     if len(optimizers) != len(rest):
@@ -124,6 +128,9 @@ def load_optimizers(
             f"optimizer: got {len(optimizers)} of them, the checkpoint has {len(rest)}"
         )
     for i, (optimizer, part) in enumerate(zip(optimizers, rest, strict=True)):
+        kind = type(optimizer).__name__
+        if part["kind"] != kind:
+            raise CheckpointError(f"optimizer {i}: got {kind}, the checkpoint has {part['kind']}")
         here = [[_name(names, p) for p in group["params"]] for group in optimizer.param_groups]
         there = [group["params"] for group in part["groups"]]
         if here != there:
@@ -137,9 +144,10 @@ def load_optimizers(
             for name, values in part["state"].items()
         }
         groups, first = [], 0
-        for group in part["groups"]:
-            ids = list(range(first, first + len(group["params"])))
-            groups.append({**group, "params": ids})
+        for group, saved in zip(optimizer.param_groups, part["groups"], strict=True):
+            ids = list(range(first, first + len(saved["params"])))
+            moving = {key: saved[key] for key in ("lr", "initial_lr") if key in saved}
+            groups.append({**group, **moving, "params": ids})
             first += len(ids)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 

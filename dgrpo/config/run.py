@@ -67,7 +67,11 @@ def _rules(run: RunSettings) -> list[tuple[bool, str]]:
     method, model, teacher = run.method, run.model, run.teacher
     rollout = method.sequences == "rollout"
     always_zero = method.teacher_coef == 0.0
-    schedule = isinstance(method.teacher_coef, Schedule)
+    coefficients = {
+        name: getattr(method, name) for name in ("teacher_coef", "ref_coef", "entropy_coef")
+    }
+    endless = [n for n, c in coefficients.items() if isinstance(c, Schedule) and c.steps is None]
+    profiled = run.log.profile_steps
     reads_group = method.advantage == "group" or method.teacher_context == "correct_rollout"
     return [
         (
@@ -169,12 +173,16 @@ def _rules(run: RunSettings) -> list[tuple[bool, str]]:
             f"({run.batch.prompts}); each update has at least one prompt",
         ),
         (
-            schedule and run.steps is None and method.teacher_coef.steps is None,
-            "method.teacher_coef.steps: got null without steps, expected one of them; "
-            "the length of the schedule is not known",
+            run.steps is None and bool(endless),
+            f"method.{endless[0] if endless else ''}.steps: got null without steps, expected one "
+            "of them; the length of the schedule is not known",
         ),
         (
             run.optimizer.decay != "constant" and run.steps is None,
             "steps: got null with optimizer.decay, expected a number; the decay needs the end",
+        ),
+        (
+            profiled is not None and not 1 <= profiled[0] <= profiled[1],
+            f"log.profile_steps: got {profiled}, expected [first, last], from step 1 on",
         ),
     ]

@@ -88,7 +88,10 @@ def looks_local(path: str) -> bool:
 
 def _call(path: str, options: dict) -> Sequence[dict]:
     module, _, name = path.partition(":")
-    function: Callable = getattr(importlib.import_module(module), name)
+    try:
+        function: Callable = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"path: got {path!r}, which cannot be imported: {error}") from error
     rows = function(**options)
     return rows if hasattr(rows, "__getitem__") else list(rows)
 

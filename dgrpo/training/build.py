@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
 
 from dgrpo import fsdp
 from dgrpo.checkpoint import Checkpointer
-from dgrpo.config import DataSource, RunSettings, dump
+from dgrpo.config import DataSource, RunSettings, dump, parse_file
 from dgrpo.data import Prompt, PromptStream, Source
 from dgrpo.metrics import RunLog
 from dgrpo.rewards.runner import Reward, Scorer
@@ -170,9 +172,6 @@ def _known_steps(settings: RunSettings, rows: int | None) -> int | None:
 def _resume(run: Run) -> None:
     """Continues from the newest checkpoint, or starts the folder's files."""
     settings, folder = run.settings, run.folder
-    if ranks.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _note_changes(folder / "settings.yaml", dump(settings))
     state = None
     if settings.resume:
         optimizers = [rated.optimizer for rated in run.optimizers]
@@ -192,12 +191,38 @@ def _resume(run: Run) -> None:
         live=None if settings.log.progress else False,
     )
     run.show_warnings()
-    if state is not None:
-        run.log.message(f"going on from the checkpoint of step {state.step}")
+    if ranks.rank() == 0:
+        changes = _write_settings(folder / "settings.yaml", settings)
+        if state is not None:
+            run.log.message(f"going on from the checkpoint of step {state.step}")
+            for change in changes:
+                run.log.message(f"changed since the last start: {change}")
+            if run.finished():
+                run.log.message("no step is left; for a run of its own, set another `out`")
 
 
-def _note_changes(path: Path, text: str) -> None:
-    """Writes the settings beside the run; the last ones stay as settings.before.yaml if changed."""
-    if path.exists() and path.read_text() != text:
-        path.replace(path.with_name("settings.before.yaml"))
-    path.write_text(text)
+def _write_settings(path: Path, settings: RunSettings) -> list[str]:
+    """Writes the settings beside the run; those of the last start stay as settings.before.yaml.
+
+    Returns what changed, "group.name: old -> new".
+    """
+    changes = []
+    if path.exists():
+        before, after = _flat(parse_file(path)), _flat(yaml.safe_load(dump(settings)))
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        changes = [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names]
+        if changes:
+            path.replace(path.with_name("settings.before.yaml"))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump(settings))
+    os.replace(temporary, path)
+    return changes
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted name: value} of a tree of settings."""
+    flat = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat

@@ -79,7 +79,7 @@ def rollouts(run: Run, prompts: Sequence[Prompt]) -> list[Sample]:
         keys=[prompt.index for prompt in prompts],
     )
     texts = decode(run, drawn)
-    result = reward(run, prompts, drawn, texts, n)
+    result = reward(run, prompts, drawn, texts, n, needed=run.reads_rewards)
     cut = torch.tensor([r.finish_reason == "length" for r in drawn], dtype=torch.bool)
     rewards = result.total.clone()
     if method.truncated == "penalise":
@@ -143,10 +143,26 @@ def decode(run: Run, drawn: Sequence[Rollout]) -> list[str]:
 
 
 def reward(
-    run: Run, prompts: Sequence[Prompt], drawn: Sequence[Rollout], texts: Sequence[str], n: int
+    run: Run,
+    prompts: Sequence[Prompt],
+    drawn: Sequence[Rollout],
+    texts: Sequence[str],
+    n: int,
+    needed: bool = True,
 ) -> RewardResult:
-    """The rewards of n completions a prompt; one that fails costs its sample alone."""
+    """The rewards of n completions a prompt; one that fails costs its sample alone.
+
+    Raises ValueError where neither settings nor rows name a reward, unless it is not `needed`.
+    """
     names = sorted({name for prompt in prompts for name in prompt.columns})
+    if prompts and not run.settings.rewards.functions and "reward" not in names:
+        if needed:
+            raise ValueError(
+                "rewards.functions: got none, and the rows have no reward column; expected one of "
+                "the two, e.g. rewards.functions=[{path: exact_match}], or method.preset=opd"
+            )
+        failed = torch.ones(len(drawn), dtype=torch.bool)
+        return RewardResult(torch.zeros(len(drawn)), {}, failed, [])
     columns = {name: [p.columns.get(name) for p in prompts for _ in range(n)] for name in names}
     columns["completion_tokens"] = [len(rollout.completion_ids) for rollout in drawn]
     columns["truncated"] = [rollout.finish_reason == "length" for rollout in drawn]
@@ -225,10 +241,13 @@ def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Te
     options = {k: v for k, v in run.options.items() if k in SCORING_OPTIONS}
     bare = [Sample(s.prompt_ids, s.completion_ids, loss_mask=s.loss_mask) for s in samples]
     found: dict[int, Tensor] = {}
+    training = model.training
+    model.eval()  # dropout would make these another policy's
     for micro in balanced_count(pack(bare, run.settings.batch.tokens)):
         micro = micro.to(run.device)
         out = model(**micro.model_args(), inputs=micro.head_inputs("logprobs", options=options))
         found |= dict(micro.per_sample(out.logprobs))
+    model.train(training)
     return [found[i] for i in range(len(samples))]
 
 

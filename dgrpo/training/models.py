@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from dgrpo import fsdp, objectives
 from dgrpo.config import Model, RunSettings
@@ -18,6 +19,8 @@ from dgrpo.policy import PolicyModel
 from dgrpo.served import HttpTopK
 from dgrpo.teacher import SelfTeacher, ServedTeacher, Teacher, common_vocab
 from dgrpo.training.attempts import load_function
+
+OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them
 
 
 def place(settings: RunSettings) -> tuple[torch.device, Any]:
@@ -70,7 +73,8 @@ def load_tokenizer(model: Model) -> Any:
 
 
 def load_policy(model: Model, seed: int = 0) -> PolicyModel:
-    """The policy, not sharded yet: from a folder or the hub, or with random weights by `seed`."""
+    """The policy, not sharded yet; `seed` is that of random weights and adapters."""
+    torch.manual_seed(seed)
     common = {
         "dtype": getattr(torch, model.dtype),
         "lora": lora_config(model),
@@ -84,9 +88,17 @@ def load_policy(model: Model, seed: int = 0) -> PolicyModel:
             **common,
         )
     fields = dict(model.config or {})
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    torch.manual_seed(seed)
-    return PolicyModel.from_config(config, **common)
+    kind = fields.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3)
+        raise ValueError(f"model.config.model_type: got {kind!r}, did you mean one of {near}?")
+    known = {*dir(AutoConfig.for_model(kind)), *OLD_FIELDS}
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise ValueError(f"model.config.{key}: unknown to {kind}{hint}")
+    return PolicyModel.from_config(AutoConfig.for_model(kind, **fields), **common)
 
 
 def check_folder(name: str, setting: str) -> None:

@@ -214,7 +214,7 @@ def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
     Writes a trace, the operators by memory, and on a GPU a memory snapshot into `profile/`.
     """
     steps = run.settings.log.profile_steps
-    if steps is None:
+    if steps is None or run.state.step >= steps[1]:
         yield None
         return
     folder: Path = run.folder / "profile"
@@ -230,10 +230,11 @@ def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
         if cuda:
             torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank:05d}.snapshot"))
 
-    before = max(0, first - 1 - run.state.step)
+    start = max(first, run.state.step + 1)
+    before = start - 1 - run.state.step
     warmup = min(1, before)
     schedule = torch.profiler.schedule(
-        wait=before - warmup, warmup=warmup, active=last - first + 1, repeat=1
+        wait=before - warmup, warmup=warmup, active=last - start + 1, repeat=1
     )
     if cuda:
         torch.cuda.memory._record_memory_history()

@@ -90,6 +90,14 @@ class Run:
         return self.settings.method.sequences == "rollout"
 
     @property
+    def reads_rewards(self) -> bool:
+        """Whether the method's own terms depend on rewards."""
+        method = self.settings.method
+        context, gate = method.teacher_context, method.gate
+        by_reward = context == "correct_rollout" or gate in ("wrong", "mixed")
+        return method.advantage == "group" or by_reward
+
+    @property
     def scores_old(self) -> bool:
         """Whether the ratio is taken to log-probabilities of a scoring pass."""
         method, updates = self.settings.method, self.settings.batch.updates
