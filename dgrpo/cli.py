@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _model_arguments(command)
     add = command.add_argument
     add("--ruler", metavar="TASKS", help="tasks made here: all, or some by comma")
-    add("--lengths", default="4096", help="lengths of these in tokens, by comma (4096)")
+    add("--lengths", default="4096", help="lengths of these, such as 4k,32k (4096)")
     add("--count", type=int, default=100, help="items of each task and length (100)")
     add("--rows", action="append", default=[], metavar="FILE", help="rows with a reward column")
     add(
@@ -207,6 +207,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def _evaluation_rows(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
     """The rows of all sources, one source after the other."""
     from dgrpo.data import load_rows
+    from dgrpo.data.make import length
     from dgrpo.evaluation import LOADERS, ruler
 
     sources = [load_rows(path, split="test") for path in options.rows]
@@ -217,7 +218,7 @@ def _evaluation_rows(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
         sources.append(LOADERS[name](path))
     if options.ruler:
         tasks = [] if options.ruler == "all" else options.ruler.split(",")
-        lengths = [int(length) for length in options.lengths.split(",")]
+        lengths = [length(text) for text in options.lengths.split(",")]
         sources.append(ruler(tokenizer, tasks, lengths, options.count, options.seed))
     for source in sources:
         yield from islice(source, options.limit)

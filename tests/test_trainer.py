@@ -1,12 +1,18 @@
 """A trainer's step: every method against plain torch, every option, and what must not change it."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dgrpo.config import Model
 from dgrpo.trainer import train
 from dgrpo.training.build import build
 from dgrpo.training.collect import collect
+from dgrpo.training.models import load_policy
 from dgrpo.training.steps import attach_teacher, backward, micro_batches, update, weigh
 from tests.trainer_home import HOOKS, make_home, metrics, settings  # noqa: F401
 
@@ -146,6 +152,26 @@ def test_lora_goes_on_from_a_checkpoint_without_its_base(home, tmp_path):
     assert "lora_A" in saved and "embed_tokens" not in saved
 
 
+def test_dropout_is_off_where_old_logprobs_are_scored(home, tmp_path):
+    model = {"name": str(home / "student"), "lora": {"rank": 4, "dropout": 0.5}}
+    batch = {"prompts": 4, "updates": 2}
+    train(settings(home, tmp_path, model=model, batch=batch, steps=4))
+    assert all(line["sampler_mismatch"] < 1e-4 for line in metrics(tmp_path))
+
+
+def test_adapters_start_from_the_seed(home, tmp_path):
+    model = {"name": str(home / "student"), "lora": {"rank": 4}}
+
+    def norms(name, seed):
+        torch.manual_seed(len(name))  # whatever happened before in this process
+        train(
+            settings(home, tmp_path / name, "sft", model=model, seed=seed, data={"shuffle": False})
+        )
+        return [line["grad_norm"] for line in metrics(tmp_path / name)]
+
+    assert norms("a", 1) == norms("bb", 1) != norms("ccc", 2)
+
+
 def test_second_update_of_a_batch_has_a_ratio(home, tmp_path):
     wanted = settings(home, tmp_path, batch={"prompts": 4, "updates": 2, "tokens": 128}, steps=4)
     train(wanted)
@@ -202,3 +228,36 @@ def test_a_failing_reward_costs_its_samples_alone(home, tmp_path):
     run.close()
     train(settings(home, tmp_path, "grpo", rewards=rewards))
     assert 0 < metrics(tmp_path)[0]["reward_failed"] < 1
+
+
+def test_rows_without_a_reward_are_for_methods_that_read_none(home, tmp_path):
+    rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    groups = {"data": {"sources": [{"path": str(plain)}]}, "rewards": {"functions": []}}
+    train(settings(home, tmp_path / "opd", "opd", **groups))
+    assert metrics(tmp_path / "opd")[0]["divergence"] > 0
+    with pytest.raises(ValueError, match=r"rewards\.functions: got none, and the rows have no rew"):
+        train(settings(home, tmp_path / "dgrpo", **groups))
+
+
+# -- models that cannot be made ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"config": {"model_type": "qwen3", "hidden_sise": 8}}, "did you mean hidden_size?"),
+        ({"config": {"model_type": "qwenn"}}, "model.config.model_type: got 'qwenn', did you mean"),
+        ({"name": "/nowhere/at/all"}, "model.name: got '/nowhere/at/all', expected an existing"),
+    ],
+)
+def test_a_model_that_cannot_be_made_names_its_setting(model, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_policy(Model(**model))
+
+
+def test_a_folder_without_weights_names_its_setting(home, tmp_path):
+    shutil.copy(home / "student/config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"model\.name: got .* which cannot be loaded: "):
+        load_policy(Model(name=str(tmp_path)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dgrpo.checkpoint import CheckpointError
 from dgrpo.config import load, validate
 from dgrpo.trainer import Diverged, train, train_stages
 from dgrpo.training.build import build
@@ -114,6 +115,22 @@ def test_a_killed_run_goes_on_bitwise(home, tmp_path, processes):
     assert metrics(folder) == metrics(tmp_path / "whole")
     ours, whole = (tmp_path / name / "export/model.safetensors" for name in ("killed", "whole"))
     assert ours.read_bytes() == whole.read_bytes()
+
+
+def test_changed_settings_are_told_when_a_run_goes_on(home, tmp_path, capsys):
+    adamw = {"kind": "adamw", "lr": 0.01}
+    train(settings(home, tmp_path, "sft", optimizer=adamw))
+    wanted = settings(home, tmp_path, "sft", optimizer={**adamw, "weight_decay": 0.5})
+    train(wanted)
+    text = capsys.readouterr().out
+    assert "changed since the last start: optimizer.weight_decay: 0.0 -> 0.5" in text
+    assert "no step is left" in text
+    run = build(wanted)  # and they hold: the checkpoint does not bring the old ones back
+    assert run.optimizers[0].optimizer.param_groups[0]["weight_decay"] == 0.5
+    run.close()
+    with pytest.raises(CheckpointError, match="got SGD, the checkpoint has AdamW"):
+        build(settings(home, tmp_path, "sft"))
+    assert load(tmp_path / "settings.yaml")[""] == wanted
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(home, tmp_path, processes):

@@ -51,8 +51,8 @@ def optimizer_tensors(
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
 
-    The rest, one dict an optimiser: `kind` (its class), `groups` (each group's settings, `params` as
-    names) and `state` (`{name: {key: value, or None where the value is a tensor}}`).
+    The rest, one dict an optimiser: `kind` (its class), `groups` (each group's settings, `params`
+    as names) and `state` (`{name: {key: value, or None where the value is a tensor}}`).
     """
     tensors, rest = {}, []
     names = _names(model)

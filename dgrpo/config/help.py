@@ -43,7 +43,7 @@ def explain(problem: Any) -> str:
         return problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{dotted}: missing, expected a value"
-    expected = re.sub(r"^Input should be ", "", problem["msg"])
+    expected = re.sub(r"^(Input|List) should (be )?", "", problem["msg"])
     return f"{dotted}: got {problem['input']!r}, expected {expected}"
 
 

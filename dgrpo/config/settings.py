@@ -66,6 +66,8 @@ class Teacher(Settings):
     """Bytes of hidden states per rank above which they are kept in host memory."""
     url: str | None = None
     """OpenAI-compatible endpoint that returns prompt log-probabilities."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the endpoint's key, if it wants one."""
     top_k: PositiveInt = 64
     """Log-probabilities a token asked of the endpoint."""
     timeout: PositiveFloat = 600.0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 
 from dgrpo import fsdp
 from dgrpo.config import Model
@@ -47,6 +48,7 @@ class Generator:
             dtype=dtype or ("bfloat16" if cuda else "float32"),
             trust_remote_code=trust_remote_code,
         )
+        transformers.logging.disable_progress_bar()
         self.tokenizer: Any = load_tokenizer(wanted)
         policy = load_policy(wanted).requires_grad_(False).eval()
         fsdp.reset_rotary(policy)

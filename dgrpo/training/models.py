@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,14 @@ def frozen(
 
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer of `model.tokenizer`, else that of the model."""
-    if model.tokenizer is not None:
-        check_folder(model.tokenizer, "model.tokenizer")
-    elif model.name is not None:
-        check_folder(model.name, "model.name")
-    return AutoTokenizer.from_pretrained(
-        model.tokenizer or model.name,
-        revision=model.revision if model.tokenizer is None else None,
-        trust_remote_code=model.trust_remote_code,
-    )
+    own = model.tokenizer is None
+    name = model.name if own else model.tokenizer
+    with loading("model.name" if own else "model.tokenizer", name):
+        return AutoTokenizer.from_pretrained(
+            name,
+            revision=model.revision if own else None,
+            trust_remote_code=model.trust_remote_code,
+        )
 
 
 def load_policy(model: Model, seed: int = 0) -> PolicyModel:
@@ -81,12 +81,13 @@ def load_policy(model: Model, seed: int = 0) -> PolicyModel:
         "liger": model.liger,
     }
     if model.name is not None:
-        return PolicyModel.from_pretrained(
-            model.name,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            **common,
-        )
+        with loading("model.name", model.name):
+            return PolicyModel.from_pretrained(
+                model.name,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                **common,
+            )
     fields = dict(model.config or {})
     kind = fields.pop("model_type")
     if kind not in CONFIG_MAPPING:
@@ -101,14 +102,19 @@ def load_policy(model: Model, seed: int = 0) -> PolicyModel:
     return PolicyModel.from_config(AutoConfig.for_model(kind, **fields), **common)
 
 
-def check_folder(name: str, setting: str) -> None:
-    """ValueError for what can only be a folder and is not there, such as an earlier stage's."""
+@contextmanager
+def loading(setting: str, name: str) -> Iterator[None]:
+    """ValueError that names the setting where what it names is not there or cannot be loaded."""
     path = Path(name)
     if (path.is_absolute() or len(path.parts) > 2) and not path.is_dir():
         raise ValueError(
             f"{setting}: got {name!r}, expected an existing folder or a hub name; "
             "the result of a stage is there once that stage has been run"
         )
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{setting}: got {name!r}, which cannot be loaded: {error}") from error
 
 
 def lora_config(model: Model) -> LoraConfig | None:
@@ -142,20 +148,23 @@ def load_teacher(
     if method.teacher == "self":
         return SelfTeacher(model, offload_above=wanted.host_above)
     if method.teacher == "served":
-        source = HttpTopK(wanted.url, wanted.name, timeout=wanted.timeout)
+        key = os.environ.get(wanted.key_variable)
+        source = HttpTopK(wanted.url, wanted.name, api_key=key, timeout=wanted.timeout)
         return ServedTeacher(source, wanted.top_k)
-    check_folder(wanted.name, "teacher.name")
-    teacher = frozen(
-        wanted.name,
-        settings,
-        mesh,
-        device,
-        revision=wanted.revision,
-        trust_remote_code=wanted.trust_remote_code,
-    )
+    with loading("teacher.name", wanted.name):
+        teacher = frozen(
+            wanted.name,
+            settings,
+            mesh,
+            device,
+            revision=wanted.revision,
+            trust_remote_code=wanted.trust_remote_code,
+        )
     options["vocab_size"] = wanted.vocab_size
     if wanted.vocab_size is None and model.vocab_size != teacher.vocab_size:
-        theirs = AutoTokenizer.from_pretrained(wanted.name, revision=wanted.revision)
+        theirs = AutoTokenizer.from_pretrained(
+            wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
+        )
         options["vocab_size"] = common_vocab(
             model.vocab_size, teacher.vocab_size, tokenizer, theirs
         )
@@ -168,7 +177,14 @@ def load_reference(settings: RunSettings, mesh: Any, device: torch.device) -> Po
         return None
     if settings.model.name is None:
         raise ValueError("method.ref_coef: got a value above 0 with random weights, expected 0")
-    return frozen(settings.model.name, settings, mesh, device, revision=settings.model.revision)
+    return frozen(
+        settings.model.name,
+        settings,
+        mesh,
+        device,
+        revision=settings.model.revision,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
 
 
 def load_objective(name: str) -> tuple[Callable | None, bool]:
