@@ -85,6 +85,7 @@ def test_bad_input_names_the_setting_and_the_way_out(override, message):
         ({"method": {"divergence_clip": 1.0}}, "method.divergence_clip"),
         ({"method": {"old_logprobs": "none"}, "batch": {"updates": 2}}, "method.old_logprobs"),
         ({"batch": {"updates": 20}}, "batch.updates"),
+        ({"model": {**BASE["model"], "lora": {"dropout": 0.1}}}, "model.lora.dropout"),
         ({"rollout": {"group_size": 1}}, "rollout.group_size"),
         ({"steps": None, "epochs": None}, "steps: got null"),
         ({"steps": None, "optimizer": {"decay": "cosine"}}, "optimizer.decay"),

@@ -95,6 +95,11 @@ def _rules(run: RunSettings) -> list[tuple[bool, str]]:
             "down_proj]",
         ),
         (
+            rollout and model.lora is not None and model.lora.dropout > 0,
+            "model.lora.dropout: got a value above 0 with method.sequences=rollout, expected 0; "
+            "dropout makes the ratio to the sampled policy noise",
+        ),
+        (
             run.steps is None and run.epochs is None,
             "steps: got null with epochs null, expected one of them; the run would have no end",
         ),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dgrpo.batch import Sample
 from dgrpo.metrics import StepMetrics, rollout_record, write_rollouts
+from dgrpo.teacher import ServedTeacher
 from dgrpo.training import ranks
 from dgrpo.training.collect import decode, reward, sampling, timed
 from dgrpo.training.run import Batch, Run
@@ -37,6 +38,8 @@ def record(run: Run, batch: Batch) -> None:
     means.mean("time/step", seconds)
     means.sum("tokens", batch.tokens)
     means.max("memory/peak_gib", peak_bytes(run.device) / 2**30)
+    if isinstance(run.teacher, ServedTeacher):
+        means.sum("teacher_missing", run.teacher.missing)
     metrics = {
         "loss": batch.loss,
         "grad_norm": batch.norm,
