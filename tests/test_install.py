@@ -81,8 +81,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel, tree):
         for package in ("dgrpo", "dgrpo_kernels")
         for path in (root / package).rglob("*.py")
     }
-    assert packed - {"dgrpo/py.typed", "dgrpo_kernels/py.typed"} == modules
-    assert "dgrpo/py.typed" in packed and "dgrpo/ops/__init__.py" in packed
+    page = {f"dgrpo/report/{name}" for name in ("page.html", "page.css", "page.js", "charts.js")}
+    assert packed - modules == {"dgrpo/py.typed", "dgrpo_kernels/py.typed", *page}
+    assert modules <= packed and "dgrpo/ops/__init__.py" in packed
     assert "dgrpo_kernels/row_stats.py" in packed
 
 
