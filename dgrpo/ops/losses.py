@@ -60,7 +60,6 @@ def linear_loss(
     weight: Tensor,
     targets: Tensor,
     objective: Objective,
-    *,
     teacher: TeacherHead | TopKTeacher | None = None,
     **options: Any,
 ) -> LossOutput:
