@@ -153,10 +153,13 @@ def test_lora_goes_on_from_a_checkpoint_without_its_base(home, tmp_path):
 
 
 def test_dropout_is_off_where_old_logprobs_are_scored(home, tmp_path):
-    model = {"name": str(home / "student"), "lora": {"rank": 4, "dropout": 0.5}}
-    batch = {"prompts": 4, "updates": 2}
-    train(settings(home, tmp_path, model=model, batch=batch, steps=4))
-    assert all(line["sampler_mismatch"] < 1e-4 for line in metrics(tmp_path))
+    student = tmp_path / "student"
+    shutil.copytree(home / "student", student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    batch, out = {"prompts": 4, "updates": 2}, tmp_path / "run"
+    train(settings(home, out, model={"name": str(student)}, batch=batch, steps=4))
+    assert all(line["sampler_mismatch"] < 1e-4 for line in metrics(out))
 
 
 def test_adapters_start_from_the_seed(home, tmp_path):
