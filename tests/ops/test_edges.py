@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dgrpo
-from dgrpo.testing import oracle
+from dgrpo.testing import oracle, peaked_case
 from tests.ops.cases import (
     DIVERGENCES,
     assert_near,
@@ -171,3 +171,27 @@ def test_a_teacher_of_another_dtype(dtype, teacher_dtype):
         case.teacher_hidden.to(teacher_dtype), case.teacher_weight.to(teacher_dtype)
     )
     check_dgrpo(case, 5e-3 if dtype == torch.bfloat16 else 1e-4, teacher=teacher)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_undefined_inputs_of_a_token_without_weight_do_not_count(backend):
+    case = peaked_case(6, 8, 50)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    broken = case.old_logprobs.clone()
+    broken[1] = torch.nan
+    token_weights = torch.full((6,), 1 / 6)
+    token_weights[1] = 0
+    out = dgrpo.linear_dgrpo_loss(
+        hidden,
+        weight,
+        case.targets,
+        case.advantages,
+        old_logprobs=broken,
+        ref_logprobs=broken,
+        ref_coef=0.1,
+        token_weights=token_weights,
+        backend=backend,
+    )
+    out.loss.backward()
+    assert out.loss.isfinite() and hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+    assert (hidden.grad[1] == 0).all() and (hidden.grad[0] != 0).any()
