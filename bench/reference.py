@@ -1,6 +1,6 @@
 """What the gradients should be: the closed form in fp64, for some tokens and vocabulary columns.
 
-Shares no code with the library. DESIGN's formulas, row by row:
+Shares no code with the library. The formulas of docs/mathematics.md, row by row:
     G = a (1[v=y] - p) + b p (log p - log q - KL),   dHidden = G W,   dW = G^T hidden
 A full fp64 `[N, V]` never exists: tokens are taken a block at a time, and dW only for some columns.
 """

@@ -115,7 +115,7 @@ def plain_loss(
     beta: float = 0.5,
     clip: float = 0.2,
 ) -> Tensor:
-    """DESIGN section 2 written down: the sum over all samples, from whole logits."""
+    """The objective of docs/mathematics.md: the sum over all samples, from whole logits."""
     total = torch.zeros((), dtype=next(model.parameters()).dtype)
     for sample in samples:
         logp_all = torch.log_softmax(plain_logits(model, sample), -1)
