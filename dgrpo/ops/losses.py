@@ -222,14 +222,7 @@ def linear_dgrpo_loss(
         return Descend(call, objective, scale)
 
     *common, metrics = _run(prepared, objective, step)
-    zeros = torch.zeros(targets.shape, device=call.device)
-    flags = torch.zeros(targets.shape, dtype=torch.bool, device=call.device)
-    return DgrpoOutput(
-        *common,
-        metrics.get("ratio", zeros),
-        metrics.get("clipped", flags),
-        metrics.get("clamped", flags),
-    )
+    return DgrpoOutput(*common, metrics["ratio"], metrics["clipped"], metrics["clamped"])
 
 
 def _check_coefficients(
@@ -275,15 +268,14 @@ def _run(
     if need.any():
         step = make_step()
         loss = GradientInForward.apply(hidden, weight, bias, need, call, step)
-        losses, metrics = step.losses, step.metrics
+        metrics = step.metrics
     else:
         step = Score(call)
         with torch.no_grad(), no_autocast(call.device):
             sweep(call, hidden, weight, bias, Need(), step)
             stats = token_stats(step.stats)
             losses, metrics = unpack(objective(stats, call.rows), call.count)
-            losses = losses.masked_fill(stats.logprobs.isnan(), torch.nan)
-            loss = losses.sum()
+            loss = losses.masked_fill(stats.logprobs.isnan(), torch.nan).sum()
     logprobs, divergence, entropy, teacher_logprobs = map(call.scatter, token_stats(step.stats))
     metrics = {name: call.scatter(value) for name, value in metrics.items()}
     return loss, logprobs, teacher_logprobs, divergence, entropy, metrics

@@ -26,6 +26,8 @@ def measure(
     topk = isinstance(call.teacher, TopKTeacher)
     if again and not topk:
         return None
+    if again:  # measured anew for its columns; what stands there is final
+        stats = stats.clone()
     targets, known = call.targets[part], call.targets_known[part]
     local = "none" if topk or call.divergence in SECOND_PASS else call.divergence
     if topk:

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgrpo_kernels.rows import Logits, RowStats
+from dgrpo_kernels.rows import FLOOR, Logits, RowStats
 
 FUSES_DGRPO = False
 TILE = 2**18  # elements of one temporary
-FLOOR = -1e6  # nats below the peak at which a teacher's logit is held
 LOWEST = -1e30  # stands for -inf where 0 * inf would arise
 
 

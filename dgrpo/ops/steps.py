@@ -227,7 +227,7 @@ class Replay(_Writer):
             self.grad_scale = power_of_two(coef, call.count)
 
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None:
-        columns = measure(self.call, z, t, part, self.stats[:, part].clone(), again=True)
+        columns = measure(self.call, z, t, part, self.stats[:, part], again=True)
         self.write(z, t, part, columns, self.coef[:, part], grad)
 
 

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgrpo_kernels.rows import Logits, RowStats
+from dgrpo_kernels.rows import FLOOR, Logits, RowStats
 
 LEAST_TAIL = 1e-7  # the teacher's tail mass is never taken as less
-FLOOR = -1e6  # nats at which a teacher's log-probability is held, as in the kernels
 MOST_LOG = 80.0  # exp of more would overflow; p_v there is below exp(-80)
 
 

@@ -6,8 +6,10 @@ Per element: add the bias, scale, cap softly, divide by the temperature, in this
 import triton
 import triton.language as tl
 
+from dgrpo_kernels import rows
+
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below every logit; finite, so that it subtracts
-FLOOR: tl.constexpr = tl.constexpr(-1e6)  # nats below the peak at which a teacher's logit is held
+FLOOR: tl.constexpr = tl.constexpr(rows.FLOOR)
 
 
 @triton.jit

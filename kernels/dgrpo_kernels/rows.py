@@ -9,6 +9,8 @@ from torch import Tensor
 
 ROW_MULTIPLE = 16  # elements; row strides are multiples, so that every load is 16 bytes wide
 
+FLOOR = -1e6  # nats below the peak at which a teacher's logit is held: its KLs stay finite
+
 # "bucket" is the gradient of any divergence over a top-k teacher's buckets: p_v (r_tail - mean r).
 DIVERGENCES = {
     "none": 0,
