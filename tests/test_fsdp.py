@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 
 from dgrpo import fsdp
 from dgrpo.batch import pack
@@ -52,7 +53,7 @@ def run(world, folder, limit=300):
     try:
         while time.monotonic() < end and not context.join(timeout=5):
             pass
-    except mp.ProcessException as error:
+    except ProcessException as error:
         print(error)  # what the ranks saved says more
     finally:
         for process in context.processes:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 
 from tests.ops import shard_cases
 
@@ -28,7 +29,7 @@ def run(world, folder, limit=240):
     try:
         while time.monotonic() < end and not context.join(timeout=5):
             pass
-    except mp.ProcessException as error:
+    except ProcessException as error:
         print(error)  # what the ranks saved says more
     finally:
         for process in context.processes:
