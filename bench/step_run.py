@@ -155,8 +155,8 @@ def ours(size: Size, steps: int, folder: Path, preset: str) -> dict:
             backward(run, batch, one)
         update(run, batch)
         record(run, batch)
-        # A packed sequence is one token shorter: the last one is never an input.
-        tokens = batch.tokens + len(batch.samples)
+        # Of all sequences, whatever is read once for several of them.
+        tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in batch.samples)
         found = {"seconds": time.perf_counter() - start, "tokens": tokens}
         found |= {verb: batch.seconds.get(verb, 0.0) for verb in VERBS}
         found["train"] += batch.seconds["update"]

@@ -5,30 +5,35 @@
 
 1. flash-attn (2, 3 or 4), where it imports, on a GPU in 16 bits;
 2. `torch.nn.attention.varlen.varlen_attn`, where it runs: a GPU, 16 bits, no soft cap;
-3. `sequences_attention`: sdpa sequence by sequence, in blocks of queries where there is a sliding
-   window or a soft cap, so that no mask grows with the square of the length. It runs anywhere.
+3. `dgrpo.packed.sequences_attention`: sdpa sequence by sequence, in blocks of queries where there
+   is a sliding window or a soft cap, so that no mask grows with the square of the length. It runs
+   anywhere.
 
 All know grouped queries, a sliding window (which may differ from layer to layer) and, the second
-apart, Gemma-2's soft cap of the scores. Attention sinks, bidirectional and chunked attention raise.
-A pass with a `cache` of keys and values (`dgrpo.rollout`) is handed to `cache.attend`. Padded
-batches are not taken: no mask is ever made.
+apart, Gemma-2's soft cap of the scores. All know prefixes: a kernel is given one again for each of
+its branches, if `takes_prefixes` finds that it can, else the portable form runs. Attention sinks,
+bidirectional and chunked attention raise. A pass with a `cache` of keys and values
+(`dgrpo.rollout`) is handed to `cache.attend`. Padded batches are not taken: no mask is ever made.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from dgrpo.packed import Prefixes, sequences_attention
+
+log = logging.getLogger(__name__)
+
 NAME = "dgrpo_packed"
-QUERY_BLOCK = 1024  # least number of queries of a block in the portable form
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -54,20 +59,24 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 def packed_arguments(
-    cu_seqlens: Tensor | None, lengths: tuple[int, ...] | None, cache: Any = None
+    cu_seqlens: Tensor | None,
+    lengths: tuple[int, ...] | None,
+    cache: Any = None,
+    prefixes: Prefixes | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for the forward pass of a model's body over packed sequences.
 
-    `cu_seqlens` (S + 1,) int32 and `lengths` say where the sequences are; a decoding step with a
-    `cache` has neither.
+    `cu_seqlens` (S + 1,) int32 and `lengths` say where the sequences are, `prefixes` which of
+    them others see; a decoding step with a `cache` has none of these.
     """
     longest = max(lengths) if lengths else None
     arguments = {
         "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens if prefixes is None else prefixes.cu_seqlens_k,
         "max_length_q": longest,
-        "max_length_k": longest,
+        "max_length_k": longest if prefixes is None else prefixes.longest_k,
         "sequence_lengths": lengths,
+        "shared_prefixes": prefixes,
     }
     return arguments if cache is None else {**arguments, "cache": cache}
 
@@ -114,94 +123,33 @@ def packed_attention(
             "sequences would leak into each other"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    prefixes = kwargs.get("shared_prefixes")
     kernel = find_kernel(query, softcap, dropout)
+    if kernel is not None and prefixes is not None:
+        sizes = query.shape[1], key.shape[1], query.shape[-1]
+        kinds = sliding_window is not None, softcap is not None
+        if not takes_prefixes(kernel, query.device, query.dtype, *sizes, *kinds):
+            kernel = None
     if kernel is None:
         lengths = kwargs.get("sequence_lengths") or tuple(cu_seqlens.diff().tolist())
         out = sequences_attention(
-            query, key, value, lengths, scaling, sliding_window, softcap, dropout
+            query, key, value, lengths, scaling, sliding_window, softcap, dropout, prefixes
         )
         return out.transpose(1, 2).contiguous(), None
-    packed = (x[0].transpose(0, 1) for x in (query, key, value))  # each (T, heads, D)
-    longest = kwargs["max_length_q"]
-    return kernel(*packed, cu_seqlens, longest, scaling, sliding_window, softcap)[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # each (T, heads, D)
+    if prefixes is not None:
+        k, v = (prefixes.expand(x, kwargs["sequence_lengths"]) for x in (k, v))
+    ends = [kwargs[f"{name}_{x}"] for name in ("cu_seq_lens", "max_length") for x in "qk"]
+    return kernel(q, k, v, *ends, scaling, sliding_window, softcap)[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
-def sequences_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: tuple[int, ...],
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Causal attention within each packed sequence; query (1, heads, T, D), result likewise.
-
-    A sequence without window or soft cap is one call of sdpa; else blocks of queries see only the
-    keys that they need.
-    """
-    grouped = query.shape[1] != key.shape[1]
-    outs, start = [], 0
-    for length in lengths:
-        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
-        start += length
-        if softcap is None and (window is None or length <= window):
-            options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": grouped}
-            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-            continue
-        block = max(QUERY_BLOCK, window or 0)
-        for first in range(0, length, block):
-            end = min(first + block, length)
-            low = max(0, first - window + 1) if window else 0
-            seen = _seen(first, end, low, window, query.device)
-            outs.append(
-                _masked(
-                    q[:, :, first:end],
-                    k[:, :, low:end],
-                    v[:, :, low:end],
-                    seen,
-                    scaling,
-                    softcap,
-                    dropout,
-                )
-            )
-    return torch.cat(outs, dim=2)
-
-
-def _seen(first: int, end: int, low: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) bool for queries `first ... end` and keys `low ... end` of one sequence."""
-    i = torch.arange(first, end, device=device)[:, None]
-    j = torch.arange(low, end, device=device)
-    return (j <= i) if window is None else (j <= i) & (i - j < window)
-
-
-def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Tensor,
-    scaling: float,
-    softcap: float | None,
-    dropout: float,
-) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if softcap is None:
-        options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": groups > 1}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, **options)
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap) * softcap
-    scores = scores.masked_fill(~seen, float("-inf"))
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return F.dropout(weights.to(value.dtype), dropout, training=dropout > 0) @ value
-
-
-# Kernels take q (T, heads, D), k and v (T, kv_heads, D), cu_seqlens, longest, scaling, window,
-# softcap, and return (T, heads, D).
+# Kernels take q (T, heads, D), k and v (K, kv_heads, D), ends and greatest lengths of the sequences
+# in q and in k, scaling, window, softcap, and return (T, heads, D). The last query of a sequence
+# sees its last key.
 
 
 def find_kernel(query: Tensor, softcap: float | None, dropout: float) -> Callable | None:
@@ -215,6 +163,65 @@ def find_kernel(query: Tensor, softcap: float | None, dropout: float) -> Callabl
     if flash is not None:
         return flash
     return varlen_kernel() if softcap is None else None
+
+
+@cache
+def takes_prefixes(
+    kernel: Callable,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    windowed: bool,
+    capped: bool,
+) -> bool:
+    """Whether a kernel agrees with the portable form where branches see a prefix, gradients too.
+
+    They may differ in where the diagonal is when there are more keys than queries, so each is tried
+    once in a process on a small example. A warning tells of one that fails.
+    """
+    lengths, window, softcap = (11, 3, 17, 1, 5), 6 if windowed else None, 2.0 if capped else None
+    prefixes = Prefixes.of(lengths, (3, 0, 0, 0, 0)).to(device)
+    cu_q = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(n, sum(lengths), head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    *states, direction = (
+        torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes
+    )
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        k, v = (prefixes.expand(x, lengths) for x in (k, v))
+        ends = cu_q, prefixes.cu_seqlens_k, max(lengths), prefixes.longest_k
+        return kernel(q, k, v, *ends, head_dim**-0.5, window, softcap).transpose(0, 1)
+
+    def portable(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = {"window": window, "softcap": softcap, "prefixes": prefixes}
+        return sequences_attention(q[None], k[None], v[None], lengths, head_dim**-0.5, **options)[0]
+
+    def run(function: Callable, kind: torch.dtype) -> list[Tensor]:
+        inputs = [x.detach().to(kind).requires_grad_() for x in states]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, direction.to(kind))]
+
+    # Hooks of its own: those of activation checkpointing must not see this graph.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.enable_grad(), hooks, torch.autocast(device.type, enabled=False):
+        try:
+            pairs = zip(run(ours, dtype), run(portable, torch.float32), strict=True)
+            errors = [float((got - want).norm() / want.norm()) for got, want in pairs]
+            problem = "" if max(errors) < 0.03 else f"relative errors {errors}"
+        except Exception as error:  # whatever a kernel of others raises
+            problem = str(error)
+    if problem:
+        log.warning(
+            "attention kernel %s: cannot read a prompt once for several completions (%s); plain "
+            "torch is used for these, batch.share_prompts=false keeps the kernel",
+            getattr(kernel, "__qualname__", kernel),
+            problem,
+        )
+    return not problem
 
 
 @cache
@@ -236,7 +243,7 @@ def adapt_flash(function: Callable) -> Callable:
     """
     known = inspect.signature(function).parameters
 
-    def kernel(q, k, v, cu_seqlens, longest, scaling, window, softcap):
+    def kernel(q, k, v, cu_q, cu_k, longest_q, longest_k, scaling, window, softcap):
         options: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
         if window is not None:
             options["window_size"] = (window - 1, 0)
@@ -250,10 +257,10 @@ def adapt_flash(function: Callable) -> Callable:
             q,
             k,
             v,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
             **options,
         )
         return out[0] if isinstance(out, tuple) else out
@@ -275,23 +282,13 @@ def adapt_varlen(function: Callable) -> Callable:
     """Our signature around `varlen_attn`; torch 2.11's has no grouped queries: heads repeat."""
     grouped = "enable_gqa" in inspect.signature(function).parameters
 
-    def kernel(q, k, v, cu_seqlens, longest, scaling, window, softcap):
+    def kernel(q, k, v, cu_q, cu_k, longest_q, longest_k, scaling, window, softcap):
         groups = q.shape[1] // k.shape[1]
         options: dict[str, Any] = {"enable_gqa": groups > 1} if grouped else {}
         if groups > 1 and not grouped:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         left = -1 if window is None else window - 1
-        return function(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=(left, 0),
-            **options,
-        )
+        ends = cu_q, cu_k, longest_q, longest_k
+        return function(q, k, v, *ends, scale=scaling, window_size=(left, 0), **options)
 
     return kernel

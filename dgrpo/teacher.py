@@ -46,7 +46,7 @@ class Teacher:
         self.hidden = torch.empty(0, model.hidden_size)  # (M, Ht) of the batch
 
     def attach(
-        self, samples: Sequence[Sample], max_tokens: int, group: dist.ProcessGroup | None = None
+        self, samples: Sequence[Sample], max_tokens: int, group: Any = None, **packing: Any
     ) -> None:
         """Read a batch: keep its hidden states, and note in `sample.teacher_rows` which is whose.
 
@@ -55,12 +55,13 @@ class Teacher:
         Args:
             samples: the batch; a sample's `teacher_prompt_ids` takes the place of its prompt.
             max_tokens: tokens of a forward pass.
-            group: of the ranks, None = all.
+            group: process group of the ranks, None = all.
+            packing: `share_prompts` as for `pack`.
         """
         self.hidden = torch.empty(0, self.model.hidden_size)  # frees the last batch's first
         if self.offload_body:
             self._move_layers(self.model.device)
-        self.hidden = read(self.model, samples, max_tokens, self.offload_above, group)
+        self.hidden = read(self.model, samples, max_tokens, self.offload_above, group, **packing)
         if self.offload_body:
             self._move_layers("cpu")
 
@@ -113,14 +114,16 @@ class SelfTeacher:
         self._kept: tuple[Tensor, Tensor | None] | None = None
 
     def attach(
-        self, samples: Sequence[Sample], max_tokens: int, group: dist.ProcessGroup | None = None
+        self, samples: Sequence[Sample], max_tokens: int, group: Any = None, **packing: Any
     ) -> None:
         """As `Teacher.attach`. Collective."""
         self.hidden = torch.empty(0, self.model.hidden_size)
         training = self.model.training
         self.model.eval()
         try:
-            self.hidden = read(self.model, samples, max_tokens, self.offload_above, group)
+            self.hidden = read(
+                self.model, samples, max_tokens, self.offload_above, group, **packing
+            )
         finally:
             self.model.train(training)
         if self.frozen_head:
@@ -173,7 +176,7 @@ class ServedTeacher:
         self.k = k
         self.missing = 0  # samples of the last batch that got no answer: they have no teacher
 
-    def attach(self, samples: Sequence[Sample], max_tokens: int = 0, group: Any = None) -> None:
+    def attach(self, samples: Sequence[Sample], *_: Any, **__: Any) -> None:
         """Ask for the batch and write `sample.topk`. Called as `Teacher.attach`; not collective."""
         answers = self.source.topk(samples, self.k)
         for sample, answer in zip(samples, answers, strict=True):
@@ -204,6 +207,7 @@ def read(
     max_tokens: int,
     offload_above: int,
     group: dist.ProcessGroup | None = None,
+    **packing: Any,
 ) -> Tensor:
     """(M, Ht) hidden states of `model` before the M guided tokens; writes `teacher_rows`.
 
@@ -215,7 +219,7 @@ def read(
         guided = sample.guided
         sample.teacher_rows = torch.where(guided, guided.cumsum(0) - 1 + end, -1)
         end += int(guided.sum())
-    micros = pack([sample.seen_by_teacher() for sample in samples], max_tokens)
+    micros = pack([sample.seen_by_teacher() for sample in samples], max_tokens, **packing)
     kept = torch.empty(0, model.hidden_size, dtype=model.head.weight.dtype, device=model.device)
     for number, micro in enumerate(balanced_count(micros, group)):
         hidden = model.hidden_states(**micro.to(model.device).model_args())

@@ -1,18 +1,10 @@
-"""Packed attention against one sequence at a time with explicit masks, and the roads to kernels."""
-
-import inspect
-import sys
-import types
+"""Packed attention against one sequence at a time with explicit masks, for every kind of model."""
 
 import pytest
 import torch
 
-from dgrpo import attention
+from dgrpo import packed
 from dgrpo.attention import (
-    adapt_flash,
-    adapt_varlen,
-    find_kernel,
-    flash_kernel,
     packed_arguments,
     packed_attention,
     use_packed_attention,
@@ -67,7 +59,7 @@ def oracle(q, k, v, window, softcap, scaling):
 @pytest.mark.parametrize("block", [4, 1024])  # queries at once: sequences longer and shorter
 @pytest.mark.parametrize("case", CASES)
 def test_sequences_do_not_see_each_other(case, block, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(packed, "QUERY_BLOCK", block)
     heads, kv_heads, window, softcap = CASES[case]
     inputs = states(heads, kv_heads)
     got = call(*inputs, scaling=0.4, sliding_window=window, softcap=softcap)
@@ -156,114 +148,3 @@ def test_models_outside_of_the_attention_interface_raise():
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="model: got BloomForCausalLM"):
         use_packed_attention(model)
-
-
-# Kernels, which need a GPU: that they are called as their signatures say, on a stand-in that
-# computes what they promise.
-def stand_in(q, k, v, cu, window, scaling, softcap=0.0):
-    left = window[0] if window[0] is not None else -1
-    lengths = tuple(cu.diff().tolist())
-    parts = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = attention.sequences_attention(
-        *parts, lengths, scaling, left + 1 if left >= 0 else None, softcap or None
-    )
-    return out[0].transpose(0, 1)
-
-
-def varlen_211(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-    window_size=(-1, -1),
-):  # fmt: skip
-    assert query.shape[1] == key.shape[1], "torch 2.11 has no grouped queries"
-    assert window_size[1] == 0 and max_q == max_k == 33
-    return stand_in(query, key, value, cu_seq_q, window_size, scale)
-
-
-def varlen_213(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-):  # fmt: skip
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    assert window_size[1] == 0 and max_q == max_k == 33
-    return stand_in(query, key, value, cu_seq_q, window_size, scale)
-
-
-def flash_2(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-):  # fmt: skip
-    assert causal and max_seqlen_q == max_seqlen_k == 33
-    return stand_in(q, k, v, cu_seqlens_q, window_size, softmax_scale, softcap)
-
-
-def flash_4(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0,
-):  # fmt: skip
-    assert causal and max_seqlen_q == max_seqlen_k == 33
-    return stand_in(q, k, v, cu_seqlens_q, window_size, softmax_scale, softcap), None
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("function", [varlen_211, varlen_213, flash_2, flash_4])
-def test_kernels_get_what_they_expect(function, case, monkeypatch):
-    heads, kv_heads, window, softcap = CASES[case]
-    varlen = function in (varlen_211, varlen_213)
-    if varlen and softcap:
-        pytest.skip("varlen_attn has no soft cap: find_kernel does not choose it")
-    kernel = (adapt_varlen if varlen else adapt_flash)(function)
-    monkeypatch.setattr(attention, "find_kernel", lambda *_: kernel)
-    inputs = states(heads, kv_heads)
-    got = call(*inputs, scaling=0.4, sliding_window=window, softcap=softcap)
-    torch.testing.assert_close(got, oracle(*inputs, window, softcap, 0.4), rtol=1e-9, atol=1e-9)
-
-
-def test_the_stand_ins_have_torchs_signature():
-    from torch.nn.attention.varlen import varlen_attn
-
-    real = inspect.signature(varlen_attn).parameters
-    assert set(real) >= set(inspect.signature(varlen_211).parameters)
-
-
-def test_which_kernel_is_chosen(monkeypatch):
-    def query(dtype=torch.bfloat16, dim=64, kind="cuda"):
-        return types.SimpleNamespace(dtype=dtype, shape=(1, 4, 9, dim), device=torch.device(kind))
-
-    monkeypatch.setattr(attention, "flash_kernel", lambda: "flash")
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: "varlen")
-    assert find_kernel(query(), None, 0.0) == find_kernel(query(), 50.0, 0.0) == "flash"
-    monkeypatch.setattr(attention, "flash_kernel", lambda: None)
-    assert find_kernel(query(), None, 0.0) == "varlen"
-    for portable in (
-        (query(), 50.0, 0.0),
-        (query(), None, 0.1),
-        (query(torch.float32), None, 0.0),
-        (query(dim=320), None, 0.0),
-        (query(kind="cpu"), None, 0.0),
-    ):
-        assert find_kernel(*portable) is None
-
-
-def test_flash_attention_is_found_where_it_imports(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    flash_kernel.cache_clear()
-    if "flash_attn" not in sys.modules:
-        monkeypatch.setitem(sys.modules, "flash_attn", None)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    try:
-        assert flash_kernel() is None
-        flash_kernel.cache_clear()
-        module = types.ModuleType("flash_attn")
-        module.flash_attn_varlen_func = flash_2
-        monkeypatch.setitem(sys.modules, "flash_attn", module)
-        assert flash_kernel() is not None
-    finally:
-        flash_kernel.cache_clear()
-
-
-def test_an_old_flash_attention_without_soft_cap_raises():
-    def old(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size=None):
-        raise AssertionError
-
-    with pytest.raises(ValueError, match="softcap: this flash-attn has no soft cap"):
-        adapt_flash(old)(None, None, None, None, 1, 1.0, None, 50.0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dgrpo.batch import Sample, balanced_count, filler, pack, shared_fields, split_evenly
 from dgrpo.head import HeadInputs
-from tests.tiny import make_sample, make_samples
+from tests.tiny import make_groups, make_sample, make_samples
 
 
 def tokens(*ids):
@@ -73,8 +73,9 @@ def test_the_teachers_view_has_its_prompt_and_its_tokens():
     sample = make_sample(5, 4, 0, loss_mask=torch.tensor([True, True, False, True]))
     sample.teacher_mask = torch.tensor([True, False, True, True])
     sample.teacher_prompt_ids = tokens(3, 4)
+    sample.group = 3
     seen = sample.seen_by_teacher()
-    assert seen.prompt_ids.tolist() == [3, 4]
+    assert seen.prompt_ids.tolist() == [3, 4] and seen.group == 3
     assert torch.equal(seen.completion_ids, sample.completion_ids)
     assert seen.mask.tolist() == [True, False, False, True]
 
@@ -96,6 +97,85 @@ def test_every_sample_is_packed_once_and_no_micro_is_too_long(sizes, limit):
     # First fit: two micros that are half empty would have been one.
     halves = [micro for micro in micros if sum(micro.lengths) * 2 <= limit]
     assert len(halves) <= 1
+    again = pack(samples, limit)
+    assert [m.indices for m in again] == [m.indices for m in micros]
+
+
+def test_a_prompt_is_laid_out_once_for_its_completions():
+    ones = {"loss_mask": torch.tensor([True, False, True])}
+    samples = [
+        Sample(tokens(10, 11, 12), tokens(20, 21), group=4, index=0),
+        Sample(tokens(13), tokens(22), group=5),
+        Sample(tokens(10, 11, 12), tokens(23, 24, 25), group=4, index=1, **ones),
+        Sample(tokens(10, 11, 12), tokens(26), group=4, index=2),
+    ]
+    for n, sample in enumerate(samples):
+        sample.teacher_rows = 10 * n + torch.arange(len(sample.completion_ids))
+    (micro,) = pack(samples, 100)
+    assert micro.input_ids.tolist() == [[10, 11, 12, 20, 12, 23, 24, 12, 13]]
+    assert micro.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 2, 0]]
+    assert micro.lengths == (2, 2, 3, 1, 1) and micro.cu_seqlens.tolist() == [0, 2, 4, 7, 8, 9]
+    assert micro.sequence_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 4]
+    assert micro.targets.tolist() == [-100, -100, 20, 21, 23, -100, 25, 26, 22]
+    assert micro.rows.tolist() == [2, 3, 4, 6, 7, 8]
+    assert micro.teacher_rows.tolist() == [-1, -1, 0, 1, 20, 21, 22, 30, 10]
+    assert micro.prefixes.branches == (3, 0, 0, 0, 0)
+    assert micro.prefixes.cu_seqlens_k.tolist() == [0, 2, 6, 11, 14, 15]
+    assert micro.indices == (0, 2, 3, 1) and micro.spans == [(2, 2), (4, 3), (7, 1), (8, 1)]
+    pieces = [(i, v.tolist()) for i, v in micro.per_sample(torch.arange(9.0))]
+    assert pieces == [(0, [2, 3]), (2, [4, 5, 6]), (3, [7]), (1, [8])]
+    assert micro.to("meta").prefixes.starts.is_meta
+
+
+def test_only_equal_prompts_of_a_group_are_shared():
+    prompt, other = tokens(10, 11), tokens(10, 12)
+    samples = [Sample(p, tokens(20), group=g) for p, g in ((prompt, 0), (prompt, 1), (other, 0))]
+    (micro,) = pack(samples, 100)
+    assert micro.prefixes is None and micro.lengths == (2, 2, 2)
+    (micro,) = pack([samples[0], Sample(prompt, tokens(21))], 100)
+    assert micro.prefixes.branches == (2, 0, 0)
+    (apart,) = pack([samples[0], Sample(prompt, tokens(21))], 100, share_prompts=False)
+    assert apart.prefixes is None and apart.lengths == (2, 2)
+    (short,) = pack([Sample(tokens(10), tokens(20, 21)), Sample(tokens(10), tokens(22))], 100)
+    assert short.prefixes is None and short.lengths == (2, 1)  # its prefix has no token
+
+
+def test_what_a_shared_prompt_has_of_a_micro():
+    samples = make_groups([(11, (5, 4, 4, 3))])  # prefix of 10
+    sizes = {26: [(0, 1, 2, 3)], 25: [(0, 1, 2), (3,)], 19: [(0, 1), (2, 3)], 18: [(0, 3), (1, 2)]}
+    for limit, want in sizes.items():
+        assert [micro.indices for micro in pack(samples, limit)] == want
+    for limit in (14, 10, 1):  # not even two of them fit
+        micros = pack(samples, limit)
+        assert [micro.indices for micro in micros] == [(0,), (1,), (2,), (3,)]
+        assert all(micro.prefixes is None for micro in micros)
+
+
+lengths_of_groups = st.tuples(
+    st.integers(1, 30), st.lists(st.integers(1, 12), min_size=1, max_size=6)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(lengths_of_groups, min_size=1, max_size=6), st.integers(1, 70))
+def test_shared_prompts_in_any_sizes(groups, limit):
+    samples = make_groups(groups)
+    micros = pack(samples, limit)
+    assert sorted(i for micro in micros for i in micro.indices) == list(range(len(samples)))
+    for micro in micros:
+        assert sum(micro.lengths) == micro.input_ids.numel() == micro.targets.numel()
+        assert sum(micro.lengths) <= limit or len(micro.samples) == 1
+        for sample, (start, count) in zip(micro.samples, micro.spans, strict=True):
+            assert micro.input_ids[0, start] == sample.prompt_ids[-1]
+            assert micro.position_ids[0, start] == len(sample.prompt_ids) - 1
+            place = slice(start, start + count)
+            assert torch.equal(
+                micro.targets[place][sample.mask], sample.completion_ids[sample.mask]
+            )
+            assert len(micro.sequence_ids[place].unique()) == 1
+            assert torch.equal(micro.context.advantages[place], sample.advantages)
+    together = sum(sum(micro.lengths) for micro in micros)
+    assert together <= sum(sample.length for sample in samples)
     again = pack(samples, limit)
     assert [m.indices for m in again] == [m.indices for m in micros]
 
@@ -137,7 +217,8 @@ def test_what_the_head_gets():
     inputs = micro.head_inputs("stats", options={"temperature": 0.7})
     assert isinstance(inputs, HeadInputs) and inputs.mode == "stats"
     assert inputs.rows is micro.rows and inputs.options == {"temperature": 0.7}
-    assert micro.model_args().keys() == {"input_ids", "position_ids", "cu_seqlens", "lengths"}
+    names = {"input_ids", "position_ids", "cu_seqlens", "lengths", "prefixes"}
+    assert micro.model_args().keys() == names
 
 
 def test_a_loss_without_weights_raises():

@@ -18,7 +18,7 @@ LAYERS = """
     fsdp
     policy batch
     config attention
-    head
+    head packed
     ops
     objectives dgrpo_kernels
 """

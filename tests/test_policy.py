@@ -29,10 +29,10 @@ from tests.tiny import (
 BACKBONE = ["q_proj", "v_proj", "down_proj"]
 
 
-def policy_loss(policy, samples, max_tokens=30):
+def policy_loss(policy, samples, max_tokens=30, **packing):
     """The loss over all micros, with gradients accumulated."""
     total = 0.0
-    for micro in pack(samples, max_tokens, teacher_coef=0.0):
+    for micro in pack(samples, max_tokens, teacher_coef=0.0, **packing):
         out = policy(**micro.model_args(), inputs=micro.head_inputs())
         out.loss.backward()
         total += float(out.loss.detach())

@@ -11,6 +11,7 @@ from tests.tiny import (
     VOCAB,
     assert_same_gradients,
     loss_with,
+    make_groups,
     make_samples,
     plain_loss,
     relative,
@@ -71,6 +72,42 @@ def test_the_size_of_a_pass_does_not_matter():
         teacher.attach(teacher_samples(), max_tokens)
         kept.append(teacher.hidden)
     assert relative(kept[0], kept[1]) < 1e-5 and relative(kept[0], kept[2]) < 1e-5
+
+
+@pytest.mark.parametrize("own_prompts", ["none", "each", "one"])
+def test_a_prompt_is_read_once_for_all_of_its_completions(own_prompts, monkeypatch):
+    teacher = Teacher(PolicyModel(tiny_model("gemma3", seed=3)))
+    read, run = [], teacher.model.hidden_states
+
+    def counted(input_ids, *args, **options):
+        read.append(input_ids.numel())
+        return run(input_ids, *args, **options)
+
+    monkeypatch.setattr(teacher.model, "hidden_states", counted)
+    kept, totals = [], []
+    for share in (True, False):
+        samples = make_groups([(9, (5, 1, 8)), (4, (6, 2))])
+        for sample in samples:  # shared within a group, or one sample's alone
+            if own_prompts == "each" or (own_prompts == "one" and sample.index == 1):
+                number = sample.group if own_prompts == "each" else 1
+                sample.teacher_prompt_ids = torch.arange(5, 12 + number)
+        read.clear()
+        teacher.attach(samples, 1000, share_prompts=share)
+        kept.append(teacher.hidden)
+        totals.append(sum(read))
+    assert relative(*kept) < 1e-5
+    assert totals[0] == totals[1] - {"none": 2 * 8 + 3, "each": 2 * 6 + 7, "one": 8}[own_prompts]
+
+
+def test_the_loss_with_a_teacher_and_shared_prompts():
+    policies = [tiny_pair("qwen3")[0] for _ in range(2)]
+    teacher = Teacher(PolicyModel(tiny_model("gemma3", seed=3)))
+    got, want = (
+        loss_with(policy, make_groups(), teacher, 40, share_prompts=share)
+        for policy, share in zip(policies, (True, False), strict=True)
+    )
+    assert got == pytest.approx(want, rel=1e-5)
+    assert_same_gradients(policies[0], policies[1].model)
 
 
 def test_a_next_batch_takes_the_place_of_the_last():

@@ -89,6 +89,26 @@ def test_first_step_equals_plain_torch(home, tmp_path, preset):
     run.close()
 
 
+@pytest.mark.parametrize("objective", ["dgrpo", "gspo"])
+def test_a_shared_prompt_changes_no_step(home, tmp_path, objective):
+    found = []
+    for share in (True, False):
+        batch = {"prompts": 4, "tokens": 128, "share_prompts": share}
+        method = {"objective": objective, "old_logprobs": "trainer"}
+        run, step = first_step(settings(home, tmp_path / str(share), batch=batch, method=method))
+        assert any(micro.prefixes is not None for micro, _ in step.outputs) == share
+        grads = {name: p.grad.clone() for name, p in run.model.named_parameters()}
+        update(run, step)
+        found.append((step, grads))
+        run.close()
+    (shared, got), (apart, want) = found
+    assert shared.loss == pytest.approx(apart.loss, rel=1e-4, abs=1e-6)
+    assert shared.norm == pytest.approx(apart.norm, rel=1e-4)
+    assert shared.tokens < apart.tokens == sum(sample.length for sample in apart.samples)
+    for name, grad in want.items():
+        assert (got[name] - grad).norm() <= 1e-4 * grad.norm().clamp(min=1e-6), name
+
+
 @pytest.mark.parametrize("preset", ["opsdl", "ssopd", "kdrl", "self_distill"])
 def test_presets_of_other_papers_run(home, tmp_path, preset):
     out = train(settings(home, tmp_path, preset))

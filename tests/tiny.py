@@ -99,6 +99,22 @@ def make_samples(sizes, seed: int = 0, **fields) -> list[Sample]:
 
 
 SIZES = [(3, 5), (1, 1), (12, 9), (4, 8), (2, 13)]
+# Prompts with the completions that share them: longer and shorter than the window, a prompt of one
+# token, completions of one token, a sample alone.
+GROUPS = [(9, (5, 1, 8)), (1, (3, 2)), (4, (6,)), (2, (1, 1, 4)), (14, (2, 7))]
+
+
+def make_groups(groups=GROUPS, **fields) -> list[Sample]:
+    """`groups` lists (prompt length, completion lengths); their samples come in turns."""
+    samples = []
+    for turn in range(max(len(sizes) for _, sizes in groups)):
+        for number, (prompt, sizes) in enumerate(groups):
+            if turn < len(sizes):
+                sample = make_sample(prompt, sizes[turn], 100 * turn + number, **fields)
+                sample.prompt_ids = make_sample(prompt, 1, number).prompt_ids
+                sample.group, sample.index = number, turn
+                samples.append(sample)
+    return samples
 
 
 def plain_logits(model: torch.nn.Module, sample: Sample, prompt: Tensor | None = None) -> Tensor:
@@ -154,11 +170,11 @@ def teacher_samples(own_prompts=True):
     return samples
 
 
-def loss_with(policy, samples, teacher, max_tokens=25, **options):
+def loss_with(policy, samples, teacher, max_tokens=25, share_prompts=True, **options):
     """The loss over all micros with a teacher, with gradients accumulated."""
-    teacher.attach(samples, max_tokens)
+    teacher.attach(samples, max_tokens, share_prompts=share_prompts)
     total = 0.0
-    for micro in pack(samples, max_tokens, teacher_coef=0.5):
+    for micro in pack(samples, max_tokens, share_prompts=share_prompts, teacher_coef=0.5):
         head = teacher.head(micro)
         inputs = micro.head_inputs(teacher=head, options=options)
         out = policy(**micro.model_args(), inputs=inputs)

@@ -12,14 +12,19 @@ from torch import Tensor
 from dgrpo.batch.sample import Sample
 from dgrpo.head import HeadInputs
 from dgrpo.objectives.context import Context
+from dgrpo.packed import Prefixes
 
 
 @dataclass(frozen=True)
 class Micro:
-    """S sequences laid end to end, ready for one forward pass. Made by `pack`."""
+    """S sequences laid end to end, ready for one forward pass. Made by `pack`.
+
+    A sequence is a sample, or of samples that share their prompt P: first their prefix, P without
+    its last token, then a branch for each, that token and its completion.
+    """
 
     input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) int64, from 0 in each sequence
+    position_ids: Tensor  # (1, T) int64, from 0 in each sequence, from P - 1 in a branch
     cu_seqlens: Tensor  # (S + 1,) int32
     lengths: tuple[int, ...]  # of the S sequences
     sequence_ids: Tensor  # (T,) int64, 0 ... S - 1
@@ -27,7 +32,9 @@ class Micro:
     rows: Tensor  # (n,) int64, the tokens with loss
     context: Context | None  # (T,) tensors; None where the samples have no token weights
     teacher_rows: Tensor  # (T,) int64: row of the teacher's hidden states, -1 = none
+    prefixes: Prefixes | None  # which sequences are prefixes; None where there is none
     samples: tuple[Sample, ...]  # () for a filler
+    starts: tuple[int, ...]  # of each sample: the token that predicts its completion's first one
     indices: tuple[int, ...]  # of the samples in the list given to `pack`
 
     def to(self, device: torch.device | str) -> Micro:
@@ -35,23 +42,21 @@ class Micro:
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, Tensor | Context)
+            if isinstance(value, Tensor | Context | Prefixes)
         }
         return replace(self, **moved)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
         """(first token, C) of each sample: tokens whose hidden states predict its completion."""
-        spans, end = [], 0
-        for sample in self.samples:
-            end += sample.length
-            tokens = sample.completion_ids.numel()
-            spans.append((end - tokens, tokens))
-        return spans
+        return [
+            (start, sample.completion_ids.numel())
+            for start, sample in zip(self.starts, self.samples, strict=True)
+        ]
 
     def model_args(self) -> dict[str, Any]:
         """Arguments of `PolicyModel.forward` and `.hidden_states`."""
-        names = ("input_ids", "position_ids", "cu_seqlens", "lengths")
+        names = ("input_ids", "position_ids", "cu_seqlens", "lengths", "prefixes")
         return {name: getattr(self, name) for name in names}
 
     def head_inputs(

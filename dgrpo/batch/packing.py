@@ -13,18 +13,24 @@ from torch import Tensor
 from dgrpo.batch.micro import Micro
 from dgrpo.batch.sample import IGNORED, SHARED, Sample
 from dgrpo.objectives.context import Context
+from dgrpo.packed import Prefixes
 
 
-def pack(samples: Sequence[Sample], max_tokens: int, **coefficients: Any) -> list[Micro]:
+def pack(
+    samples: Sequence[Sample], max_tokens: int, *, share_prompts: bool = True, **coefficients: Any
+) -> list[Micro]:
     """Pack samples into micros of at most `max_tokens` tokens, by first-fit decreasing.
 
-    A longer sample gets a micro of its own. The result depends on the samples' order and lengths
-    alone.
+    Samples of one group with the same prompt go together and share it; where they are more than
+    `max_tokens`, they are first split into several such units, again by first-fit decreasing. A
+    longer sample gets a micro of its own. The result depends on the samples' order and lengths,
+    and on which share a prompt.
 
     Args:
         samples: those of one call either all carry `token_weights` (`old_logprobs`, `ref_logprobs`,
             `sampler_logprobs`, `policy_weights`) or none does.
-        max_tokens: tokens in a micro, at least 1.
+        max_tokens: tokens in a micro, at least 1; a shared prompt counts once.
+        share_prompts: lay a prompt out once for all of its samples in a micro.
         coefficients: scalar fields of `Context`, e.g. `teacher_coef=0.5, clip_low=0.2`.
 
     Raises:
@@ -34,18 +40,50 @@ def pack(samples: Sequence[Sample], max_tokens: int, **coefficients: Any) -> lis
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
     fields = shared_fields(samples)
-    order = sorted(range(len(samples)), key=lambda i: -samples[i].length)  # stable: ties in order
+    alike = _alike(samples) if share_prompts else [[i] for i in range(len(samples))]
+    units = [unit for same in alike for unit in _split(samples, same, max_tokens)]
+    costs = [_prefix(samples, unit) + _branches(samples, unit) for unit in units]
+    return [
+        _micro(samples, [units[n] for n in chosen], fields, coefficients)
+        for chosen in _first_fit(costs, max_tokens)
+    ]
+
+
+def _alike(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of the samples of each group that have the same prompt."""
+    found: dict[tuple[int, bytes], list[int]] = {}
+    for i, sample in enumerate(samples):
+        found.setdefault((sample.group, sample.prompt_ids.numpy().tobytes()), []).append(i)
+    return list(found.values())
+
+
+def _split(samples: Sequence[Sample], same: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Samples with one prompt in units of at most `max_tokens`, each with the prefix once."""
+    costs = [_branches(samples, [i]) for i in same]
+    bins = _first_fit(costs, max_tokens - _prefix(samples, same))
+    return [[same[n] for n in chosen] for chosen in bins]
+
+
+def _prefix(samples: Sequence[Sample], unit: Sequence[int]) -> int:
+    return samples[unit[0]].prompt_ids.numel() - 1
+
+
+def _branches(samples: Sequence[Sample], unit: Sequence[int]) -> int:
+    return sum(samples[i].completion_ids.numel() for i in unit)
+
+
+def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
+    """Bins of items by first-fit decreasing, ascending in each; a dearer item has its own."""
     bins: list[list[int]] = []
     room: list[int] = []
-    for i in order:
-        length = samples[i].length
-        place = next((b for b, free in enumerate(room) if length <= free), len(bins))
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: ties in order
+        place = next((b for b, free in enumerate(room) if costs[i] <= free), len(bins))
         if place == len(bins):
             bins.append([])
-            room.append(max_tokens)
+            room.append(limit)
         bins[place].append(i)
-        room[place] -= length
-    return [_micro(samples, sorted(members), fields, coefficients) for members in bins]
+        room[place] -= costs[i]
+    return [sorted(chosen) for chosen in bins]
 
 
 def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
@@ -117,20 +155,22 @@ def filler(fields: Sequence[str] = ("token_weights",), **coefficients: Any) -> M
     one.loss_mask = torch.zeros(1, dtype=torch.bool)
     for name in fields:
         setattr(one, name, torch.zeros(1))
-    return replace(_micro([one], [0], fields, coefficients), samples=(), indices=())
+    return replace(_micro([one], [[0]], fields, coefficients), samples=(), starts=(), indices=())
 
 
 def _micro(
     samples: Sequence[Sample],
-    members: Sequence[int],
+    units: Sequence[Sequence[int]],  # indices of samples; those of a unit share their prompt
     fields: Sequence[str],
     coefficients: Mapping[str, Any],
 ) -> Micro:
+    members = [i for unit in units for i in unit]
     chosen = tuple(samples[i] for i in members)
-    lengths = tuple(sample.length for sample in chosen)
+    ids, positions, branches, starts = _lay_out([[samples[i] for i in unit] for unit in units])
+    lengths = tuple(map(len, ids))
     ends = torch.tensor([0, *lengths]).cumsum(0)
     where = torch.cat(
-        [torch.arange(e - len(s.completion_ids), e) for s, e in zip(chosen, ends[1:], strict=True)]
+        [torch.arange(t, t + len(s.completion_ids)) for s, t in zip(chosen, starts, strict=True)]
     )
 
     def spread(pieces: list[Tensor], dtype: torch.dtype, empty: float = 0) -> Tensor:
@@ -158,17 +198,43 @@ def _micro(
             tensors["teacher_coef"] = column("teacher_coef", beta, torch.float32)
         context = Context(**tensors, **scalars)
     return Micro(
-        input_ids=torch.cat([t for s in chosen for t in (s.prompt_ids, s.completion_ids[:-1])])[
-            None
-        ],
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions)[None],
         cu_seqlens=ends.to(torch.int32),
         lengths=lengths,
-        sequence_ids=torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths)),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths)),
         targets=targets,
         rows=torch.nonzero(targets != IGNORED).reshape(-1),
         context=context,
         teacher_rows=column("teacher_rows", -1, torch.int64, -1),
+        prefixes=Prefixes.of(lengths, branches) if any(branches) else None,
         samples=chosen,
+        starts=tuple(starts),
         indices=tuple(members),
     )
+
+
+def _lay_out(
+    units: Sequence[Sequence[Sample]],
+) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
+    """The sequences: their ids, positions and numbers of branches; and the samples' starts.
+
+    A start is the token that predicts the completion's first one.
+    """
+    ids, positions, branches, starts, end = [], [], [], [], 0
+    for unit in units:
+        size = len(unit[0].prompt_ids) - 1  # of the prefix
+        shared = size if len(unit) > 1 else 0
+        if shared:
+            ids.append(unit[0].prompt_ids[:size])
+            positions.append(torch.arange(size))
+            branches.append(len(unit))
+            end += size
+        for sample in unit:
+            own = torch.cat([sample.prompt_ids[shared:], sample.completion_ids[:-1]])
+            ids.append(own)
+            positions.append(torch.arange(shared, shared + len(own)))
+            branches.append(0)
+            starts.append(end + size - shared)
+            end += len(own)
+    return ids, positions, branches, starts

@@ -18,7 +18,8 @@ class Sample:
     """One prompt and its completion, on the CPU. `(C,)` tensors are aligned with `completion_ids`.
 
     The packed sequence is prompt + completion without its last token, which predicts nothing: the
-    hidden state at position `P - 1 + i` predicts completion token i.
+    hidden state at position `P - 1 + i` predicts completion token i. Samples of one `group` with
+    the same prompt share all of it but its last token.
 
     Raises:
         ValueError: an empty prompt or completion, or a per-token tensor of another length.
@@ -38,7 +39,7 @@ class Sample:
     teacher_mask: Tensor | None = None  # (C,) bool: tokens that the teacher guides; None = all
     teacher_rows: Tensor | None = None  # (C,) int64, by a teacher: row of its states, -1 = none
     topk: tuple[Tensor, Tensor] | None = None  # by a teacher: ids and log-probabilities, (C, K)
-    group: int = 0
+    group: int = 0  # samples of one number, e.g. the completions of a prompt, may share it
     index: int = 0
     tags: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Number of packed tokens, P + C - 1."""
+        """Number of packed tokens of the sample alone, P + C - 1."""
         return self.prompt_ids.numel() + self.completion_ids.numel() - 1
 
     @property
@@ -80,4 +81,4 @@ class Sample:
         """The sample as the teacher reads it: its prompt, masked to the tokens that it guides."""
         own = self.teacher_prompt_ids
         prompt = self.prompt_ids if own is None else own
-        return Sample(prompt, self.completion_ids, loss_mask=self.guided)
+        return Sample(prompt, self.completion_ids, loss_mask=self.guided, group=self.group)

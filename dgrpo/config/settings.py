@@ -176,6 +176,8 @@ class Batch(Settings):
     """Optimiser steps per batch; above 1 the ratio clips."""
     tokens: PositiveInt = 16384
     """Tokens of a packed micro-batch; a longer sequence goes alone."""
+    share_prompts: bool = True
+    """Read a prompt once for all of its completions in a micro-batch."""
 
 
 class Head(Settings):

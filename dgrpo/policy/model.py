@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dgrpo.attention import packed_arguments, use_packed_attention
 from dgrpo.head import FusedHead, HeadInputs, HeadOutput
+from dgrpo.packed import Prefixes
 from dgrpo.policy import load
 from dgrpo.policy.heads import LoraHead, fp32_logits, head_of, install_head
 
@@ -123,25 +124,33 @@ class PolicyModel(nn.Module):
         cu_seqlens: Tensor,
         lengths: Sequence[int],
         inputs: HeadInputs,
+        prefixes: Prefixes | None = None,
     ) -> HeadOutput:
         """What a training or scoring step calls: `policy(**micro.model_args(), inputs=...)`.
 
         Args:
             input_ids: (1, T) int64 packed tokens.
-            position_ids: (1, T) int64, from 0 in each sequence.
+            position_ids: (1, T) int64, from 0 in each sequence; a branch's go on from its prefix.
             cu_seqlens: (S + 1,) int32 ends of the sequences.
             lengths: the S lengths.
             inputs: everything that the head needs; neither cast nor moved.
+            prefixes: which of the sequences others see, None = none.
         """
         # Not self.hidden_states: registered with FSDP, it would end the root's forward pass.
-        hidden = self._run(input_ids, position_ids, packed_arguments(cu_seqlens, tuple(lengths)))
-        return self.head(hidden, inputs)
+        packing = packed_arguments(cu_seqlens, tuple(lengths), prefixes=prefixes)
+        return self.head(self._run(input_ids, position_ids, packing), inputs)
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        lengths: Sequence[int],
+        prefixes: Prefixes | None = None,
     ) -> Tensor:
         """(T, H) last hidden states; arguments as for `forward`. Registered with FSDP."""
-        return self._run(input_ids, position_ids, packed_arguments(cu_seqlens, tuple(lengths)))
+        packing = packed_arguments(cu_seqlens, tuple(lengths), prefixes=prefixes)
+        return self._run(input_ids, position_ids, packing)
 
     @torch.no_grad()
     def next_logits(

@@ -239,11 +239,14 @@ def importance_weights(run: Run, own: Tensor, sampler: Tensor) -> Tensor:
 def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Tensor]:
     """(C,) log-probabilities of each completion under a model. COLLECTIVE."""
     options = {k: v for k, v in run.options.items() if k in SCORING_OPTIONS}
-    bare = [Sample(s.prompt_ids, s.completion_ids, loss_mask=s.loss_mask) for s in samples]
+    bare = [
+        Sample(s.prompt_ids, s.completion_ids, loss_mask=s.loss_mask, group=s.group)
+        for s in samples
+    ]
     found: dict[int, Tensor] = {}
     training = model.training
     model.eval()  # dropout would make these another policy's
-    for micro in balanced_count(pack(bare, run.settings.batch.tokens)):
+    for micro in balanced_count(pack(bare, **run.packing)):
         micro = micro.to(run.device)
         out = model(**micro.model_args(), inputs=micro.head_inputs("logprobs", options=options))
         found |= dict(micro.per_sample(out.logprobs))

@@ -32,7 +32,7 @@ class Batch:
 
     samples: list[Sample]
     seconds: dict[str, float] = field(default_factory=dict)  # by verb
-    tokens: int = 0  # packed, of this rank
+    tokens: int = 0  # packed, of this rank: a shared prompt counts once a micro-batch
     with_loss: int = 0  # tokens with loss, of all ranks
     outputs: list[tuple[Micro, HeadOutput]] = field(default_factory=list)
     loss: float = 0.0  # of all ranks
@@ -88,6 +88,12 @@ class Run:
     def sampled(self) -> bool:
         """Whether the sequences are the policy's own."""
         return self.settings.method.sequences == "rollout"
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """How samples are packed: the same in training, scoring and the teacher's pass."""
+        batch = self.settings.batch
+        return {"max_tokens": batch.tokens, "share_prompts": batch.share_prompts}
 
     @property
     def reads_rewards(self) -> bool:

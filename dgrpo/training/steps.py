@@ -24,7 +24,7 @@ def attach_teacher(run: Run, batch: Batch) -> None:
     if run.teacher is None:
         return
     with timed(batch.seconds, "teacher"):
-        run.teacher.attach(batch.samples, run.settings.batch.tokens)
+        run.teacher.attach(batch.samples, **run.packing)
 
 
 def weigh(run: Run, batch: Batch) -> None:
@@ -33,7 +33,7 @@ def weigh(run: Run, batch: Batch) -> None:
     kind, world = settings.method.normalizer, run.gradient_scale
     masks = [sample.mask for sample in samples]
     local = kind == "local"  # the one normaliser that depends on the packing
-    packed = [m.indices for m in pack(samples, settings.batch.tokens)] if local else []
+    packed = [m.indices for m in pack(samples, **run.packing)] if local else []
     own = [int(mask.sum()) for mask in masks]
     totals = ranks.totals([sum(own), sum(n > 0 for n in own), len(packed)], run.device)
     counts = BatchCounts(*map(int, totals))
@@ -78,7 +78,7 @@ def micro_batches(run: Run, batch: Batch) -> Iterator[Micro]:
     }
     if run.teacher is None:
         constants["teacher_coef"] = 0.0
-    micros = pack(batch.samples, run.settings.batch.tokens, **constants)
+    micros = pack(batch.samples, **run.packing, **constants)
     micros = balanced_count(micros, **constants)
     batch.tokens = sum(sum(micro.lengths) for micro in micros if micro.samples)
     for place, micro in enumerate(micros):
