@@ -16,11 +16,12 @@ OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
 KERNEL_TESTS := tests/test_interpreter.py tests/kernels
 
-.PHONY: help venv train test test-slow test-triton bench aot lint format clean
+.PHONY: help venv train compare test test-slow test-triton bench aot lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train        the whole recipe with tiny models, in minutes, no GPU needed'
+	@echo 'make compare      SFT, KD, GRPO, OPD and dGRPO side by side, on two cores for hours'
 	@echo 'make test         run the tests (no GPU needed)'
 	@echo 'make test-slow    run the slow tests: packaging, whole training runs'
 	@echo 'make test-triton  run the kernel tests under triton $(OLDEST_TRITON) and $(NEWEST_TRITON)'
@@ -49,6 +50,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: $(VENV)/.installed
 	@echo '== training'
 	$(TRAIN)
+
+compare: $(VENV)/.installed
+	@echo '== comparing the methods'
+	$(BIN)/python -m examples.compare
 
 # loadfile: the Python blocks of a document share their names.
 test: $(VENV)/.installed
