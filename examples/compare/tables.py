@@ -12,6 +12,15 @@ from examples.compare.raw import Raw
 
 MAIN = "dgrpo"
 SINGLE = ("sft", "kd", "grpo", "opd")  # what dGRPO has to stand up to
+PAIRS = (
+    *(("dgrpo", name) for name in SINGLE),
+    *(("dgrpo-beta-1_0", name) for name in ("dgrpo", "kd", "opd", "sft-right")),
+    ("dgrpo", "dgrpo-beta-0_1"),
+    *((name, f"{name}-sampled") for name in ("dgrpo", "opd")),
+    *((name, f"{name}-no-cold") for name in ("sft", "kd", "opd", "dgrpo")),
+    *(("dgrpo", name) for name in ("sft-long", "sft-right", "sft-gold")),
+    ("dgrpo-4x", "sft-4x"),
+)
 DRAWS = 10_000
 
 
@@ -65,7 +74,8 @@ def cost(raw: Raw, method: str) -> tuple[float, float, float]:
 
 def write(raw: Raw, results: Path) -> str:
     """Writes table.md, and returns it."""
-    text = f"{methods_table(raw)}\n\n{verdict(raw)}\n\n{rates_table(raw)}\n"
+    parts = methods_table(raw), verdict(raw), pairs_table(raw), rates_table(raw)
+    text = "\n\n".join(parts) + "\n"
     (results / "table.md").write_text(text)
     return text
 
@@ -111,6 +121,16 @@ def verdict(raw: Raw) -> str:
         lines.append(
             f"* {kind}: dGRPO {word} the best single method, {best}: {show(lead, '+')} points."
         )
+    return "\n".join(lines)
+
+
+def pairs_table(raw: Raw) -> str:
+    """The differences that the page speaks of, paired by seed and prompt."""
+    lines = ["| in points | greedy | sampled |", "|---|---|---|"]
+    for a, b in PAIRS:
+        if a in raw.methods and b in raw.methods:
+            found = (show(difference(raw, a, b, kind), "+") for kind in ("greedy", "sampled"))
+            lines.append(f"| {a} minus {b} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
