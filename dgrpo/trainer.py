@@ -57,14 +57,19 @@ def train_stages(stages: Mapping[str, RunSettings]) -> dict[str, Outcome]:
     """Each stage in order; one that is finished is not run again. Ends early when stopped."""
     outcomes = {}
     for name, settings in stages.items():
-        done = Path(settings.out) / "done.yaml"
-        if done.exists() and done.read_text() == dump(settings):
+        if finished(settings):
             outcomes[name] = Outcome("already done", 0, Path(settings.out))
             continue
         outcomes[name] = train(settings)
         if outcomes[name].status == "stopped":
             break
     return outcomes
+
+
+def finished(settings: RunSettings) -> bool:
+    """Whether the run's folder says that it came to its end with these very settings."""
+    done = Path(settings.out) / "done.yaml"
+    return done.exists() and done.read_text() == dump(settings)
 
 
 def train(settings: RunSettings) -> Outcome:

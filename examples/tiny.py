@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 
-from dgrpo.config import RunSettings, dump, load
+from dgrpo.config import RunSettings, load
 from dgrpo.data import train_tokenizer
 from dgrpo.evaluation import paired_bootstrap
 from dgrpo.evaluation.statistics import interval
 from dgrpo.report import write_report
-from dgrpo.trainer import train_stages
+from dgrpo.trainer import finished, train_stages
 
 SETTINGS = Path(__file__).with_name("tiny.yaml")
 BRANCHES = ("teacher", "cold")  # stages named so, and a number, run side by side
@@ -85,12 +85,6 @@ def prepare(out: Path, overrides: Sequence[str]) -> dict[str, RunSettings]:
         train_tokenizer().save_pretrained(out / "tokenizer.tmp")
         os.rename(out / "tokenizer.tmp", out / "tokenizer")
     return stages
-
-
-def finished(stage: RunSettings) -> bool:
-    """Whether a stage was run to its end with these settings."""
-    done = Path(stage.out) / "done.yaml"
-    return done.exists() and done.read_text() == dump(stage)
 
 
 def run(

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dgrpo.config import RunSettings, dump
 from dgrpo.data import train_tokenizer
+from dgrpo.trainer import finished
 from examples.compare import figures, pool, raw, tables, work
 from examples.compare.plan import HERE, Plan
 
@@ -75,7 +76,7 @@ def run(plan: Plan) -> bool:
 
     def train(name: str, *stages: RunSettings) -> pool.Job:
         named = {Path(stage.out).name: stage for stage in stages}
-        done = all(map(work.finished, stages))
+        done = all(map(finished, stages))
         return pool.Job(name, work.train, (named,), out / "logs" / f"{name}.txt", done)
 
     def score(name: str, stage: RunSettings) -> pool.Job:
@@ -108,7 +109,7 @@ def run(plan: Plan) -> bool:
             stage, name = plan.run(method, seed, rates), f"{method}-seed-{seed}"
             path = Path(stage.out) / work.SCORES
             arguments = (stage, plan.task, compare.test)
-            done = work.finished(stage) and path.exists()
+            done = finished(stage) and path.exists()
             log = out / "logs" / f"{name}.txt"
             jobs.append(pool.Job(name, work.train_and_score, arguments, log, done))
     return pool.run("methods", jobs, workers)
@@ -130,7 +131,7 @@ def chosen(plan: Plan) -> dict[str, float]:
 
 def refuse_other_settings(plan: Plan) -> None:
     """Raises ValueError where a folder holds a run with other settings: it would be mixed in."""
-    rates = chosen(plan) if all(map(work.finished, plan.candidates().values())) else None
+    rates = chosen(plan) if all(map(finished, plan.candidates().values())) else None
     seeds = plan.compare.seeds
     stages = [s for names in plan.shared.values() for s in map(plan.stages.get, names)]
     stages += [plan.cold(seed) for seed in [plan.compare.rate_seed, *seeds]]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dgrpo.config import RunSettings, dump
+from dgrpo.config import RunSettings
 from dgrpo.data.chains import rows, write
 from dgrpo.evaluation import evaluate
 from dgrpo.rewards import final_number
@@ -22,12 +22,6 @@ ANSWER_SEED = 1  # of the training prompts and the teacher's sampling; validatio
 def train(stages: dict[str, RunSettings]) -> bool:
     """Each stage in order; False where a signal stopped one."""
     return all(outcome.status != "stopped" for outcome in train_stages(stages).values())
-
-
-def finished(stage: RunSettings) -> bool:
-    """Whether a stage was run to its end with these settings."""
-    done = Path(stage.out) / "done.yaml"
-    return done.exists() and done.read_text() == dump(stage)
 
 
 def answer(teacher: RunSettings, task: dict[str, Any], prompts: int, path: Path) -> bool:
