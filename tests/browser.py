@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
     --disable-background-networking --disable-component-update --disable-dev-shm-usage
@@ -156,3 +158,10 @@ def browser():
             process.wait()
             os.close(to)
             os.close(back)
+
+
+@pytest.fixture(scope="module", name="page")
+def make_page():
+    """A browser for the tests of a file."""
+    with browser() as page:
+        yield page

@@ -39,7 +39,7 @@ function drawOverview() {
   $("runs").classList.toggle("several", several);
   $("common").hidden = !DATA.settings.length;
   $("common").replaceChildren(
-    element("h2", {}, several ? "Settings of all runs" : "Settings", element("small", {}, "those that are not the defaults")),
+    element("h2", {}, several ? "Settings of all runs" : "Settings", element("small", {}, "learning rate, batch, and what differs from the defaults")),
     settingsList(DATA.settings), ...(several ? [] : wholeFile(RUNS[0])));
 }
 
