@@ -94,8 +94,13 @@ def parser() -> argparse.ArgumentParser:
     add("--out", help="folder for results.json and the heat map")
     command.set_defaults(run=evaluate)
 
-    command = commands.add_parser("report", help="draw a run's curves and write its page")
-    command.add_argument("folder", help="folder of the run")
+    command = commands.add_parser(
+        "report",
+        help="draw the curves of runs and write a page to read them on",
+        description="Write curves.png and report.html, where several runs share every chart.",
+    )
+    command.add_argument("folders", nargs="+", metavar="RUN", help="folder of a run")
+    command.add_argument("--out", help="folder to write to (that of the first run)")
     command.set_defaults(run=report)
 
     command = commands.add_parser("data", help="make long-context data: dgrpo data make --help")
@@ -228,7 +233,7 @@ def report(options: argparse.Namespace) -> int:
     """`dgrpo report`."""
     from dgrpo.report import write_report
 
-    written = write_report(options.folder)
+    written = write_report(*options.folders, out=options.out)
     print(f"curves: {written.curves}\npage:   {written.page}")
     return 0
 

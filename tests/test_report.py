@@ -4,14 +4,12 @@ import gzip
 import json
 import os
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from dgrpo.report import write_report
 from dgrpo.report.page import choose, embed, spread
-from dgrpo.report.panels import panels, points, smooth
+from dgrpo.report.panels import ceiling, panels, points, smooth
 from dgrpo.report.read import read_lines, read_rollouts, read_run
 
 EVIL = "</script><script>document.title='broken'</script><!-- <b>\u2028 & é 🙂"
@@ -64,15 +62,13 @@ def test_a_run_that_broke_off(tmp_path):
     assert report.curves.read_bytes().startswith(b"\x89PNG")
     page = report.page.read_text()
     data = data_of(page)
-    (stage,) = data["stages"]
+    (run,) = data["runs"]
     assert data["title"] == "run"
-    assert stage["notes"] == ["metrics.jsonl: 1 unreadable line", "rollouts: 1 unreadable"]
-    assert stage["rollouts"] == rollouts
-    reward = stage["panels"][0]
-    assert reward["title"] == "reward"
-    assert reward["lines"] == [
-        {"label": "reward", "steps": [1, 2, 3], "values": [0.1, 0.2, 0.3], "mean": None}
-    ]
+    assert run["notes"] == ["metrics.jsonl: 1 unreadable line", "rollouts: 1 unreadable"]
+    assert run["rollouts"] == rollouts
+    assert data["panels"][0] == {"title": "reward", "lines": [["reward", "reward"]]}
+    reward = {"steps": [1, 2, 3], "values": [0.1, 0.2, 0.3], "mean": None, "top": None}
+    assert run["series"]["reward"] == reward
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -83,14 +79,14 @@ def test_the_page_needs_nothing_else_and_text_stays_text(tmp_path):
     assert not re.search(r"""(src|href|action)\s*=|@import|url\(|fetch\(|import\(""", page)
     assert set(re.findall(r"https?://[^\s\"'`)]+", page)) == {"http://www.w3.org/2000/svg"}
     assert "@@" not in page
-    assert data_of(page)["stages"][0]["rollouts"][0]["text"] == [EVIL]
+    assert data_of(page)["runs"][0]["rollouts"][0]["text"] == [EVIL]
     assert embed({"a": "</script>\u2028"}) == '{"a":"\\u003c/script>\\u2028"}'
 
 
 def test_template_marks_in_a_rollout_stay(tmp_path):
     write_run(tmp_path, [1], [rollout(1, text=["@@STYLE@@", "@@DATA@@", "\\1"])])
     page = write_report(tmp_path).page.read_text()
-    assert data_of(page)["stages"][0]["rollouts"][0]["text"] == ["@@STYLE@@", "@@DATA@@", "\\1"]
+    assert data_of(page)["runs"][0]["rollouts"][0]["text"] == ["@@STYLE@@", "@@DATA@@", "\\1"]
 
 
 def test_stages_of_a_run(tmp_path):
@@ -98,13 +94,15 @@ def test_stages_of_a_run(tmp_path):
     write_run(tmp_path / "a-second", [1, 2, 3])
     os.utime(tmp_path / "b-first/metrics.jsonl", (1, 1))
     data = data_of(write_report(tmp_path).page.read_text())
-    assert [stage["name"] for stage in data["stages"]] == ["b-first", "a-second"]
+    assert [run["name"] for run in data["runs"]] == ["b-first", "a-second"]
+    assert [run["shown"] for run in data["runs"]] == [False, True]
 
 
 def test_a_run_before_its_first_step(tmp_path):
     write_run(tmp_path, [])
     report = write_report(tmp_path)
-    assert data_of(report.page.read_text())["stages"][0]["panels"] == []
+    data = data_of(report.page.read_text())
+    assert data["panels"] == [] and data["runs"][0]["facts"] == [["steps", "0, not finished"]]
     assert report.curves.stat().st_size > 0
 
 
@@ -124,7 +122,7 @@ def test_lines_that_are_no_metrics_are_left_out(tmp_path):
     (stage,) = read_run(tmp_path)
     assert stage.steps == [1, 2]
     assert stage.series == {"loss": [1.0, None], "reward": [0.1, None], "time/step": [2.0, None]}
-    assert stage.notes == ["metrics.jsonl: 2 unreadable lines"]
+    assert stage.notes == ["metrics.jsonl: 2 unreadable lines", "not finite: loss at step 2"]
     assert read_lines(b'{"a": 1}\n\xff\n') == ([{"a": 1}], 1)
 
 
@@ -163,7 +161,7 @@ def test_every_beginning_is_spread():
 def test_numbers_that_are_no_json_become_null(tmp_path):
     write_run(tmp_path, [1], [rollout(1, divergence=[float("nan"), float("inf")])])
     data = data_of(write_report(tmp_path).page.read_text())
-    assert data["stages"][0]["rollouts"][0]["divergence"] == [None, None]
+    assert data["runs"][0]["rollouts"][0]["divergence"] == [None, None]
 
 
 # Curves
@@ -194,29 +192,22 @@ def test_smoothing():
     assert smooth([float(i) for i in range(39)]) is None and smooth([1.0] * 100) is None
     mean = smooth([float(i) for i in range(100)])
     assert mean[50] == 50 and mean[0] == 1.0 and len(mean) == 100
+    assert smooth([float(i) for i in range(100)], top=10.0)[50:] == [10.0] * 50
 
 
-# The script
+def test_a_long_evaluation_does_not_flatten_the_times():
+    names = [p.lines for p in panels(["time/step", "time/evaluation", "time/train"])]
+    assert names == [
+        (("time/evaluation", "time/evaluation"),),
+        (("time/step", "step"), ("time/train", "train")),
+    ]
+    slow = [1.0, 1.0, 1.0, 1.0, 60.0, 1.0, 1.0, 1.0]
+    assert ceiling("time/step", slow) == 2.5 and ceiling("time/step", [1.0, 2.0, 3.0, 4.0]) is None
+    assert ceiling("loss", slow) is None and ceiling("time/evaluation", slow) is None
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-def test_the_script_shows_the_rollout_that_the_address_names(tmp_path):
-    write_run(
-        tmp_path, [1, 2, 3], [rollout(1), rollout(2, 0), rollout(2, 1, 1, [EVIL, "", "c\nd"])]
-    )
-    page = write_report(tmp_path).page
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    flags += (
-        " --disable-background-networking --disable-component-update --virtual-time-budget=2000"
-    )
-    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
-    shown = subprocess.run(
-        [*command, f"file://{page}#0/2/1/1/advantage"], capture_output=True, text=True, timeout=60
-    ).stdout
-    assert "<title>" + tmp_path.name in shown
-    text = shown[shown.index('<div id="text">') : shown.index('<button id="more"')]
-    assert text.count("data-i=") == 3 and "&lt;/script&gt;" in text
-    assert text.count("rgb(37 99 201") == 3 or text.count("rgba(37, 99, 201") == 3
-    assert text.count('class="part"') == 1 and "↵" in text
-    assert 'aria-checked="true" title="key 2">advantage' in shown
-    assert shown.count("<svg") == 3 and "prompt, 3 tokens" in shown
+def test_a_long_curve_keeps_its_last_point(tmp_path):
+    write_run(tmp_path, range(1, 4001))
+    line = data_of(write_report(tmp_path).page.read_text())["runs"][0]["series"]["loss"]
+    assert len(line["steps"]) < 1500 and line["steps"][0] == 1 and line["steps"][-1] == 4000
+    assert line["values"][-1] == 0.00025

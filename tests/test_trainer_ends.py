@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from dgrpo.checkpoint import CheckpointError
 from dgrpo.config import load, validate
 from dgrpo.trainer import Diverged, train, train_stages
+from dgrpo.training import record
 from dgrpo.training.build import build
+from dgrpo.training.collect import decode
 from tests.trainer_home import HOOKS, make_home, metrics, settings  # noqa: F401
 
 
@@ -37,6 +39,19 @@ def test_until_ends_a_run(home, tmp_path):
 def test_a_run_ends_with_its_data(home, tmp_path):
     out = train(settings(home, tmp_path, "sft", steps=None, epochs=1, batch={"prompts": 10}))
     assert out.step == 3  # 24 rows: 10, 10, 4
+
+
+def test_the_time_of_an_evaluation_is_no_part_of_a_step(home, tmp_path, monkeypatch):
+    def slow(*arguments):
+        time.sleep(2)
+        return decode(*arguments)
+
+    monkeypatch.setattr(record, "decode", slow)  # only the evaluation decodes there
+    held_out = {"sources": [{"path": str(home / "rows.jsonl")}], "count": 2, "every": 1}
+    train(settings(home, tmp_path, "sft", steps=2, evaluate=held_out))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("time/evaluation", 0) >= 2] == [0, 1, 2]
+    assert all(line["time/step"] < 2 for line in lines[1:])
 
 
 def test_non_finite_steps_are_skipped_and_end_the_run(home, tmp_path):

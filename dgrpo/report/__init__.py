@@ -1,8 +1,9 @@
-"""`dgrpo report RUN`: the curves of a run as a PNG, and one page on which to read its rollouts.
+"""`dgrpo report RUN [RUN ...]`: the curves of runs as a PNG, and one page to read them on.
 
 The page is a single file without any outside resource: it opens from a disk, offline. It shows the
-curves and the rollouts that the run wrote, every token coloured by its KL to the teacher, its
-advantage, its clipping and whatever else was recorded of it.
+settings, how the runs went, the curves of all of them in the same charts, and the rollouts that
+they wrote, every token coloured by its KL to the teacher, its advantage, its clipping and whatever
+else was recorded of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from dgrpo.report.curves import draw
 from dgrpo.report.page import make_page
-from dgrpo.report.read import read_run
+from dgrpo.report.read import Stage, read_run
 
 
 class Report(NamedTuple):
@@ -23,23 +24,53 @@ class Report(NamedTuple):
     page: Path
 
 
-def write_report(run_dir: str | Path, *, page_bytes: int = 24 * 2**20) -> Report:
-    """Writes `curves.png` and `report.html` into a run's folder, finished or not.
+def write_report(
+    *run_dirs: str | Path, out: str | Path | None = None, page_bytes: int = 24 * 2**20
+) -> Report:
+    """Writes `curves.png` and `report.html` of one or several runs, finished or not.
 
     Args:
-        run_dir: a run's folder, with `metrics.jsonl`; or one whose sub-folders are the stages of a
-            run.
+        run_dirs: folders of runs, each with `metrics.jsonl`; or with sub-folders that are the
+            stages of a run.
+        out: the folder to write to; None: that of the first run.
         page_bytes: about how many bytes of rollouts the page holds; of more, an even choice over
             the steps.
 
     Raises:
-        ValueError: there is no run in the folder.
+        ValueError: there is no run in a folder.
     """
-    folder = Path(run_dir)
-    stages = read_run(folder)
-    curves, page = folder / "curves.png", folder / "report.html"
+    if not run_dirs:
+        raise ValueError("run_dirs: got none, expected the folder of at least one run")
+    folders: dict[Path, Path] = {}
+    for folder in map(Path, run_dirs):
+        folders.setdefault(folder.resolve(), folder)
+    names = distinct(list(folders))
+    stages: list[Stage] = []
+    shown: list[bool] = []
+    for folder, name in zip(folders, names, strict=True):
+        found = read_run(folder)
+        for stage in found if len(folders) > 1 else ():
+            stage.name = name if len(found) == 1 else f"{name}/{stage.name}"
+        stages += found
+        shown += [stage is found[-1] for stage in found]
+    target = next(iter(folders.values())) if out is None else Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    curves, page = target / "curves.png", target / "report.html"
     draw(stages, curves)
     temporary = page.with_name(page.name + ".tmp")
-    temporary.write_text(make_page(folder.resolve().name, stages, page_bytes), encoding="utf-8")
+    title = " · ".join(names) if len(names) < 5 else f"{len(names)} runs"
+    temporary.write_text(make_page(title, stages, shown, page_bytes), encoding="utf-8")
     os.replace(temporary, page)
     return Report(curves, page)
+
+
+def distinct(folders: list[Path]) -> list[str]:
+    """The last part of each path; of paths that end alike as many parts as tell them apart."""
+    names = []
+    for folder in folders:
+        parts, length = folder.parts, 1
+        others = [other.parts for other in folders if other != folder]
+        while length < len(parts) and any(o[-length:] == parts[-length:] for o in others):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names

@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from dgrpo.report.panels import panels, points, smooth
+from dgrpo.report.panels import ceiling, panels, points, smooth
 from dgrpo.report.read import Stage
 
 _COLUMNS = 3
@@ -43,13 +43,19 @@ def _draw_stage(stage: Stage, part, rows: int) -> None:
         axis.tick_params(labelsize="x-small")
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
+        tops, cut = [], False
         for number, (name, label) in enumerate(panel.lines):
             steps, values = points(stage.steps, stage.series[name])
-            mean, color = smooth(values), f"C{number % 10}"
+            top = ceiling(name, values)
+            mean, color = smooth(values, top), f"C{number % 10}"
             raw = {"alpha": 0.3} if mean else {"label": label}
             marker = "." if len(values) < 20 else None
             axis.plot(steps, values, color=color, linewidth=1, marker=marker, **raw)
             if mean:
                 axis.plot(steps, mean, color=color, linewidth=1.5, label=label)
+            tops.append(max(values) if top is None else top)
+            cut |= top is not None
+        if cut:
+            axis.set_ylim(top=max(tops))
         if len(panel.lines) > 1:
             axis.legend(fontsize="x-small", frameon=False, ncols=2)

@@ -8,10 +8,12 @@ import re
 from importlib.resources import files as resources
 from pathlib import Path
 
-from dgrpo.report.panels import panels, points, smooth
+from dgrpo.report.panels import ceiling, panels, points, smooth
 from dgrpo.report.read import Stage, read_rollouts
+from dgrpo.report.summary import Settings, changes, facts, settings
 
 _MOST_POINTS = 1500
+SCRIPTS = ("elements.js", "overview.js", "charts.js", "list.js", "reader.js", "page.js")
 
 
 def embed(value: object) -> str:
@@ -20,17 +22,26 @@ def embed(value: object) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def make_page(title: str, stages: list[Stage], page_bytes: int) -> str:
-    """The HTML text, with about `page_bytes` of rollouts; the page says how many it lacks."""
+def make_page(title: str, stages: list[Stage], shown: list[bool], page_bytes: int) -> str:
+    """The HTML text, with about `page_bytes` of rollouts; the page says how many it lacks.
+
+    `shown` tells of each stage whether the charts have it at first.
+    """
+    common, own = settings(stages)
+    names = dict.fromkeys(name for stage in stages for name in stage.series)
     data = {
         "title": title,
-        "stages": [_stage(stage, page_bytes // len(stages)) for stage in stages],
+        "settings": common,
+        "panels": [panel._asdict() for panel in panels(names)],
+        "runs": [
+            _run(stage, mine, page_bytes // len(stages)) | {"shown": first}
+            for stage, mine, first in zip(stages, own, shown, strict=True)
+        ],
     }
     parts = {
         "TITLE": html.escape(title),
         "STYLE": _resource("page.css"),
-        "CHARTS": _resource("charts.js"),
-        "SCRIPT": _resource("page.js"),
+        "SCRIPT": "".join(_resource(name) for name in SCRIPTS),
         "DATA": embed(data),
     }
     # One pass: what is put in is not searched again.
@@ -41,32 +52,35 @@ def _resource(name: str) -> str:
     return resources("dgrpo.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _stage(stage: Stage, limit: int) -> dict:
+def _run(stage: Stage, own: Settings, limit: int) -> dict:
     chosen, notes = choose(stage.rollouts, limit)
     return {
         "name": stage.name,
         "notes": stage.notes + notes,
-        "panels": [
-            {"title": panel.title, "lines": [_line(stage, *line) for line in panel.lines]}
-            for panel in panels(stage.series)
-        ],
+        "facts": facts(stage),
+        "changes": [change._asdict() for change in changes(stage)],
+        "own": own,
+        "file": stage.settings_text,
+        "series": {name: _line(stage, name) for name in stage.series},
         "rollouts": chosen,
     }
 
 
-def _line(stage: Stage, name: str, label: str) -> dict:
+def _line(stage: Stage, name: str) -> dict:
     steps, values = points(stage.steps, stage.series[name])
-    mean, every = smooth(values), -(-len(steps) // _MOST_POINTS)
+    top, last = ceiling(name, values), len(steps) - 1
+    mean = smooth(values, top)
+    kept = [*range(0, last, -(-len(steps) // _MOST_POINTS)), last]
     return {
-        "label": label,
-        "steps": steps[::every],
-        "values": _digits(values[::every]),
-        "mean": _digits(mean[::every]) if mean else None,
+        "steps": [steps[i] for i in kept],
+        "values": [_digits(values[i]) for i in kept],
+        "mean": [_digits(mean[i]) for i in kept] if mean else None,
+        "top": top,
     }
 
 
-def _digits(values: list[float]) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]
+def _digits(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Alone in a panel each, in this order, before all others.
 FIRST = {
@@ -26,13 +27,14 @@ FIRST = {
     "teacher_coef": "teacher coefficient",
     "time/tokens_per_second": "tokens per second",
     "memory/peak_gib": "peak memory (GiB)",
+    # Many times a step's, it would flatten the other times.
+    "time/evaluation": "seconds of an evaluation",
 }
 # One panel for all names below a prefix.
 GROUPS = {"evaluation": "held-out", "reward": "parts of the reward", "time": "seconds"}
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One plot: metric names and their labels."""
 
     title: str
@@ -72,12 +74,26 @@ def points(steps: list[int], values: list[float | None]) -> tuple[list[int], lis
     return [step for step, _ in known], [value for _, value in known]
 
 
-def smooth(values: list[float]) -> list[float] | None:
-    """The mean of the values around each; None for a curve that is short or has few values."""
+def smooth(values: list[float], top: float | None = None) -> list[float] | None:
+    """The mean of the values around each; None for a curve that is short or has few values.
+
+    Values above `top` count as `top`: they do not drag the mean along.
+    """
     count = len(values)
     if count < 40 or len(set(values)) < count / 4:
         return None
     half = max(2, count // 50)
-    sums = [0.0, *itertools.accumulate(values)]
+    sums = [0.0, *itertools.accumulate(v if top is None else min(v, top) for v in values)]
     ends = [(max(0, i - half), min(count, i + half + 1)) for i in range(count)]
     return [(sums[high] - sums[low]) / (high - low) for low, high in ends]
+
+
+def ceiling(name: str, values: list[float]) -> float | None:
+    """Where the axis of a time ends so that a few slow steps do not flatten it; None: at the top.
+
+    A step that also evaluates, saves or compiles takes many times as long as the others.
+    """
+    if not name.startswith("time/") or name in FIRST or len(values) < 4:
+        return None
+    usual = 2.5 * sorted(values)[math.ceil(0.75 * len(values)) - 1]
+    return usual if 0 < usual < max(values) else None

@@ -9,8 +9,12 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dgrpo.config import parse_file
+
 METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts"
+SETTINGS = "settings.yaml"
+DONE = "done.yaml"
 
 
 @dataclass
@@ -24,7 +28,13 @@ class Stage:
     rollouts: list[Path] = field(default_factory=list)
     """The files of its rollouts, by step."""
     notes: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """What could not be read, or is not a finite number."""
+    settings: dict = field(default_factory=dict)
+    """The tree of its settings file; empty where there is none."""
+    settings_text: str = ""
+    """The settings file as it is."""
+    finished: bool = False
+    """Whether the run came to its end."""
 
 
 def read_run(folder: Path) -> list[Stage]:
@@ -44,7 +54,12 @@ def read_run(folder: Path) -> list[Stage]:
 
 
 def _stage(folder: Path, name: str) -> Stage:
-    stage = Stage(name, rollouts=sorted((folder / ROLLOUTS).glob("step-*.jsonl.gz")))
+    stage = Stage(
+        name,
+        rollouts=sorted((folder / ROLLOUTS).glob("step-*.jsonl.gz")),
+        finished=(folder / DONE).exists(),
+    )
+    _read_settings(stage, folder / SETTINGS)
     records, bad = read_lines((folder / METRICS).read_bytes())
     if bad:
         stage.notes.append(f"{METRICS}: {bad} unreadable line{'s' * (bad > 1)}")
@@ -54,11 +69,36 @@ def _stage(folder: Path, name: str) -> Stage:
             by_step.setdefault(record["step"], {}).update(record)
     stage.steps = sorted(by_step)
     names = {name: None for step in stage.steps for name in by_step[step] if name != "step"}
+    lost: dict[str, list[int]] = {}
     for metric in names:
         values = [_finite(by_step[step].get(metric)) for step in stage.steps]
         if any(value is not None for value in values):
             stage.series[metric] = values
+        if steps := [step for step in stage.steps if _is_lost(by_step[step].get(metric, 0))]:
+            lost[metric] = steps
+    if lost:
+        shown = [f"{metric} at {_count(steps)}" for metric, steps in lost.items()]
+        more = f" and {len(shown) - 4} more metrics" if len(shown) > 4 else ""
+        stage.notes.append(f"not finite: {', '.join(shown[:4])}{more}")
     return stage
+
+
+def _read_settings(stage: Stage, path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        stage.settings, stage.settings_text = parse_file(path), path.read_text()
+    except (ValueError, OSError):
+        stage.notes.append(f"{SETTINGS}: unreadable")
+
+
+def _count(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps from {steps[0]} on"
+
+
+def _is_lost(value: object) -> bool:
+    """Whether a metric was logged at a step, but as no finite number: the log writes null."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _finite(value: object) -> float | None:
@@ -101,4 +141,5 @@ def read_rollouts(path: Path) -> tuple[list[dict], int]:
 
 def _is_rollout(record: dict) -> bool:
     text = record.get("text")
-    return isinstance(text, list) and all(isinstance(record.get(k), int) for k in ("step", "group"))
+    pieces = isinstance(text, list) and all(isinstance(piece, str) for piece in text)
+    return pieces and all(isinstance(record.get(key), int) for key in ("step", "group"))

@@ -185,6 +185,7 @@ def evaluate(run: Run) -> dict[str, float]:
         row |= {"reward": float(result.total[i]) if scored else None, "completion": texts[i]}
         lines.append(json.dumps(row, ensure_ascii=False))
     means.mean("time/evaluation", seconds["evaluation"])
+    run.clock += seconds["evaluation"]  # no part of the next step's time
     path = run.folder / "evaluation" / f"step-{step:08d}-{ranks.rank():05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
