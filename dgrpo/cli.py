@@ -141,13 +141,13 @@ def train(options: argparse.Namespace) -> int:
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
     from dgrpo.checkpoint import CheckpointError
-    from dgrpo.trainer import Diverged, train_stages
+    from dgrpo.trainer import Diverged, RewardsFailed, train_stages
     from dgrpo.training import ranks
 
     try:
         outcomes = train_stages(stages)
         first = ranks.rank() == 0
-    except (Diverged, CheckpointError) as error:
+    except (Diverged, RewardsFailed, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
