@@ -54,8 +54,8 @@ def load(path: str) -> Callable:
             with _light_parent(where):
                 module = importlib.import_module(where)
     except Exception as error:
-        text = traceback.format_exc(limit=-3)
-        raise ValueError(f"reward {path!r}: importing {where} failed: {error}\n{text}") from error
+        text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
+        raise ValueError(f"reward {path!r}: importing {where} failed: {error}{text}") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
@@ -152,6 +152,13 @@ def _shown(value: Any) -> str:
     kind = "text" if isinstance(value, str) else type(value).__name__
     text = repr(value)
     return f"the {kind} {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"
+
+
+def _absent(error: Exception, where: str) -> bool:
+    """Whether the module or file itself is what is not there: its text is all one needs."""
+    if where.endswith(".py"):
+        return isinstance(error, OSError) and Path(error.filename or "") == Path(where).resolve()
+    return isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
 
 
 def _from_file(path: Path):
