@@ -152,8 +152,8 @@ def stop_without_rewards(run: Run) -> None:
     count, (_, where) = run.failed_in_row, save_if_finite(run)
     batches = f"{count} batches in a row" if count > 1 else "1 batch"
     raise RewardsFailed(
-        f"rewards: no sample of {batches} has one (rewards.max_failed), last error: "
-        f"{run.scorer.last_error or 'on another rank'}; {where}; mend the reward and start the "
+        f"rewards: every sample failed in {batches} (rewards.max_failed), last error: "
+        f"{run.scorer.last_error or 'on another rank'}; {where}; fix the reward and start the "
         "same command again"
     )
 

@@ -64,9 +64,9 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_state_saved(home, tmp_
         train(wanted)
     message = str(raised.value)
     assert re.fullmatch(
-        r"rewards: no sample of 3 batches in a row has one \(rewards.max_failed\), last error: "
+        r"rewards: every sample failed in 3 batches in a row \(rewards.max_failed\), last error: "
         r"reward broken: RuntimeError: no judge to be found \(test_trainer_rewards.py:\d+\); "
-        r"checkpoint: step 3 in .*; mend the reward and start the same command again",
+        r"checkpoint: step 3 in .*; fix the reward and start the same command again",
         message,
     )
     assert [line["reward_failed"] for line in metrics(tmp_path)] == [1, 1, 1]
@@ -77,7 +77,7 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_state_saved(home, tmp_
 def test_it_ends_a_run_that_goes_on_as_well(home, tmp_path):
     train(settings(home, tmp_path, "grpo", steps=2))
     changed = {"rewards": paths("broken", max_failed=2), "batch": {"updates": 2}}
-    with pytest.raises(RewardsFailed, match="no sample of 2 batches in a row"):
+    with pytest.raises(RewardsFailed, match="every sample failed in 2 batches in a row"):
         train(settings(home, tmp_path, "grpo", steps=20, **changed))
     assert Checkpointer(tmp_path / "checkpoints").steps()[-1] == 5  # 2, one batch of 2, half of one
     assert train(settings(home, tmp_path, "grpo", steps=7, batch={"updates": 2})).step == 7
@@ -110,7 +110,7 @@ def test_the_command_line_says_so_in_a_line_and_exits_with_1(home, tmp_path, cap
     (tmp_path / "run.yaml").write_text(dump(wanted))
     assert main(["train", str(tmp_path / "run.yaml")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: rewards: no sample of 1 batch has one (rewards.max_failed)")
+    assert error.startswith("error: rewards: every sample failed in 1 batch (rewards.max_failed)")
     assert "reward fatal: worker ended with exit code 7" in error
     assert not (tmp_path / "run/done.yaml").exists()
 
@@ -157,7 +157,8 @@ def test_all_ranks_end_together_and_none_for_itself(home, tmp_path):
             process.kill()
     assert [process.exitcode for process in group] == [0] * RANKS
     said = [[(tmp_path / f"{n}-{r}.txt").read_text() for r in range(RANKS)] for n in range(2)]
-    assert all("no sample of 3 batches in a row" in text and "step 3" in text for text in said[0])
+    wanted = "every sample failed in 3 batches in a row"
+    assert all(wanted in text and "step 3" in text for text in said[0])
     assert said[1] == ["step 5", "step 5"]
 
 

@@ -162,11 +162,13 @@ class Scorer:
             return reply["values"], dict(reply["errors"])
         if reply.get("wrong") or n == 1:
             return {"reward": [None] * n}, dict.fromkeys(range(n), reply["error"])
+        whole = reply["error"]
         values: dict[str, list] = {"reward": [None] * n}
         messages: dict[int, str] = {}
         for row, reply in self._one_by_one(i, n):
             if "error" in reply:
-                messages[row] = reply["error"]
+                also = reply.get("broken") and reply["error"] != whole
+                messages[row] = reply["error"] + (f" (the whole batch: {whole})" if also else "")
                 continue
             messages |= dict(reply["errors"])
             for name, column in reply["values"].items():

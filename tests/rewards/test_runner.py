@@ -70,6 +70,7 @@ def test_a_reward_that_always_hangs_is_given_up():
     assert time.monotonic() - start < 60, "not 500 times 0.2 s"
     assert result.failed.all() and len(result.errors) == 500
     assert "not scored" in result.errors[-1].message
+    assert result.errors[0].message == "no reply in 0.1 s (the whole batch: no reply in 0.2 s)"
 
 
 @pytest.mark.parametrize(
