@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 from dgrpo.config import PRESETS, describe, load
@@ -24,10 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return make(arguments[2:])
     wanted = parser()
     options, rest = wanted.parse_known_args(arguments)
-    if rest and not (options.run is train and all("=" in text[1:] for text in rest)):
+    late = {  # what may come after an option as well
+        train: all("=" in text[1:] for text in rest),
+        evaluate: not any(text.startswith("-") for text in rest),
+    }
+    if rest and not late.get(options.run):
         wanted.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.run is train:
-        options.arguments += rest  # overrides after an option
+    if rest:
+        options.arguments += rest
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
@@ -68,23 +71,39 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-tokens", type=int, default=256, help="longest completion (256)")
     command.set_defaults(run=generate)
 
+    from dgrpo.data.tasks import TASKS
+    from dgrpo.evaluation import LOADERS, RULER_TASKS
+
     command = commands.add_parser(
         "eval",
         help="score a model on long-context tasks, rows or public benchmarks",
-        description="Prints a table by task and length with 95 % intervals.",
+        description="Prints a table by task and length with 95 % intervals. The exit status is 1 "
+        "where nothing could be scored.",
     )
     _model_arguments(command)
     add = command.add_argument
-    add("--ruler", metavar="TASKS", help="tasks made here: all, or some by comma")
+    add("arguments", nargs="*", metavar="FILE", help="rows: JSONL, parquet, a folder, as --rows")
+    add(
+        "--reward",
+        metavar="PATH",
+        help="scores all rows: a name in dgrpo.rewards, module:function "
+        "or file.py:function (each row's own column reward)",
+    )
+    add("--tasks", help=f"those of dgrpo data make, made here: all, or some of {', '.join(TASKS)}")
+    add(
+        "--ruler",
+        metavar="TASKS",
+        help="in the manner of RULER, made here: all, or some of " + ", ".join(RULER_TASKS),
+    )
     add("--lengths", default="4096", help="lengths of these, such as 4k,32k (4096)")
     add("--count", type=int, default=100, help="items of each task and length (100)")
-    add("--rows", action="append", default=[], metavar="FILE", help="rows with a reward column")
+    add("--rows", action="append", default=[], metavar="FILE", help="rows to score")
     add(
         "--benchmark",
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="a user's file of longbench, longbench_v2, infinitebench, gsm8k, mmlu_pro or ifeval",
+        help=f"a user's file of {', '.join(LOADERS)}",
     )
     add("--lm-eval", metavar="TASKS", help="tasks of lm-eval by comma, where it is installed")
     add("--limit", type=int, help="items of each source at most (all)")
@@ -146,13 +165,13 @@ def train(options: argparse.Namespace) -> int:
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
     from dgrpo.checkpoint import CheckpointError
-    from dgrpo.trainer import Diverged, train_stages
+    from dgrpo.trainer import Diverged, RewardsFailed, train_stages
     from dgrpo.training import ranks
 
     try:
         outcomes = train_stages(stages)
         first = ranks.rank() == 0
-    except (Diverged, CheckpointError) as error:
+    except (Diverged, RewardsFailed, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -175,58 +194,66 @@ def generate(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`dgrpo eval`."""
-    if not (options.rows or options.ruler or options.benchmark or options.lm_eval):
-        raise ValueError("eval: got no task, expected --ruler, --rows, --benchmark or --lm-eval")
+    options.rows += options.arguments
+    made_here = options.rows or options.tasks or options.ruler or options.benchmark
+    if not (made_here or options.lm_eval):
+        raise ValueError(
+            "eval: got nothing to score, expected files of rows, --tasks, --ruler, --benchmark or "
+            "--lm-eval"
+        )
+    from dgrpo.data.make import length
     from dgrpo.evaluation import Results, compare, lm_eval_scores
     from dgrpo.evaluation import evaluate as score
+    from dgrpo.evaluation.sources import rows_of, task_names
+    from dgrpo.rewards.worker import load as load_reward
 
+    tasks, ruler_tasks = task_names(options.tasks, options.ruler)
+    reward = load_reward(options.reward) if options.reward else None
+    before = Results.from_json(options.against) if options.against else None
     if options.lm_eval:
         names = options.lm_eval.split(",")
         scores = lm_eval_scores(options.model, names, limit=options.limit, batch_size=options.batch)
         for name, value in scores.items():
             print(f"{name}  {_points(value)}")
-    if not (options.rows or options.ruler or options.benchmark):
-        return 0
+    if not made_here:
+        return 0 if scores else 1
     complete = _generator(options)
+    rows = rows_of(
+        complete.tokenizer,
+        files=options.rows,
+        benchmarks=options.benchmark,
+        tasks=tasks,
+        ruler_tasks=ruler_tasks,
+        lengths=[length(text) for text in options.lengths.split(",")],
+        count=options.count,
+        seed=options.seed,
+        limit=options.limit,
+    )
     results = score(
         complete,
-        _evaluation_rows(options, complete.tokenizer),
+        rows,
+        reward=reward,
         batch_size=options.batch,
         max_tokens=options.max_tokens,
         tokenizer=complete.tokenizer,
         log=lambda line: print(line, file=sys.stderr),
     )
     print(results.table())
-    if options.against:
-        print(f"difference to {options.against}:")
-        for task, difference in compare(Results.from_json(options.against), results).items():
-            print(f"{task}  {_points(difference)}")
     if options.out:
         folder = Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)
         results.to_json(folder / "results.json")
         results.heatmap(folder / "heatmap.png")
+    if not results.items:
+        why = f", {results.reasons}, the first: {results.failures[0]}" if results.counts else ""
+        text = f"nothing was scored of {sum(results.counts.values())} rows{why}"
+        print(f"error: eval: {' '.join(text.split())}", file=sys.stderr)
+        return 1
+    if before is not None:
+        print(f"difference to {options.against}:")
+        for task, difference in compare(before, results).items():
+            print(f"{task}  {_points(difference)}")
     return 0
-
-
-def _evaluation_rows(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
-    """The rows of all sources, one source after the other."""
-    from dgrpo.data import load_rows
-    from dgrpo.data.make import length
-    from dgrpo.evaluation import LOADERS, ruler
-
-    sources = [load_rows(path, split="test") for path in options.rows]
-    for text in options.benchmark:
-        name, _, path = text.partition("=")
-        if name not in LOADERS or not path:
-            raise ValueError(f"--benchmark: got {text!r}, expected NAME=FILE, NAME of {[*LOADERS]}")
-        sources.append(LOADERS[name](path))
-    if options.ruler:
-        tasks = [] if options.ruler == "all" else options.ruler.split(",")
-        lengths = [length(text) for text in options.lengths.split(",")]
-        sources.append(ruler(tokenizer, tasks, lengths, options.count, options.seed))
-    for source in sources:
-        yield from islice(source, options.limit)
 
 
 def report(options: argparse.Namespace) -> int:

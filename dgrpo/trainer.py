@@ -53,6 +53,10 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
+class RewardsFailed(RuntimeError):
+    """Every sample's reward failed in too many batches in a row."""
+
+
 def train_stages(stages: Mapping[str, RunSettings]) -> dict[str, Outcome]:
     """Each stage in order; one that is finished is not run again. Ends early when stopped."""
     outcomes = {}
@@ -76,7 +80,8 @@ def train(settings: RunSettings) -> Outcome:
     """One run, continued from its folder's last checkpoint where it has one.
 
     SIGINT and SIGTERM end it after the step at hand, with a checkpoint. Raises `Diverged` after
-    `optimizer.max_skipped` steps without a finite loss and gradient, the last good state saved.
+    `optimizer.max_skipped` steps without a finite loss and gradient, and `RewardsFailed` after
+    `rewards.max_failed` batches without a single reward, the last good state saved.
     """
     run = build(settings)
     try:
@@ -105,7 +110,7 @@ def evaluate_once(run: Run) -> None:
 
 
 def save_if_due(run: Run) -> None:
-    """A checkpoint every so many steps; `Diverged` when too many steps were skipped. COLLECTIVE.
+    """A checkpoint every so many steps; raises when too many steps or rewards failed. COLLECTIVE.
 
     A skipped step leaves nothing to save, and parameters that are not finite must not push the
     last good checkpoint out.
@@ -113,6 +118,8 @@ def save_if_due(run: Run) -> None:
     skipped = run.state.counters["skipped_in_row"]
     if skipped >= run.settings.optimizer.max_skipped:
         give_up(run)
+    if run.failed_in_row >= run.settings.rewards.max_failed:
+        stop_without_rewards(run)
     if run.state.step % run.settings.checkpoint.every == 0 and not skipped:
         if parameters_finite(run):
             save(run)
@@ -132,16 +139,36 @@ def save(run: Run) -> None:
 
 def give_up(run: Run) -> None:
     """Saves the state, which the skipped steps left as it was, and raises. COLLECTIVE."""
-    count, good = run.state.counters["skipped_in_row"], parameters_finite(run)
+    count, good, where = run.state.counters["skipped_in_row"], *save_if_finite(run)
+    raise Diverged(
+        f"loss or gradient not finite in {count} steps in a row (optimizer.max_skipped); "
+        f"{'the parameters are good' if good else 'the parameters are not finite either'}, "
+        f"{where}; try a lower optimizer.lr or method.clip_high"
+    )
+
+
+def stop_without_rewards(run: Run) -> None:
+    """Saves the state and raises, with the last error of a reward. COLLECTIVE."""
+    count, (_, where) = run.failed_in_row, save_if_finite(run)
+    batches = f"{count} batches in a row" if count > 1 else "1 batch"
+    raise RewardsFailed(
+        f"rewards: every sample failed in {batches} (rewards.max_failed), last error: "
+        f"{run.scorer.last_error or 'on another rank'}; {where}; fix the reward and start the "
+        "same command again"
+    )
+
+
+def save_if_finite(run: Run) -> tuple[bool, str]:
+    """Whether the parameters are finite and thus saved, and where the last good state is.
+
+    COLLECTIVE.
+    """
+    good = parameters_finite(run)
     if good:
         save(run)
         run.checkpointer.wait()
     where = f"step {run.state.step}" if good else f"steps {run.checkpointer.steps()}"
-    raise Diverged(
-        f"loss or gradient not finite in {count} steps in a row (optimizer.max_skipped); "
-        f"{'the parameters are good' if good else 'the parameters are not finite either'}, "
-        f"checkpoint: {where} in {run.folder}; try a lower optimizer.lr or method.clip_high"
-    )
+    return good, f"checkpoint: {where} in {run.folder}"
 
 
 def finish(run: Run) -> Outcome:

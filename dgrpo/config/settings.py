@@ -162,7 +162,9 @@ class Rewards(Settings):
     functions: list[Reward] = []
     """The rewards; none: each row's own reward column."""
     timeout: PositiveFloat | None = 30.0
-    """Seconds a batch of completions may take in the worker process; null: no worker."""
+    """Seconds a batch may take in the worker, and again one by one if it fails; null: no worker."""
+    max_failed: PositiveInt = 3
+    """Batches in a row without any reward, every one having failed, before the run stops."""
     correct_above: float = 0.5
     """A completion counts as correct above this reward (gates, teacher contexts)."""
 

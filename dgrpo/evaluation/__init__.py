@@ -11,6 +11,7 @@ from dgrpo.evaluation.benchmarks import (
 )
 from dgrpo.evaluation.evaluate import evaluate
 from dgrpo.evaluation.harness import lm_eval_scores
+from dgrpo.evaluation.made import made
 from dgrpo.evaluation.results import Item, Results, compare
 from dgrpo.evaluation.ruler import TASKS as RULER_TASKS
 from dgrpo.evaluation.ruler import ruler
@@ -33,6 +34,7 @@ __all__ = [
     "load_longbench",
     "load_longbench_v2",
     "load_mmlu_pro",
+    "made",
     "paired_bootstrap",
     "ruler",
 ]

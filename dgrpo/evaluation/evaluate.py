@@ -2,10 +2,11 @@
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from dgrpo.data import BadRow, Source, count_tokens, render_row
 from dgrpo.evaluation.results import Item, Results
+from dgrpo.rewards.worker import invoke
 
 Generate = Callable[[list, int], Sequence[str]]
 MODULES = ("dgrpo.rewards", "dgrpo.evaluation.scores")
@@ -16,13 +17,14 @@ def evaluate(
     generate: Generate,
     rows: Iterable[dict],
     *,
+    reward: Callable | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
     source: Source | None = None,
     tokenizer=None,
     log: Callable[[str], None] | None = None,
 ) -> Results:
-    """Generate a completion for every row and score it by the reward that the row names.
+    """Generate a completion for every row and score it by a reward, else by the one that it names.
 
     A row that cannot be rendered, generated or scored is reported, counted and left out; where a
     batch fails, its rows are tried one by one.
@@ -32,6 +34,7 @@ def evaluate(
         rows: with the columns of ``dgrpo data make``, also read lazily. ``task`` is what a row is
             counted under, ``length`` (else ``tokens``, rounded up to a power of two) its length,
             ``depths`` where its needles lie, ``document_id`` what it is not independent of.
+        reward: scores all rows, in place of their own; a function as in ``dgrpo.rewards``.
         batch_size: prompts a call.
         max_tokens: longest completion; None: the row's ``max_tokens``, else 256.
         source: how a prompt is made from a row, as in training.
@@ -53,16 +56,16 @@ def evaluate(
             where = str(row.get("id") or f"row {number}")
             try:
                 prompt, _ = render_row(row, source)
-                ready.append((where, row, prompt, _reward(row)))
+                ready.append((where, row, prompt, reward or _reward(row)))
             except BadRow as problem:
                 fail(where, problem.reason, problem.detail)
             except (AttributeError, TypeError, ValueError) as error:
                 fail(where, "malformed row", error)
-        for (where, row, prompt, reward), text in _complete(generate, ready, max_tokens, fail):
+        for (where, row, prompt, scored_by), text in _complete(generate, ready, max_tokens, fail):
             try:
-                score, parts = _score(reward, row, prompt, text)
+                score, parts = _score(scored_by, row, prompt, text)
                 items.append(_item(where, row, prompt, score, parts, text, tokenizer))
-            except Exception as error:  # whatever a reward raises on an unexpected row
+            except (Exception, SystemExit) as error:  # whatever a reward raises on an odd row
                 fail(where, "reward failed", f"{type(error).__name__}: {error}")
     lines = [f"{where}: {reason} ({detail})" for where, reason, detail in problems]
     return Results(items, lines, Counter(reason for _, reason, _ in problems))
@@ -70,7 +73,7 @@ def evaluate(
 
 def _batches(rows: Iterable[dict], size: int, fail):
     """Lists of (number, row); rows that cannot be read are reported."""
-    batch, iterator, number = [], _each(rows), -1
+    batch, iterator, number = [], each(rows), -1
     for number, row in iterator:
         if isinstance(row, BadRow):
             fail(row.where or f"row {number}", row.reason, row.detail)
@@ -83,7 +86,8 @@ def _batches(rows: Iterable[dict], size: int, fail):
         yield batch
 
 
-def _each(rows: Iterable[dict]):
+def each(rows: Iterable[dict]) -> Iterator[tuple[int, dict | BadRow]]:
+    """Rows with their numbers; of a sequence also those after one that cannot be read."""
     if isinstance(rows, Sequence):  # one unreadable row does not end the others
         for number in range(len(rows)):
             try:
@@ -129,7 +133,7 @@ def _generated(generate: Generate, entries: list, limit: int) -> list[str]:
 def _reward(row: dict) -> Callable:
     path = row.get("reward")
     if not path:
-        raise BadRow("no reward", "the row has no column reward")
+        raise BadRow("no reward", "the row has no column reward, and no other reward was given")
     module, _, name = str(path).rpartition(":")
     module = module or MODULES[0]
     found = getattr(importlib.import_module(module), name, None) if module in MODULES else None
@@ -140,13 +144,14 @@ def _reward(row: dict) -> Callable:
 
 def _score(reward: Callable, row: dict, prompt, text: str) -> tuple[float, dict]:
     columns = {name: [value] for name, value in row.items() if name != "reward"}
-    found = reward([prompt], [text], **columns)
-    parts = found if isinstance(found, dict) else {"reward": found}
-    values = {name: values[0] for name, values in parts.items()}
+    found = invoke(
+        reward, {}, {"prompts": [prompt], "completions": [text], "columns": columns}, None
+    )
+    for _, message in found["errors"]:
+        raise ValueError(message)
+    values = {name: values[0] for name, values in found["values"].items()}
     score = values.pop("reward")
-    if score is None or score != score:
-        raise ValueError("the reward gives no score")
-    return float(score), {name: float(v) for name, v in values.items() if v is not None}
+    return score, {name: v for name, v in values.items() if v is not None}
 
 
 def _item(where, row, prompt, score, parts, text, tokenizer) -> Item:

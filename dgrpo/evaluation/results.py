@@ -79,6 +79,11 @@ class Results:
         return interval([i.score for i in some], [i.cluster or i.id for i in some])
 
     @property
+    def reasons(self) -> str:
+        """How many rows have no score, by reason, in a line."""
+        return ", ".join(f"{n} {reason}" for reason, n in sorted(self.counts.items()))
+
+    @property
     def by_task(self) -> dict[str, Interval]:
         """Mean and interval of every task."""
         return {task: self.score(task) for task in self.tasks}
@@ -112,8 +117,7 @@ class Results:
         ]
         text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
         if self.counts:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(self.counts.items()))
-            text.append(f"\nwithout a score: {reasons}")
+            text.append(f"\nwithout a score: {self.reasons}")
             text += [f"  {line}" for line in self.failures[:10]]
         return "\n".join(text)
 

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Sequence
 
-HOME = "dgrpo.rewards"
+from dgrpo.rewards.worker import HOME, WrongResult, columns_of
 
 
 def by_row(prompts, completions, *, reward, allow: Sequence[str] = (), **columns) -> dict:
@@ -27,7 +27,11 @@ def by_row(prompts, completions, *, reward, allow: Sequence[str] = (), **columns
         some = {name: v for name, v in some.items() if any(x is not None for x in v)}
         function = _function(path, allow)
         found = function([prompts[r] for r in rows], [completions[r] for r in rows], **some)
-        for name, values in (found if isinstance(found, dict) else {"reward": found}).items():
+        try:
+            found = columns_of(found, len(rows))
+        except WrongResult as error:
+            raise ValueError(f"reward {path!r}: {error}") from error
+        for name, values in found.items():
             column = parts.setdefault(name, [None] * len(completions))
             for row, value in zip(rows, values, strict=True):
                 column[row] = value

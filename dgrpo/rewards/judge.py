@@ -47,7 +47,7 @@ def judge(
     inside the answer are defused, and only a score on the last line of the judge's own reply
     counts. An empty completion has 0.
 
-    The runner's time-out covers a whole batch: give the reward a ``timeout`` that allows for it.
+    The time limit covers a whole batch: raise ``rewards.timeout`` so that it allows for this.
 
     Args:
         url: base of the endpoint, such as ``http://localhost:8000/v1``.

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _START = 300.0  # seconds in which the rewards have to be imported
+TELL = 10.0  # seconds without a reply before one is told; then whenever they have doubled
 _SCRIPT = Path(__file__).with_name("worker.py").resolve()
 
 
@@ -61,14 +63,22 @@ class WorkerProcess:
         except OSError as error:
             raise Died(f"worker ended ({self.process.poll()})") from error
 
-    def receive(self, limit: float) -> dict:
-        """Wait ``limit`` seconds for a message; raises :class:`Hung` and :class:`Died`."""
-        end = time.monotonic() + limit
-        scanned = 0
+    def receive(self, limit: float, tell: Callable[[float], None] | None = None) -> dict:
+        """Wait ``limit`` seconds for a message, and ``tell`` now and then how many it has been.
+
+        Raises :class:`Hung` and :class:`Died`.
+        """
+        start, told, scanned = time.monotonic(), TELL, 0
         while (newline := self.buffer.find(b"\n", scanned)) < 0:
             scanned = len(self.buffer)
-            if not self.selector.select(max(0.0, end - time.monotonic())):
-                raise Hung(f"no reply in {limit:g} s")
+            until = min(limit, told)
+            if not self.selector.select(max(0.0, start + until - time.monotonic())):
+                if until == limit:
+                    raise Hung(f"no reply in {limit:.3g} s")
+                if tell is not None:
+                    tell(told)
+                told *= 2
+                continue
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             if not data:
                 raise Died(f"worker ended with exit code {self.process.wait()}")

@@ -3,7 +3,8 @@
 :class:`Scorer` keeps one worker process (:mod:`dgrpo.rewards.worker`). A reward is first called on
 the whole batch. If that raises, hangs or kills the process, it is called again sample by sample,
 and the samples that fail by themselves are marked, counted and logged. A worker that hangs is
-killed with all that it started, and replaced.
+killed with all that it started, and replaced. Time limits are those of a batch: the second pass has
+as long again for all of its samples together, each at most half of what is left.
 
 Left out: several workers (each rank has its own already), rewards that see a group at once (they
 would change value when called sample by sample).
@@ -26,7 +27,8 @@ from dgrpo.rewards.process import Died, Hung, WorkerProcess
 logger = logging.getLogger("dgrpo.rewards")
 
 _GIVE_UP = 8  # samples of a batch on which a reward may hang or die before the rest is left out
-_LOGGED = 3  # errors of a reward that are logged a batch
+_LOGGED = 3  # different errors of a reward that are logged a batch
+_REST = 16  # the second pass ends when less than this part of its time is left
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ class Scorer:
 
     Args:
         rewards: one or more.
-        timeout: seconds that a call may take, on a batch or on one sample. After a batch that was
-            only slow (each sample by itself is in time) later batches get twice what it took. None:
-            call in this process, which a hanging reward stops.
+        timeout: seconds that a reward may take on a batch, and again on its samples one by one
+            where the first call fails. None: call in this process, which a hanging reward stops.
 
     Attributes:
         failures: samples lost so far, by reward.
+        last_error: the last reason why a sample was lost, and the reward's name.
 
     Raises:
         ValueError: no rewards, two of one name, one that cannot be imported.
@@ -91,8 +93,9 @@ class Scorer:
             )
         self.rewards = list(rewards)
         self.failures: Counter[str] = Counter()
+        self.last_error: str | None = None
         self._limits = [r.timeout or timeout for r in rewards]
-        self._patience = list(self._limits)  # for a batch
+        self._waited = 0.0  # seconds for the reward at hand on this batch, in the worker
         self._worker: WorkerProcess | None = None
         self._data: dict = {}
         self._functions = []
@@ -148,62 +151,85 @@ class Scorer:
             bad = parts[reward.title].isnan()
             failed |= bad
             total += reward.weight * parts[reward.title].nan_to_num(0.0)
-            self._report(reward.title, messages)
+            self._report(reward.title, messages, n)
         return RewardResult(total.masked_fill(failed, 0.0), parts, failed, errors)
 
     def _score(self, i: int, n: int) -> tuple[dict[str, list], dict[int, str]]:
         """Values by part, None where there is none, and the message of each failed row."""
-        reply = self._ask({"call": i}, self._patience[i])
+        limit, self._waited = self._limits[i], 0.0
+        reply = self._ask(i, {"call": i}, limit)
         if "error" not in reply:
             return reply["values"], dict(reply["errors"])
         if reply.get("wrong") or n == 1:
             return {"reward": [None] * n}, dict.fromkeys(range(n), reply["error"])
-        slow = bool(reply.get("hung"))
+        whole = reply["error"]
         values: dict[str, list] = {"reward": [None] * n}
         messages: dict[int, str] = {}
-        broken = 0
-        start = time.monotonic()
         for row, reply in self._one_by_one(i, n):
             if "error" in reply:
-                messages[row] = reply["error"]
-                broken += bool(reply.get("broken"))
-                if broken >= _GIVE_UP:
-                    rest = f"not scored: the reward hung or died on {broken} samples before"
-                    messages |= {r: rest for r in range(row + 1, n)}
-                    break
+                also = reply.get("broken") and reply["error"] != whole
+                messages[row] = reply["error"] + (f" (the whole batch: {whole})" if also else "")
                 continue
             messages |= dict(reply["errors"])
             for name, column in reply["values"].items():
                 values.setdefault(name, [None] * n)[row] = column[0]
-        if slow and not broken:
-            self._patience[i] = max(self._patience[i], 2 * (time.monotonic() - start))
+        if limit is not None and self._waited > limit:
+            logger.warning(
+                "reward %s took %.1f s for a batch of %d and its samples one by one, over the "
+                "limit of %g s; %d have no score; if it is only slow, raise rewards.timeout",
+                *(self.rewards[i].title, self._waited, n, limit, len(messages)),
+            )
         return values, messages
 
     def _one_by_one(self, i: int, n: int):
-        """(row, reply) of a call on each row; the worker is replaced where it hangs or dies."""
-        row = 0
-        while row < n:
-            request = {"call": i, "rows": list(range(row, n))}
-            while row < n:
-                reply = self._ask(request, self._limits[i])
-                request = None
-                yield row, reply
-                row += 1
-                if reply.get("broken"):
-                    break
+        """(row, reply) of a call on each row; the worker is replaced where it hangs or dies.
 
-    def _ask(self, request: dict | None, limit: float | None) -> dict:
-        """Send a request (None: one is under way) and wait for one reply."""
+        The calls have the reward's limit together. A row may take half of what is left of it, so
+        that one that hangs leaves time for those behind it.
+        """
+        limit, row, broken = self._limits[i], 0, 0
+        end = None if limit is None else self._waited + limit
+        under_way = False
+        while row < n:
+            left = None if end is None else end - self._waited
+            rest = None
+            if left is not None and left < limit / _REST:
+                rest = "not scored: the batch's time was up"
+            elif broken >= _GIVE_UP:
+                rest = f"not scored: the reward hung or died on {broken} samples before"
+            if rest is not None:
+                if under_way:  # what is still to come would be taken for another batch's
+                    self._restart()
+                yield from ((r, {"error": rest}) for r in range(row, n))
+                return
+            request = None if under_way else {"call": i, "rows": list(range(row, n))}
+            reply = self._ask(i, request, None if left is None else left / 2)
+            yield row, reply
+            row += 1
+            under_way = not reply.get("broken")
+            broken += not under_way
+
+    def _ask(self, i: int, request: dict | None, limit: float | None) -> dict:
+        """Send a request (None: one is under way) and wait for one reply of reward i."""
         if self._worker is None:
             return self._call_here(request)
+
+        def tell(seconds: float) -> None:
+            title = self.rewards[i].title
+            logger.warning("reward %s: no reply for %g s (limit %g s)", title, seconds, limit)
+
+        start, failed = time.monotonic(), None
         try:
             if request is not None:
                 self._worker.send(request)
-            return self._worker.receive(limit)
+            return self._worker.receive(limit, tell)
         except (Hung, Died) as error:
-            self._restart()
-            self._send_data()
-            return {"error": str(error), "broken": True, "hung": isinstance(error, Hung)}
+            failed = error
+        finally:
+            self._waited += time.monotonic() - start
+        self._restart()
+        self._send_data()
+        return {"error": str(failed), "broken": True}
 
     def _call_here(self, request: dict | None) -> dict:
         if request is not None:
@@ -215,7 +241,7 @@ class Scorer:
             return worker.invoke(
                 self._functions[call], options, self._data, None if row is None else [row]
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return worker.failure(error)
 
     def _restart(self) -> None:
@@ -234,11 +260,20 @@ class Scorer:
             self._restart()
             self._worker.send({"data": packed})
 
-    def _report(self, title: str, messages: dict[int, str]) -> None:
+    def _report(self, title: str, messages: dict[int, str], n: int) -> None:
+        """Count and log the samples that a reward lost, the same reason once."""
+        if not messages:
+            return
         self.failures[title] += len(messages)
-        for row in sorted(messages)[:_LOGGED]:
-            logger.warning("reward %s failed on sample %d: %s", title, row, messages[row])
-        if len(messages) > _LOGGED:
+        self.last_error = f"reward {title}: {messages[min(messages)]}"
+        rows_of: dict[str, list[int]] = {}
+        for row in sorted(messages):
+            rows_of.setdefault(messages[row], []).append(row)
+        for message, rows in list(rows_of.items())[:_LOGGED]:
+            many = f"all {n} samples" if len(rows) == n else f"{len(rows)} of {n} samples"
+            where = f"sample {rows[0]}" if len(rows) == 1 else many
+            logger.warning("reward %s failed on %s: %s", title, where, message)
+        if len(rows_of) > _LOGGED:
             logger.warning("reward %s failed on %d samples of this batch", title, len(messages))
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 HOME = "dgrpo.rewards"
+_SHOWN = 300  # characters of a wrong value in a message
 
 
 class WrongResult(Exception):
@@ -53,8 +54,8 @@ def load(path: str) -> Callable:
             with _light_parent(where):
                 module = importlib.import_module(where)
     except Exception as error:
-        text = traceback.format_exc(limit=-3)
-        raise ValueError(f"reward {path!r}: importing {where} failed: {error}\n{text}") from error
+        text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
+        raise ValueError(f"reward {path!r}: importing {where} failed: {error}{text}") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
@@ -76,25 +77,38 @@ def invoke(function: Callable, options: dict, data: dict, rows: Sequence[int] | 
     columns = {name: [values[r] for r in keep] for name, values in data["columns"].items()}
     prompts = [data["prompts"][r] for r in keep]
     result = function(prompts, [data["completions"][r] for r in keep], **{**columns, **options})
-    parts = dict(result) if isinstance(result, dict) else {"reward": result}
-    if "reward" not in parts:
-        raise WrongResult(f'result: got a dict of {sorted(parts)}, expected the key "reward" in it')
     values: dict[str, list] = {}
     errors = []
+    for name, part in columns_of(result, len(keep)).items():
+        values[name] = [_number(value) for value in part]
+        if name == "reward":
+            for row, number, value in zip(keep, values[name], part, strict=True):
+                if number is None:
+                    errors.append([row, f"got {_shown(value)}, expected a number"])
+    return {"values": values, "errors": errors}
+
+
+def columns_of(result: Any, n: int) -> dict[str, list]:
+    """What a reward returned for n completions as {part: n values}, "reward" among them.
+
+    Raises:
+        WrongResult: it is neither n values nor a dict of them.
+    """
+    parts = dict(result) if isinstance(result, dict) else {"reward": result}
+    if "reward" not in parts:
+        names = sorted(map(str, parts))
+        raise WrongResult(f'got a dict of {names}, expected the key "reward" in it')
+    columns = {}
     for name, part in parts.items():
         part = part.tolist() if hasattr(part, "tolist") else part
+        where = "" if name == "reward" else f"part {name!r}: "
         if not isinstance(part, list | tuple):
-            raise WrongResult(f"{name}: got {type(part).__name__}, expected a list of numbers")
-        if len(part) != len(keep):
-            raise WrongResult(f"{name}: got {len(part)} values for {len(keep)} completions")
-        numbers = [_number(value) for value in part]
-        values[str(name)] = numbers
-        if name == "reward":
-            for row, number, value in zip(keep, numbers, part, strict=True):
-                if number is None:
-                    text = value if isinstance(value, str) else f"got {value!r}, expected a number"
-                    errors.append([row, text])
-    return {"values": values, "errors": errors}
+            wanted = f"expected a list of {n} numbers, one per completion"
+            raise WrongResult(f"{where}got {_shown(part)}, {wanted}")
+        if len(part) != n:
+            raise WrongResult(f"{where}got {len(part)} values for {n} completions")
+        columns[str(name)] = list(part)
+    return columns
 
 
 def failure(error: BaseException) -> dict:
@@ -103,7 +117,7 @@ def failure(error: BaseException) -> dict:
         return {"error": str(error), "wrong": True}
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return {"error": f"{type(error).__name__}: {error}{place}"}
+    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}{place}"}
 
 
 def pack(values: Sequence) -> dict:
@@ -126,9 +140,25 @@ def unpack(column: dict) -> list:
 def _number(value: Any) -> float | None:
     try:
         number = float(value) if not isinstance(value, str) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, on one line and not too long."""
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    kind = "text" if isinstance(value, str) else type(value).__name__
+    text = repr(value)
+    return f"the {kind} {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"
+
+
+def _absent(error: Exception, where: str) -> bool:
+    """Whether the module or file itself is what is not there: its text is all one needs."""
+    if where.endswith(".py"):
+        return isinstance(error, OSError) and Path(error.filename or "") == Path(where).resolve()
+    return isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
 
 
 def _from_file(path: Path):

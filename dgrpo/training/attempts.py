@@ -101,7 +101,7 @@ def privileged(group: Sequence[Attempt], row: int, *, template: str) -> View:
     """The prompt with the row's `privileged` text, else its `answer`; neither: no teacher."""
     attempt = group[row]
     text = attempt.row.get("privileged") or attempt.row.get("answer")
-    return (_with_context(attempt.prompt, text, template), 1.0) if text else (None, 0.0)
+    return (_with_context(attempt.prompt, str(text), template), 1.0) if text else (None, 0.0)
 
 
 def wrong(group: Sequence[Attempt]) -> list[float]:

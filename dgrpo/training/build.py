@@ -20,6 +20,7 @@ from dgrpo.rewards.runner import Reward, Scorer
 from dgrpo.rollout import HFSampler
 from dgrpo.training import ranks
 from dgrpo.training.attempts import gate, teacher_context
+from dgrpo.training.columns import check_columns
 from dgrpo.training.models import (
     load_objective,
     load_policy,
@@ -63,6 +64,8 @@ def build(settings: RunSettings) -> Run:
     objective, per_sequence = load_objective(method.objective)
     optimizer = settings.optimizer
     stream = _stream(settings, settings.data.sources, tokenizer, epochs=settings.epochs)
+    context = teacher_context(method.teacher_context, method.teacher_template)
+    check_columns(method.teacher_context, context, stream)
     run = Run(
         settings=settings,
         device=device,
@@ -79,7 +82,7 @@ def build(settings: RunSettings) -> Run:
             batch_tokens=settings.rollout.batch_tokens,
         ),
         scorer=_scorer(settings),
-        context=teacher_context(method.teacher_context, method.teacher_template),
+        context=context,
         gate=gate(method.gate),
         objective=objective,
         per_sequence=per_sequence,

@@ -44,7 +44,7 @@ def collect(run: Run) -> Batch | None:
         if run.stream.index == first:
             return None
         with timed(seconds, "rollout"):
-            samples = rollouts(run, prompts) if run.sampled else given(prompts)
+            samples = rollouts(run, prompts, seconds) if run.sampled else given(prompts)
         with timed(seconds, "score"):
             score(run, samples)
         run.pending = split(run, samples, run.stream.index - first, first)
@@ -67,8 +67,11 @@ def given(prompts: Sequence[Prompt]) -> list[Sample]:
     ]
 
 
-def rollouts(run: Run, prompts: Sequence[Prompt]) -> list[Sample]:
-    """Completions of the policy with their rewards, advantages and views of the teacher."""
+def rollouts(run: Run, prompts: Sequence[Prompt], seconds: dict[str, float]) -> list[Sample]:
+    """Completions of the policy with rewards, advantages and views of the teacher. COLLECTIVE.
+
+    The time of the rewards goes to `seconds`.
+    """
     settings, step = run.settings, run.state.step
     n, method = settings.rollout.group_size, settings.method
     run.sampler.update(fsdp.full_tensors(run.model), step)
@@ -79,7 +82,9 @@ def rollouts(run: Run, prompts: Sequence[Prompt]) -> list[Sample]:
         keys=[prompt.index for prompt in prompts],
     )
     texts = decode(run, drawn)
-    result = reward(run, prompts, drawn, texts, n, needed=run.reads_rewards)
+    with timed(seconds, "reward"):
+        result = reward(run, prompts, drawn, texts, n, needed=run.reads_rewards)
+    count_failed(run, result)
     cut = torch.tensor([r.finish_reason == "length" for r in drawn], dtype=torch.bool)
     rewards = result.total.clone()
     if method.truncated == "penalise":
@@ -167,6 +172,14 @@ def reward(
     columns["completion_tokens"] = [len(rollout.completion_ids) for rollout in drawn]
     columns["truncated"] = [rollout.finish_reason == "length" for rollout in drawn]
     return run.scorer([p.text for p in prompts for _ in range(n)], list(texts), columns)
+
+
+def count_failed(run: Run, result: RewardResult) -> None:
+    """Counts the batches in a row in which every sample's reward failed. COLLECTIVE."""
+    own = [len(result.failed), int(result.failed.sum()), len(result.errors)]
+    samples, failed, errors = ranks.totals(own, run.device)
+    if samples:  # without an error there was no reward to fail
+        run.failed_in_row = run.failed_in_row + 1 if errors and failed == samples else 0
 
 
 def view(run: Run, prompt: Prompt, group: Sequence[Sample], texts: Sequence[str]) -> None:

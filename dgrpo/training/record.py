@@ -50,7 +50,10 @@ def record(run: Run, batch: Batch) -> None:
     metrics["time/tokens_per_second"] = metrics["tokens"] / max(seconds, 1e-9)
     if run.teacher is not None:
         metrics["teacher_coef"] = coefficients(run, state.step - 1)["teacher_coef"]
+    bounds = metrics.pop("reward_min", None), metrics.pop("reward_max", None)
     watch(run, metrics)
+    for warning in run.standstill.warnings(batch.loss, batch.norm, *bounds):
+        run.log.message(f"step {state.step}: warning: {warning}")
     every = settings.evaluate.every
     if every and state.step % every == 0:
         metrics |= evaluate(run)
@@ -97,6 +100,9 @@ def measure_samples(run: Run, batch: Batch, means: StepMetrics) -> None:
             continue
         tags, scored = sample.tags, float(not sample.tags["failed"])
         means.mean("reward", tags["reward"], scored)
+        if scored:  # for the warnings
+            means.min("reward_min", tags["reward"])
+            means.max("reward_max", tags["reward"])
         for name, value in tags["parts"].items():
             known = not math.isnan(value)
             means.mean(f"reward/{name}", value if known else 0.0, float(known))
@@ -191,7 +197,13 @@ def evaluate(run: Run) -> dict[str, float]:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines))
     os.replace(temporary, path)
-    return means.reduce()
+    found = means.reduce()
+    if SCORE not in found:
+        run.log.message(
+            f"step {step}: warning: no held-out completion has a reward, last error: "
+            f"{run.scorer.last_error or 'on another rank'}"
+        )
+    return found
 
 
 def evaluated(run: Run) -> bool:

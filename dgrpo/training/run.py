@@ -24,6 +24,7 @@ from dgrpo.teacher import SelfTeacher, ServedTeacher, Teacher
 from dgrpo.training import ranks
 from dgrpo.training.attempts import Gate, TeacherContext
 from dgrpo.training.optim import Rated
+from dgrpo.training.standstill import Standstill
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Run:
     pending: list[Batch] = field(default_factory=list)
     interrupted: bool = False  # a signal came, on this rank
     stopping: bool = False  # on all ranks: this step is the last
+    failed_in_row: int = 0  # batches since the start of which no sample has a reward, on any rank
+    standstill: Standstill = field(default_factory=Standstill)
     saved_step: int | None = None
     clock: float = field(default_factory=time.perf_counter)  # when the last step was recorded
     warnings: logging.Handler | None = None

@@ -97,6 +97,43 @@ def test_bad_rows_are_reported_and_counted(change, reason):
     assert f"without a score: 1 {reason}" in results.table()
 
 
+def stop(prompts, completions, **columns):
+    raise SystemExit(0)
+
+
+ODD = {
+    "text": ("1.0", "got the text '1.0', expected a list of 1 numbers"),
+    "texts": (["1.0"], "got the text '1.0', expected a number"),
+    "infinite": ([float("inf")], "got inf, expected a number"),
+    "nothing": (None, "got None"),
+    "two": ([1.0, 1.0], "got 2 values for 1 completions"),
+    "dict": ({"score": [1.0]}, 'expected the key "reward"'),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_score_is_none(kind):
+    value, message = ODD[kind]
+    results = evaluate(perfect, rows(1), reward=lambda p, c, **columns: value)
+    assert not results.items and message in results.failures[0]
+
+
+def test_a_reward_of_the_callers_scores_all_rows():
+    seen = []
+
+    def reward(prompts, completions, *, task, **columns):
+        seen.append((prompts, completions, task, "reward" in columns))
+        return {"reward": [0.5], "odd": [float("nan")]}
+
+    results = evaluate(perfect, [rows(1)[0], rows(1, reward="os:getcwd")[0]], reward=reward)
+    assert [item.score for item in results.items] == [0.5, 0.5]
+    assert seen[0] == (["say 0"], ["Answer: 0"], ["t"], False) and results.items[0].parts == {}
+
+
+def test_a_reward_that_exits_costs_its_row():
+    assert evaluate(perfect, rows(2), reward=stop).counts == {"reward failed": 2}
+
+
 def test_unreadable_lines_of_a_file_are_counted(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([json.dumps(rows()[0]), "{", json.dumps(rows()[2])]))

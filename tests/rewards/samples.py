@@ -42,6 +42,38 @@ def wrong_type(prompts, completions, **columns):
     return 1.0
 
 
+def odd(prompts, completions, *, kind, **columns):
+    """Returns what a reward should not, for all completions alike."""
+    import numpy
+
+    n = len(completions)
+    return {
+        "text": "good",
+        "texts": ["0.9"] * n,
+        "nothing": None,
+        "bool": True,
+        "dict": {"score": [1.0] * n},
+        "part": {"reward": [1.0] * n, "style": "fine"},
+        "huge": [10**400] * n,
+        "matrix": numpy.ones((n, 2)),
+        "bools": [True] * n,
+        "generator": (1.0 for _ in completions),
+        "lines": ["first\nsecond"] * n,
+    }[kind[0]]
+
+
+def quits(prompts, completions, **columns):
+    sys.exit(0)
+
+
+def fatal(prompts, completions, **columns):
+    os._exit(7)
+
+
+def scolds(prompts, completions, **columns):
+    raise ValueError("one line\n  and another")
+
+
 def parts(prompts, completions, *, answer, bonus=0.0, **columns):
     values = [float(a == c) for a, c in zip(answer, completions, strict=True)]
     return {"reward": [v + bonus for v in values], "right": values, "often": [None] * len(values)}

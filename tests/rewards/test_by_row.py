@@ -75,3 +75,13 @@ def test_no_text_takes_a_reward_long(text):
             start = time.process_time()
             getattr(dgrpo.rewards, name)([""], [LONG[text]], **columns, form=[form], **options)
             assert time.process_time() - start < 1, (name, form)
+
+
+def text_alone(prompts, completions, **columns):
+    return "x" * len(completions)
+
+
+def test_a_rows_reward_that_returns_text_is_named():
+    path = f"{__name__}:text_alone"
+    with pytest.raises(ValueError, match=f"reward '{path}': got the text 'x', expected a list of"):
+        by_row(["p"], ["c"], reward=[path], allow=[path])

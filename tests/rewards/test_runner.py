@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_a_bad_sample_costs_itself_alone(bad, timeout, caplog):
 
 @pytest.mark.parametrize("bad", ["hang", "spin", "child", "die", "crash", "exit"])
 def test_a_hanging_or_dying_reward_costs_its_sample_alone(bad):
-    with Scorer([Reward(f"{SAMPLES}:moody")], timeout=0.6) as scorer:
+    with Scorer([Reward(f"{SAMPLES}:moody")], timeout=1.2) as scorer:
         start = time.monotonic()
         result = scorer(["p"] * 4, ["a", "bb", bad, "cccc"], {})
         assert time.monotonic() - start < 30
@@ -69,18 +70,59 @@ def test_a_reward_that_always_hangs_is_given_up():
     assert time.monotonic() - start < 60, "not 500 times 0.2 s"
     assert result.failed.all() and len(result.errors) == 500
     assert "not scored" in result.errors[-1].message
+    assert result.errors[0].message == "no reply in 0.1 s (the whole batch: no reply in 0.2 s)"
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
         ("wrong_length", "got 1 values for 3 completions"),
-        ("wrong_type", "got float, expected a list"),
+        ("wrong_type", "got the float 1.0, expected a list of 3 numbers"),
     ],
 )
 def test_a_result_that_is_no_list_of_all_samples_is_an_error_of_all(name, message):
     result = run(name, ["a", "b", "c"])
     assert result.failed.all() and message in result.errors[2].message
+
+
+ODD = {
+    "text": "got the text 'good', expected a list of 3 numbers, one per completion",
+    "texts": "got the text '0.9', expected a number",
+    "nothing": "got None, expected a list of 3 numbers, one per completion",
+    "bool": "got the bool True, expected a list of 3 numbers, one per completion",
+    "dict": """got a dict of ['score'], expected the key "reward" in it""",
+    "part": "part 'style': got the text 'fine', expected a list of 3 numbers, one per completion",
+    "huge": "expected a number",
+    "matrix": "got the list [1.0, 1.0], expected a number",
+    "generator": "expected a list of 3 numbers, one per completion",
+    "lines": "got the text 'first\\nsecond', expected a number",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_a_reward_returns_instead_is_one_line_that_names_it(kind, caplog):
+    result = run("odd", ["a", "b", "c"], {"kind": [kind] * 3}, timeout=None)
+    assert result.failed.all()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("reward odd failed on all 3 samples: ") and "\n" not in line
+    assert ODD[kind] in line and len(line) < 400
+
+
+def test_truth_values_are_numbers():
+    assert run("odd", ["a"], {"kind": ["bools"]}, timeout=None).total.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("timeout", [20.0, None], ids=["worker", "this process"])
+def test_a_reward_that_exits_ends_nothing(timeout):
+    result = run("quits", ["a", "b"], timeout=timeout)
+    assert result.failed.all() and "SystemExit: 0" in result.errors[0].message
+
+
+def test_an_error_of_several_lines_is_told_in_one():
+    with Scorer([Reward(f"{SAMPLES}:scolds")], timeout=None) as scorer:
+        assert scorer.last_error is None
+        scorer(["p"] * 2, ["a", "b"], {})
+    assert scorer.last_error.startswith("reward scolds: ValueError: one line and another (")
 
 
 def test_one_bad_reward_of_two_fails_the_sample_but_keeps_the_other_part():
@@ -90,13 +132,29 @@ def test_one_bad_reward_of_two_fails_the_sample_but_keeps_the_other_part():
     assert result.parts["exact_match"].tolist() == [1.0, 1.0]
 
 
-def test_a_slow_batch_gets_more_time_the_next_time():
-    with Scorer([Reward(f"{SAMPLES}:leisurely")], timeout=0.5) as scorer:
-        workers = [scorer._worker.process.pid]
-        for _ in range(2):
-            assert not scorer(["p"] * 8, ["a"] * 8, {}).failed.any()
-            workers.append(scorer._worker.process.pid)
-    assert workers[0] != workers[1] == workers[2], "killed over the first batch alone"
+def test_the_limit_is_of_the_batch(caplog):
+    """A hang is looked for within as long again, and what was spent is told."""
+    with Scorer([Reward(f"{SAMPLES}:leisurely")], timeout=1.0) as scorer:
+        start = time.monotonic()
+        result = scorer(["p"] * 40, ["a"] * 40, {})  # 4 seconds of work
+        assert time.monotonic() - start < 6, "two seconds, and a few workers' start"
+    assert 0 < result.failed.sum() < 40, "samples that were scored in time count"
+    assert not result.failed[0] and result.failed[-1]
+    assert "not scored: the batch's time was up" in result.errors[-1].message
+    assert re.search(
+        r"reward leisurely took \d\.\d s for a batch of 40 .* over the limit of 1 s", caplog.text
+    )
+
+
+def test_a_hang_is_told_while_it_lasts(caplog, monkeypatch):
+    monkeypatch.setattr("dgrpo.rewards.process.TELL", 0.2)
+    run("moody", ["hang"], timeout=1.0)
+    told = [r.getMessage() for r in caplog.records if "no reply for" in r.getMessage()]
+    assert told == [
+        "reward moody: no reply for 0.2 s (limit 1 s)",
+        "reward moody: no reply for 0.4 s (limit 1 s)",
+        "reward moody: no reply for 0.8 s (limit 1 s)",
+    ]
 
 
 def test_the_worker_is_light_and_takes_arrays():

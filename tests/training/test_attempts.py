@@ -76,6 +76,7 @@ def test_a_group_of_one_kind_has_no_teacher(rewards):
 def test_privileged_text_else_the_answer():
     assert views("privileged", [attempt(0, privileged="P", answer="A")])[0][0].endswith("| P")
     assert views("privileged", [attempt(0, answer="A")])[0][0].endswith("| A")
+    assert views("privileged", [attempt(0, answer=42)])[0][0].endswith("| 42")
     assert views("privileged", [attempt(0)]) == [(None, 0.0)]
 
 
