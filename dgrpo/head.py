@@ -53,6 +53,16 @@ class HeadInputs:
     rows: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: got {self.mode!r}, expected one of {', '.join(MODES)}")
+        for name, mode in (("objective", "loss"), ("sequence_objective", "stats")):
+            if getattr(self, name) is not None and self.mode != mode:
+                raise ValueError(
+                    f"{name}: got a function with mode {self.mode!r}, expected mode {mode!r}, the "
+                    "only one that calls it"
+                )
+
 
 class HeadOutput(NamedTuple):
     """`loss`: scalar, None where the mode has none. The rest (N,), 0 where masked.
@@ -128,8 +138,6 @@ class FusedHead(nn.Linear):
         """
         if inputs is None:
             return self.logits(hidden)
-        if inputs.mode not in MODES:
-            raise ValueError(f"mode: got {inputs.mode!r}, expected one of {', '.join(MODES)}")
         shared = {
             "bias": self.bias,
             "logit_scale": self.logit_scale,
@@ -165,6 +173,13 @@ def _context(inputs: HeadInputs) -> Context:
             f"context: got {type(inputs.context).__name__}, expected Context for mode "
             f"{inputs.mode!r}"
         )
+    tokens = inputs.targets.numel()
+    for name, value in inputs.context.per_token().items():
+        if value.numel() != tokens:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)} in context, expected ({tokens},), one "
+                "value per target"
+            )
     return inputs.context
 
 

@@ -80,6 +80,13 @@ def test_bad_input_names_the_setting_and_the_way_out(override, message):
         ({"method": {"teacher": "self"}}, "method.teacher_context"),
         ({"method": {"preset": "sft", "advantage": "group"}}, "method.advantage"),
         ({"method": {"preset": "kd", "gate": "wrong"}}, "method.gate"),
+        (
+            {
+                "method": {"preset": "opd", "teacher": "served"},
+                "teacher": {"url": "http://localhost", "name": "t", "temperature": 2.0},
+            },
+            "teacher.temperature",
+        ),
         ({"method": {"preset": "grpo", "advantage": "none"}}, "there would be no loss"),
         ({"method": {"divergence": "clipped_forward_kl"}}, "method.divergence_clip"),
         ({"method": {"divergence_clip": 1.0}}, "method.divergence_clip"),

@@ -121,6 +121,11 @@ def _rules(run: RunSettings) -> list[tuple[bool, str]]:
             "teacher.url: got null (or teacher.name), expected the endpoint and its model's name",
         ),
         (
+            method.teacher == "served" and teacher.temperature != 1,
+            f"teacher.temperature: got {teacher.temperature} with a served teacher, expected 1; "
+            "its log-probabilities come at the server's own temperature",
+        ),
+        (
             method.teacher == "self" and method.teacher_context == "same",
             'method.teacher_context: got "same" for a self-teacher, which then equals the '
             "policy; expected another prompt, e.g. evidence, privileged or correct_rollout",

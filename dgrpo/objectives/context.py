@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def python_number(value: Any) -> Any:
+    """A scalar of numpy as Python's own int or float; anything else as it is."""
+    if isinstance(value, Integral):
+        return value if type(value) in (int, bool) else int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,32 @@ class Context:
     ref_coef: float = 0.0
     entropy_coef: float = 0.0
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor):
+                object.__setattr__(self, field.name, python_number(value))
+
     def at(self, rows: Tensor | slice) -> Context:
-        """The same context at the tokens `rows` ((R,) int64 indices, or a slice)."""
-        picked = {
-            field.name: value.reshape(-1)[rows]
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.dim()
-        }
+        """The same context at the tokens `rows` ((R,) int64 indices, or a slice).
+
+        Raises ValueError naming a field that has no value for one of them (on the CPU).
+        """
+        picked = {}
+        for name, value in self.per_token().items():
+            try:
+                picked[name] = value.reshape(-1)[rows]
+            except IndexError:
+                raise ValueError(
+                    f"{name}: got {value.numel()} values, expected one per token, at least "
+                    f"{int(rows.max()) + 1}"
+                ) from None
         return replace(self, **picked)
+
+    def per_token(self) -> dict[str, Tensor]:
+        """The fields that hold one value per token, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {n: v for n, v in values.items() if isinstance(v, Tensor) and v.dim()}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Context:
         """The same context with its tensors on `device`."""

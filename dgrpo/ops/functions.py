@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,26 @@ from dgrpo.ops.steps import Descend, FusedPolicy, Replay, Score, token_stats
 from dgrpo.ops.sweep import sweep
 
 COPY_ROWS = 2**20  # elements of a backward copy that the CPU converts at a time
+
+
+def first_order(backward: Callable) -> Callable:
+    """`once_differentiable`, but a call with `create_graph=True` raises.
+
+    Otherwise it would return gradients without a graph: nothing that backward saves needs a
+    gradient.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph: got True, expected False; the fused losses have first derivatives "
+                "only"
+            )
+        return once(ctx, *upstream)
+
+    return checked
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
@@ -41,7 +63,7 @@ class GradientInForward(Function):
         return step.losses.sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *grads, scale = ctx.saved_tensors
         factor = upstream.reshape(1) if scale is None else upstream.reshape(1) / scale
@@ -86,7 +108,7 @@ class Recompute(Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, stats = ctx.saved_tensors
         coef = torch.stack([torch.zeros_like(stats[0]) if g is None else g for g in upstream[:3]])

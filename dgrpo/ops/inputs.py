@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from numbers import Integral, Real
 from types import ModuleType
 
 import torch
@@ -37,7 +38,7 @@ def check_number(
     name: str, value: object, *, least: float = -math.inf, above: float = -math.inf
 ) -> float:
     """A finite number >= `least` and > `above`, as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not (math.isfinite(value) and value >= least and value > above):
         bound = f" above {above:g}" if above > -math.inf else ""
@@ -48,7 +49,7 @@ def check_number(
 
 def check_whole(name: str, value: object, least: int) -> None:
     """An int of at least `least`, or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int or None")
     if value is not None and value < least:
         raise ValueError(f"{name}: got {value}, expected at least {least}")
@@ -152,9 +153,16 @@ def check_divergence(divergence: object, clip: object, jsd_beta: object) -> None
         )
 
 
-def check_teacher(teacher: object, targets: Tensor, device: torch.device) -> None:
+def check_teacher(
+    teacher: object, targets: Tensor, device: torch.device, temperature: float
+) -> None:
     """Shapes and dtypes of a teacher; its head's own are checked when it is opened."""
     if isinstance(teacher, TopKTeacher):
+        if temperature != 1:
+            raise ValueError(
+                f"teacher_temperature: got {temperature} with a TopKTeacher, expected 1; its "
+                "log-probabilities are of one temperature, which is set where they come from"
+            )
         return _check_topk(teacher, targets)
     if not isinstance(teacher, TeacherHead):
         raise TypeError(
@@ -181,7 +189,19 @@ def check_teacher(teacher: object, targets: Tensor, device: torch.device) -> Non
             f"teacher.rows: got {rows.dtype} of shape {shape(rows)}, expected torch.int64 of shape "
             f"{tuple(targets.shape)}, that of targets"
         )
+    if rows.is_cpu:  # elsewhere asking would wait for the device: `check=True` does
+        check_teacher_rows(teacher)
     return None
+
+
+def check_teacher_rows(teacher: TeacherHead) -> None:
+    """Raise for a row that the teacher does not have. A sync on a device."""
+    count = teacher.hidden.shape[:-1].numel()
+    outside = (teacher.rows < -1) | (teacher.rows >= count)
+    if bool(outside.any()):
+        raise ValueError(
+            f"teacher.rows: got {int(teacher.rows[outside][0])}, expected -1 to {count - 1}"
+        )
 
 
 def check_teacher_head(teacher: TeacherHead, weight: object, device: torch.device) -> None:
@@ -199,6 +219,13 @@ def check_teacher_head(teacher: TeacherHead, weight: object, device: torch.devic
         )
     if weight.dtype not in FLOATS:
         raise TypeError(f"teacher.weight: got {weight.dtype}, expected a floating dtype")
+    given = teacher.hidden.dtype
+    exact = torch.promote_types(given, weight.dtype) == weight.dtype
+    if not exact and not torch.is_autocast_enabled(device.type):
+        raise TypeError(
+            f"teacher.hidden: got {given}, expected {weight.dtype} like teacher.weight, or one "
+            "that converts to it exactly; cast one of them, or call under autocast"
+        )
     if weight.device != device:
         raise ValueError(f"teacher.weight: got {weight.device}, expected {device}, like weight")
     bias = teacher.bias
@@ -255,6 +282,12 @@ def check_rows(rows: object, targets: Tensor) -> None:
         raise ValueError(
             f"rows: got {rows.dtype} of shape {shape(rows)}, expected torch.int64 of shape (n,), "
             f"the flat indices of the unmasked tokens, n at most {targets.numel()}"
+        )
+    outside = (rows < 0) | (rows >= targets.numel()) if rows.is_cpu else rows.new_empty(0)
+    if bool(outside.any()):
+        raise ValueError(
+            f"rows: got {int(rows[outside][0])}, expected 0 to {targets.numel() - 1}, the flat "
+            "indices of the unmasked tokens"
         )
 
 

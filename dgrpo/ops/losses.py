@@ -28,6 +28,7 @@ from dgrpo.ops.steps import (
 )
 from dgrpo.ops.sweep import sweep
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
+from dgrpo.ops.values import check_finite
 
 
 class DgrpoOutput(NamedTuple):
@@ -198,7 +199,7 @@ def linear_dgrpo_loss(
         targets,
         options,
         per_token,
-        lambda: _check_coefficients(per_token, teacher_coef, **scalars),
+        lambda: _check_coefficients(per_token, teacher_coef, **scalars, check=check),
     )
     call, given = prepared.call, dict(prepared.per_token)
     if "token_weights" not in given:
@@ -235,11 +236,14 @@ def _check_coefficients(
     clip_dual: float | None,
     ref_coef: float,
     entropy_coef: float,
+    check: bool,
 ) -> None:
     if per_token["advantages"] is None:
         raise TypeError("advantages: got None, expected a tensor shaped like targets")
     if not isinstance(teacher_coef, Tensor):
         check_number("teacher_coef", teacher_coef)
+    elif check and not teacher_coef.dim():
+        check_finite("teacher_coef", teacher_coef)
     check_number("clip_low", clip_low, least=0)
     check_number("clip_high", clip_high, least=0)
     check_number("ref_coef", ref_coef)

@@ -119,7 +119,7 @@ def _merge_columns(
         own = logprobs.masked_fill(~here, -torch.inf).amax(1) if ids.shape[1] else tail
         own = torch.where(here.any(1), own, tail)
     out.teacher_logprobs.copy_(own)
-    absent = (global_ids < 0).all(1)
+    absent = (global_ids < 0).all(1) & (global_ids.shape[1] > 0)
     out.teacher_logprobs.masked_fill_(absent, 0)
     out.divergence.masked_fill_(absent, 0)
     return columns
@@ -132,7 +132,7 @@ def _over_shards(call: Call, values: Tensor) -> Tensor:
 
 
 def _flat(values: Tensor) -> Tensor:
-    return values.reshape(-1, values.shape[-1])
+    return values.flatten(0, -2)
 
 
 def put_columns(

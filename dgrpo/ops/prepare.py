@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dgrpo.objectives.context import python_number
 from dgrpo.ops import inputs, values
 from dgrpo.ops.agreement import agree, agreed, local_part
 from dgrpo.ops.call import Call, needs
@@ -38,6 +39,12 @@ class Options:
     backend: str = "auto"
     group: dist.ProcessGroup | None = None
     vocab_start: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor):
+                object.__setattr__(self, field.name, python_number(value))
 
 
 TEACHER_OPTIONS = {"teacher", "divergence", "divergence_clip", "jsd_beta", "teacher_temperature"}
@@ -135,14 +142,15 @@ def _check(
         raise ValueError(
             f"policy_logits: got {options.policy_logits!r}, expected 'float32' or 'bfloat16'"
         )
-    if isinstance(options.memory_budget, bool) or not isinstance(options.memory_budget, int):
-        raise TypeError(f"memory_budget: got {options.memory_budget!r}, expected an int (bytes)")
+    if type(options.memory_budget) is not int:
+        kind = type(options.memory_budget).__name__
+        raise TypeError(f"memory_budget: got {kind}, expected an int (bytes)")
     if options.memory_budget <= 0:
         raise ValueError(f"memory_budget: got {options.memory_budget}, expected bytes above 0")
     if options.rows is not None:
         inputs.check_rows(options.rows, targets)
     if options.teacher is not None:
-        inputs.check_teacher(options.teacher, targets, weight.device)
+        inputs.check_teacher(options.teacher, targets, weight.device, options.teacher_temperature)
         if isinstance(options.teacher, TeacherHead) and not callable(options.teacher.weight):
             inputs.check_teacher_head(options.teacher, options.teacher.weight, weight.device)
     if options.group is None and options.vocab_start is not None:
@@ -167,12 +175,11 @@ def _check_values(
 ) -> None:
     vocabulary = columns if shard is None else shard.total
     values.check_targets(targets, vocabulary, options.rows)
-    values.check_teacher_values(options.teacher, vocabulary)
-    unmasked = (targets.reshape(-1) != inputs.IGNORE).nonzero()[:, 0]
-    for name, value in {"hidden": hidden, "weight": weight, "bias": options.bias}.items():
-        values.check_finite(name, value)
-    for name, value in per_token.items():
-        values.check_finite(name, value, among=unmasked)
+    values.check_teacher_values(options.teacher, targets, vocabulary, columns)
+    values.check_finite("hidden", hidden, where=targets != inputs.IGNORE)
+    values.check_finite("weight", weight[:columns])
+    values.check_bias("bias", None if options.bias is None else options.bias[:columns])
+    values.check_per_token(per_token, targets)
 
 
 def _lay_out(

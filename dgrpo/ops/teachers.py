@@ -16,7 +16,8 @@ class TeacherHead:
     """A teacher's last hidden states and its LM head: its full distribution, never materialised.
 
     hidden: (Nt, Ht) or (B, T, Ht), in (pinned) host memory or on the device; from the host it is
-        streamed block by block.
+        streamed block by block. Of weight's dtype, or one that converts to it exactly (bf16 states
+        with an fp32 head); under autocast both take autocast's dtype, as the student's do.
     weight: (V', Ht), or a function that returns a context manager yielding (weight, bias), entered
         for each pass over the head (a sharded head gathers there and frees on exit).
     bias: (V',) or None. logit_scale, logit_softcap: as in the student's arguments.

@@ -5,18 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgrpo.ops.inputs import IGNORE
+from dgrpo.ops.inputs import IGNORE, check_teacher_rows
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 
 
-def check_finite(name: str, value: Tensor | None, among: Tensor | None = None) -> None:
-    """Refuse NaN and inf; only at the flat indices `among`, if given."""
-    if value is None or not value.is_floating_point():
-        return
-    picked = value if among is None else value.reshape(-1)[among]
-    bad = int((~torch.isfinite(picked)).sum())
-    if bad:
-        raise ValueError(f"{name}: got {bad} values that are NaN or infinite, expected finite ones")
+def check_finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
+    """Raise for NaN and inf; `where` (bool, the leading dimensions) says what counts."""
+    bad = ~torch.isfinite(value)
+    if where is not None:
+        bad = bad[where]
+    count = int(bad.sum())
+    if count:
+        raise ValueError(
+            f"{name}: got {count} values that are NaN or infinite, expected finite ones"
+        )
+
+
+def check_bias(name: str, bias: Tensor | None) -> None:
+    """Raise for NaN and +inf; -inf forbids a column."""
+    if bias is not None and bool((bias.isnan() | (bias == torch.inf)).any()):
+        count = int((bias.isnan() | (bias == torch.inf)).sum())
+        raise ValueError(
+            f"{name}: got {count} values that are NaN or +inf, expected finite ones, or -inf for a "
+            "column that is never chosen"
+        )
+
+
+def check_per_token(given: dict[str, Tensor], targets: Tensor) -> None:
+    """Raise for NaN and inf at tokens with loss, but where nothing depends on the value.
+
+    A token of weight 0 takes no part. One without advantage has no ratio, so its old and sampler
+    log-probabilities may be infinite.
+    """
+    counts = targets != IGNORE
+    if "token_weights" in given:
+        check_finite("token_weights", given["token_weights"], counts)
+        counts = counts & (given["token_weights"] != 0)
+    for name, value in given.items():
+        where = counts
+        if name in ("old_logprobs", "sampler_logprobs") and "advantages" in given:
+            where = counts & ((given["advantages"] != 0) | value.isnan())
+        check_finite(name, value, where if value.dim() else None)
 
 
 def check_targets(targets: Tensor, vocabulary: int, rows: Tensor | None) -> None:
@@ -36,13 +65,26 @@ def check_targets(targets: Tensor, vocabulary: int, rows: Tensor | None) -> None
             )
 
 
-def check_teacher_values(teacher: TeacherHead | TopKTeacher | None, vocabulary: int) -> None:
+def check_teacher_values(
+    teacher: TeacherHead | TopKTeacher | None, targets: Tensor, vocabulary: int, columns: int
+) -> None:
+    """Raise for a teacher's values that cannot be used: at tokens with loss, in compared columns.
+
+    `columns` are those of this shard, `vocabulary` those of all shards.
+    """
+    with_loss = targets.reshape(-1) != IGNORE
     if isinstance(teacher, TeacherHead):
-        check_finite("teacher.hidden", teacher.hidden)
+        states = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
+        used = with_loss.to(states.device)
         if teacher.rows is not None:
-            count = teacher.hidden.shape[:-1].numel()
-            if bool(((teacher.rows < -1) | (teacher.rows >= count)).any()):
-                raise ValueError(f"teacher.rows: got an index outside, expected -1 to {count - 1}")
+            check_teacher_rows(teacher)
+            chosen = teacher.rows.reshape(-1).to(states.device)[used]
+            used = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+            used[chosen[chosen >= 0]] = True
+        check_finite("teacher.hidden", states, used)
+        with teacher.open() as (weight, bias):
+            check_finite("teacher.weight", weight[:columns])
+            check_bias("teacher.bias", None if bias is None else bias[:columns])
     if isinstance(teacher, TopKTeacher):
         ids, logprobs = teacher.token_ids, teacher.logprobs
         if bool(((ids < -1) | (ids >= vocabulary)).any()):
@@ -58,3 +100,11 @@ def check_teacher_values(teacher: TeacherHead | TopKTeacher | None, vocabulary: 
                 "teacher.logprobs: got NaN or a row whose probabilities exceed 1, expected "
                 "log-probabilities (nats)"
             )
+        own = teacher.target_logprobs
+        if own is not None:
+            bad = (own.isnan() | (own > 1e-3)).reshape(-1) & with_loss
+            if bool(bad.any()):
+                raise ValueError(
+                    f"teacher.target_logprobs: got {int(bad.sum())} values that are NaN or above "
+                    "0, expected log-probabilities (nats)"
+                )
