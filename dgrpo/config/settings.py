@@ -52,6 +52,10 @@ class Teacher(Settings):
 
     name: str | None = None
     """Hub name or folder; "stage:NAME" is the result of an earlier stage."""
+    tokenizer: str | None = None
+    """Hub name or folder of its tokenizer; null: the teacher's own."""
+    allow_other_tokenizer: bool = False
+    """Do not compare its tokenizer with the student's; only where you know the ids are the same."""
     revision: str | None = None
     """Revision on the hub."""
     dtype: DtypeName | None = None

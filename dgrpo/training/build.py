@@ -20,12 +20,12 @@ from dgrpo.rewards.runner import Reward, Scorer
 from dgrpo.rollout import HFSampler
 from dgrpo.training import ranks
 from dgrpo.training.attempts import gate, teacher_context
+from dgrpo.training.loading import load_tokenizer
 from dgrpo.training.models import (
     load_objective,
     load_policy,
     load_reference,
     load_teacher,
-    load_tokenizer,
     place,
     shard,
 )
