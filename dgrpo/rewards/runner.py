@@ -75,6 +75,7 @@ class Scorer:
         timeout: seconds that a call may take, on a batch or on one sample. After a batch that was
             only slow (each sample by itself is in time) later batches get twice what it took. None:
             call in this process, which a hanging reward stops.
+        seed: of the worker's generators of Python and NumPy while it imports rewards; None: random.
 
     Attributes:
         failures: samples lost so far, by reward.
@@ -83,13 +84,15 @@ class Scorer:
         ValueError: no rewards, two of one name, one that cannot be imported.
     """
 
-    def __init__(self, rewards: Sequence[Reward], timeout: float | None = 30.0):
+    def __init__(
+        self, rewards: Sequence[Reward], timeout: float | None = 30.0, seed: int | None = None
+    ):
         titles = [reward.title for reward in rewards]
         if not titles or len(set(titles)) < len(titles):
             raise ValueError(
                 f"rewards: got {titles}, expected one or more with different names; set Reward.name"
             )
-        self.rewards = list(rewards)
+        self.rewards, self.seed = list(rewards), seed
         self.failures: Counter[str] = Counter()
         self._limits = [r.timeout or timeout for r in rewards]
         self._patience = list(self._limits)  # for a batch
@@ -114,7 +117,11 @@ class Scorer:
             self._worker = None
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, Sequence]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: dict[str, Sequence],
+        seed: int | None = None,
     ) -> RewardResult:
         """Score n samples.
 
@@ -123,6 +130,7 @@ class Scorer:
             completions: n texts.
             columns: n values each, of the types that JSON knows (arrays become lists, all else
                 text). Samples of a group should hold the same object, which is then sent once.
+            seed: of the worker's generators of Python and NumPy for this call; None: they go on.
 
         Raises:
             ValueError: lists of different lengths.
@@ -132,6 +140,7 @@ class Scorer:
             if len(values) != n:
                 raise ValueError(f"{name}: got {len(values)} values for {n} completions")
         self._data = {"prompts": prompts, "completions": completions, "columns": columns}
+        self._data["seed"] = seed
         if self._worker is not None and n:
             self._send_data()
         total, failed = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
@@ -221,13 +230,18 @@ class Scorer:
     def _restart(self) -> None:
         self.close()
         self._worker = WorkerProcess(
-            {"sys_path": sys.path, "rewards": [asdict(reward) for reward in self.rewards]}
+            {
+                "sys_path": sys.path,
+                "rewards": [asdict(reward) for reward in self.rewards],
+                "seed": self.seed,
+            }
         )
 
     def _send_data(self) -> None:
         packed = {name: worker.pack(self._data[name]) for name in ("prompts", "completions")}
         columns = self._data["columns"]
         packed["columns"] = {name: worker.pack(values) for name, values in columns.items()}
+        packed["seed"] = self._data["seed"]
         try:
             self._worker.send({"data": packed})
         except Died:  # since the last batch

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import yaml
 
@@ -31,6 +30,7 @@ from dgrpo.training.models import (
 )
 from dgrpo.training.optim import make_optimizers
 from dgrpo.training.run import Run, unpack_pending
+from dgrpo.training.seeds import seed_all
 
 
 def build(settings: RunSettings) -> Run:
@@ -40,6 +40,7 @@ def build(settings: RunSettings) -> Run:
     model or the data.
     """
     transformers.logging.disable_progress_bar()
+    seed_all(settings.seed)  # rows from a function are the same on every rank
     device, mesh = place(settings)
     tokenizer = load_tokenizer(settings.model)
     model = shard(load_policy(settings.model, settings.seed), settings, mesh, device)
@@ -104,7 +105,7 @@ def build(settings: RunSettings) -> Run:
         gradient_scale=1 if mesh is None else fsdp.gradient_scale(mesh),
         steps=_known_steps(settings, stream.size),
     )
-    torch.manual_seed(settings.seed + ranks.rank())
+    seed_all(settings.seed + ranks.rank())
     _resume(run)
     return run
 
@@ -119,7 +120,7 @@ def _scorer(settings: RunSettings) -> Scorer | None:
         sources = [*settings.data.sources, *settings.evaluate.sources]
         allow = sorted({source.reward for source in sources if source.reward})
         functions = [Reward("by_row", options={"allow": allow})]
-    return Scorer(functions, timeout=settings.rewards.timeout)
+    return Scorer(functions, timeout=settings.rewards.timeout, seed=settings.seed)
 
 
 def _stream(
