@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from dgrpo.checkpoint import Checkpointer
 from dgrpo.config import DataSource, RunSettings, dump, parse_file
 from dgrpo.data import Prompt, PromptStream, Source
 from dgrpo.metrics import RunLog
+from dgrpo.policy import PolicyModel
 from dgrpo.rewards.runner import Reward, Scorer
 from dgrpo.rollout import HFSampler
 from dgrpo.training import ranks
@@ -30,7 +32,11 @@ from dgrpo.training.models import (
 )
 from dgrpo.training.optim import make_optimizers
 from dgrpo.training.run import Run, unpack_pending
-from dgrpo.training.seeds import seed_all
+from dgrpo.training.seeds import seed_all, seeded
+
+log = logging.getLogger(__name__)
+
+SURVEY = 5.0  # seconds in which rows are read at the start, to say how many will be dropped
 
 
 def build(settings: RunSettings) -> Run:
@@ -63,14 +69,21 @@ def build(settings: RunSettings) -> Run:
     teacher = load_teacher(settings, model, tokenizer, mesh, device, options)
     objective, per_sequence = load_objective(method.objective)
     optimizer = settings.optimizer
-    stream = _stream(settings, settings.data.sources, tokenizer, epochs=settings.epochs)
+    stream = _stream(
+        settings,
+        settings.data.sources,
+        tokenizer,
+        epochs=settings.epochs,
+        context=_context(settings, model, getattr(teacher, "model", None)),
+        reserve=settings.rollout.max_tokens if method.sequences == "rollout" else None,
+    )
     run = Run(
         settings=settings,
         device=device,
         model=model,
         tokenizer=tokenizer,
         stream=stream,
-        held_out=_held_out(settings, tokenizer),
+        held_out=_held_out(settings, model, tokenizer),
         teacher=teacher,
         reference=load_reference(settings, mesh, device),
         sampler=HFSampler(
@@ -107,6 +120,7 @@ def build(settings: RunSettings) -> Run:
     )
     seed_all(settings.seed + ranks.rank())
     _resume(run)
+    _tell_rows(run)
     return run
 
 
@@ -147,10 +161,44 @@ def _stream(
     )
 
 
-def _held_out(settings: RunSettings, tokenizer: Any) -> list[Prompt]:
+def _context(settings: RunSettings, *models: PolicyModel | None) -> int | None:
+    """Most tokens of a training row: what the policy and its teacher can read; None: no limit."""
+    limits = [model.context for model in models if model is not None]
+    context = min(filter(None, limits), default=None)
+    if settings.method.sequences == "rollout":
+        _check_room("rollout.max_tokens", settings.rollout.max_tokens, context)
+    return context
+
+
+def _check_room(setting: str, tokens: int, context: int | None) -> None:
+    if context is not None and tokens >= context:
+        raise ValueError(
+            f"{setting}: got {tokens}, expected less than the {context} tokens of the model's "
+            "context (max_position_embeddings); the prompt is part of them"
+        )
+
+
+def _tell_rows(run: Run) -> None:
+    """How many rows will be dropped, as far as a few seconds of reading can tell."""
+    if ranks.rank() or run.finished():
+        return
+    with seeded(0):  # how many rows are looked at must not move the generators of hooks
+        looked, report = run.stream.survey(SURVEY)
+    if report.dropped:
+        total = sum(cursor.size or 0 for cursor in run.stream.cursors)
+        rows = f"{looked} rows" if looked == total else f"{looked} rows looked at ({total} in all)"
+        verb = "is" if report.dropped == 1 else "are"
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(report.counts.items()))
+        run.log.message(f"data: of {rows} {report.dropped} {verb} dropped: {reasons}")
+
+
+def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list[Prompt]:
     """This rank's prompts of the evaluation."""
     if not settings.evaluate.sources:
         return []
+    own = settings.evaluate.max_tokens
+    reserve = own or settings.rollout.max_tokens
+    _check_room("evaluate.max_tokens" if own else "rollout.max_tokens", reserve, model.context)
     stream = _stream(
         settings,
         settings.evaluate.sources,
@@ -158,8 +206,13 @@ def _held_out(settings: RunSettings, tokenizer: Any) -> list[Prompt]:
         shuffle=False,
         require_completion=False,
         max_completion_tokens=None,
+        context=model.context,
+        reserve=reserve,
     )
-    return stream.batch(settings.evaluate.count)
+    prompts = stream.batch(settings.evaluate.count)
+    if stream.report.dropped and ranks.rank() == 0:
+        log.warning("evaluation: %s", stream.report.summary())
+    return prompts
 
 
 def _known_steps(settings: RunSettings, rows: int | None) -> int | None:
