@@ -84,7 +84,7 @@ class DataSource(Settings):
     """One source of rows."""
 
     path: str
-    """JSONL or parquet file, glob, folder, hub name, or "module:function" that gives rows."""
+    """JSONL, parquet or CSV file, glob, folder, hub name, or "module:function" that gives rows."""
     name: str = ""
     """Name in metrics and samples; empty: the path."""
     weight: PositiveFloat = 1.0
