@@ -264,7 +264,7 @@ class Checkpoint(Settings):
     asynchronous: bool = True
     """Write in the background, where it can be."""
     export: bool = True
-    """Write a Hugging Face folder at the end (a later stage needs it)."""
+    """Write a Hugging Face folder at the end (a later stage needs it), and LoRA's adapter."""
     export_dtype: DtypeName | None = None
     """Type of the exported weights; null: that of the masters."""
 

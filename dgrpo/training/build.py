@@ -189,7 +189,8 @@ def _tell_rows(run: Run) -> None:
         rows = f"{looked} rows" if looked == total else f"{looked} rows looked at ({total} in all)"
         verb = "is" if report.dropped == 1 else "are"
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(report.counts.items()))
-        run.log.message(f"data: of {rows} {report.dropped} {verb} dropped: {reasons}")
+        first = f"data: of {rows} {report.dropped} {verb} dropped: {reasons}"
+        run.log.message("\n".join([first, *report.lines()[1:]]))
 
 
 def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list[Prompt]:
