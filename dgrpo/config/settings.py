@@ -226,19 +226,6 @@ class Optimizer(Settings):
     """Steps with a non-finite loss or gradient, in a row, before the run stops."""
 
 
-class Until(Settings):
-    """Ends the run early, once a metric's moving average is there."""
-
-    metric: str = "token_accuracy"
-    """Name of a logged metric."""
-    above: float
-    """Value to reach."""
-    smoothing: float = Field(0.9, ge=0.0, lt=1.0)
-    """Weight of the past in the moving average."""
-    min_steps: NonNegativeInt = 10
-    """Steps before it is looked at."""
-
-
 class Fsdp(Settings):
     """Sharding over ranks (torchrun); without torchrun all but the types is unused."""
 
