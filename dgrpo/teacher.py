@@ -237,40 +237,6 @@ def read(
     return kept
 
 
-def common_vocab(
-    student_size: int,
-    teacher_size: int,
-    student_tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
-) -> int:
-    """The columns in which two heads are compared: the smaller of their padded vocabularies.
-
-    With the tokenizers it is checked that both give every token the same id, and that the columns
-    left out are padding.
-
-    Raises:
-        ValueError: the tokenizers disagree, or use ids beyond the smaller head.
-    """
-    size = min(student_size, teacher_size)
-    if student_tokenizer is None or teacher_tokenizer is None:
-        return size
-    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    for token in sorted(student.keys() | teacher.keys()):
-        ours, theirs = student.get(token), teacher.get(token)
-        if ours != theirs:
-            raise ValueError(
-                f"teacher: got id {theirs} for token {token!r}, expected {ours} as in the "
-                "student's tokenizer; distributions over tokens can only be compared id by id"
-            )
-    used = max(student.values(), default=-1) + 1
-    if used > size:
-        raise ValueError(
-            f"teacher: got heads of {student_size} (student) and {teacher_size} (teacher) rows, "
-            f"expected at least the {used} ids that the tokenizers use"
-        )
-    return size
-
-
 def _buffer(rows: int, like: Tensor, offload_above: int) -> Tensor:
     shape, dtype = (rows, like.shape[1]), like.dtype
     if like.is_cuda and rows * like.shape[1] * like.element_size() > offload_above:

@@ -187,6 +187,8 @@ def finish(run: Run) -> Outcome:
         name = run.settings.checkpoint.export_dtype
         dtype = getattr(torch, name) if name else None
         export(run.model, run.folder / "export", tokenizer=run.tokenizer, dtype=dtype)
+        if run.settings.model.lora is not None:
+            export(run.model, run.folder / "adapter", dtype=dtype, merge=False)
     if ranks.rank() == 0:
         (run.folder / "done.yaml").write_text(dump(run.settings))
     ranks.wait()

@@ -173,6 +173,34 @@ def test_errors_in_a_stage_name_it(staged):
         load(staged, stage="other")
 
 
+def test_a_stage_of_a_file_without_stages(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text("model: {name: student}")
+    with pytest.raises(ValueError, match=r"plain\.yaml has no stages; leave --stage out"):
+        load(path, FLAGS, stage="sft")
+    with pytest.raises(ValueError, match="but the command has no stages"):
+        load(None, FLAGS, stage="sft")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bytes(range(128, 256)), "which is no text in UTF-8 (byte 0: 0x80)"),
+        (b"PK\x03\x04\x00\x00", "which is not YAML: unacceptable character #x0003"),
+        (b"a: [1\nb: 2\n", "which is not YAML: while parsing a flow sequence"),
+        (b"- 1\n", "which holds a list, expected keys and values"),
+        (None, "which is a folder, expected a file"),
+    ],
+    ids=["latin", "zip", "open bracket", "list", "folder"],
+)
+def test_a_file_that_is_no_settings_file_is_told_in_one_line(tmp_path, content, message):
+    path = tmp_path / "odd.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"settings file: got '{path}', {message}")) as e:
+        load(path)
+    assert "\n" not in str(e.value)
+
+
 def test_every_setting_has_one_line_of_help():
     for setting in describe():
         assert setting.help and "\n" not in setting.help and len(setting.help) < 100, setting.name

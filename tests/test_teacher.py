@@ -5,7 +5,7 @@ import torch
 
 from dgrpo.batch import filler, pack
 from dgrpo.policy import PolicyModel
-from dgrpo.teacher import SelfTeacher, Teacher, common_vocab
+from dgrpo.teacher import SelfTeacher, Teacher
 from tests.tiny import (
     SIZES,
     VOCAB,
@@ -189,30 +189,3 @@ def test_a_self_teacher_with_lora_has_the_merged_head():
         assert not torch.equal(weight, policy.head.weight) and not weight.requires_grad
     with pytest.raises(ValueError, match="frozen_head: got True for a head with LoRA"):
         SelfTeacher(policy, frozen_head=True)
-
-
-# Vocabularies.
-
-
-class Tokenizer:
-    def __init__(self, *tokens, **changed):
-        self.vocab = {token: i for i, token in enumerate(tokens)} | changed
-
-    def get_vocab(self):
-        return self.vocab
-
-
-def test_heads_are_compared_in_their_common_columns():
-    assert common_vocab(151936, 152064) == common_vocab(152064, 151936) == 151936
-    same = Tokenizer("a", "b", "c")
-    assert common_vocab(4, 6, same, Tokenizer("a", "b", "c")) == 4
-
-
-def test_vocabularies_that_differ_raise():
-    ours = Tokenizer("a", "b", "c")
-    with pytest.raises(ValueError, match="teacher: got id 5 for token 'b', expected 1"):
-        common_vocab(8, 8, ours, Tokenizer("a", "b", "c", b=5))
-    with pytest.raises(ValueError, match="teacher: got id 3 for token 'd', expected None"):
-        common_vocab(8, 8, ours, Tokenizer("a", "b", "c", "d"))
-    with pytest.raises(ValueError, match="expected at least the 3 ids"):
-        common_vocab(2, 8, ours, ours)

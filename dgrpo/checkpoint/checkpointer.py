@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from dgrpo.checkpoint import files, storage
-from dgrpo.checkpoint.errors import CheckpointError, by_rank, failures
+from dgrpo.checkpoint.errors import CheckpointError, OtherFormat, by_rank, failures
 from dgrpo.checkpoint.state import (
     RunState,
     decode,
@@ -160,9 +160,9 @@ class Checkpointer:
         """Loads a checkpoint in place and returns its state; None if there is none. Collective.
 
         The newest by default. One that is damaged is reported and the one before is taken; if all
-        are, or the one asked for is, CheckpointError says what is wrong with each. Later ones than
-        that restored are set aside, and removed by the next save. Random numbers are restored too,
-        so call this last, after the model is built, sharded and its optimiser made.
+        are, the one asked for is, or one is of another format, CheckpointError says so. Later ones
+        than that restored are set aside, and removed by the next save. Random numbers are restored
+        too, so call this last, after the model is built, sharded and its optimiser made.
 
         With another number of ranks than at the save, rollouts in flight are dealt anew in their
         order, and a rank that is new gets random numbers seeded from rank 0's.
@@ -227,13 +227,19 @@ class Checkpointer:
 
     def _damages(self, folder: Path) -> list[str]:
         """What is wrong with a checkpoint; every rank verifies its share of the files."""
+        found, other = [], None
         try:
             listed = files.read_manifest(folder)["files"]
             names = sorted(listed)[self.rank :: self.world_size]
             found = files.damages(folder, names, listed, self.checksums)
+        except OtherFormat as error:
+            other = str(error)
         except CheckpointError as error:
             found = [str(error)]
-        return sorted({text for part in self._gather(found) for text in part})
+        answers = self._gather((found, other))
+        if others := [text for _, text in answers if text]:
+            raise OtherFormat(others[0])  # an older one in its place would cost its steps
+        return sorted({text for part, _ in answers for text in part})
 
     def _plan(self, folder: Path, model: nn.Module) -> tuple:
         """Reader, rank 0's state, and what is loaded in place: the model, the optimisers' state."""

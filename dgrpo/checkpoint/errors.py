@@ -9,6 +9,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the file and the rank."""
 
 
+class OtherFormat(CheckpointError):
+    """A checkpoint is whole as far as one can tell, but of another version of dgrpo."""
+
+
 def failures(error: CheckpointException) -> str:
     """What DCP gathered from the ranks that failed, without its tracebacks."""
     causes = ((rank, cause) for rank, (cause, _) in error.failures.items())

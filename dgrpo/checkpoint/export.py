@@ -155,4 +155,6 @@ def _write_adapter(
     own = get_peft_model_state_dict(model.model, state_dict=own, save_embedding_layers=False)
     pieces = [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in own.items()]
     files.write_tensors(folder / "adapter_model.safetensors", pieces, {"format": "pt"})
-    model.model.active_peft_config.save_pretrained(folder)
+    config = copy.copy(model.model.active_peft_config)
+    config.inference_mode = True  # as peft saves it
+    config.save_pretrained(folder)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dgrpo.checkpoint.errors import CheckpointError
+from dgrpo.checkpoint.errors import CheckpointError, OtherFormat
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -145,17 +145,25 @@ def sync_folder(path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint; CheckpointError if it is missing, unreadable or too new."""
+    """The manifest of a checkpoint.
+
+    Raises:
+        OtherFormat: of another version of dgrpo, whatever else stands in it.
+        CheckpointError: missing or unreadable.
+    """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, _ = (
-            manifest["format"],
-            (manifest["step"], manifest["world_size"], manifest["files"]),
-        )
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+        if version == FORMAT:
+            _ = manifest["step"], manifest["world_size"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: unreadable ({error})") from error
+        raise CheckpointError(f"{path}: unreadable ({error})") from error
     if version != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST}: format {version}, this version reads {FORMAT}")
+        raise OtherFormat(
+            f"{folder}: written in format {version}, this version of dgrpo reads format {FORMAT}; "
+            "go on with the version that wrote it, or start anew in another folder"
+        )
     return manifest
 
 

@@ -48,6 +48,10 @@ def load(
     """
     tree = parse_file(path) if path is not None else {}
     stages = merge_stages(override(tree, overrides))
+    if stage is not None and list(stages) == [""]:
+        raise ValueError(
+            f"stage: got {stage!r}, but {path or 'the command'} has no stages; leave --stage out"
+        )
     if stage is not None and stage not in stages:
         raise ValueError(f"stage: got {stage!r}, expected one of {list(stages)}")
     return {
@@ -58,17 +62,26 @@ def load(
 
 
 def parse_file(path: str | Path) -> dict[str, Any]:
-    """The tree of a YAML file; an empty file is an empty tree."""
+    """The tree of a YAML file; an empty file is an empty tree. ValueError of one line if none."""
+    what = f"settings file: got {str(path)!r}"
+    hint = "expected keys and values in YAML, such as a file of examples/"
     try:
-        tree = yaml.load(Path(path).read_text(), _Loader)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise ValueError(f"settings file: got {str(path)!r}, expected an existing file") from None
+        raise ValueError(f"{what}, expected an existing file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{what}, which is a folder, expected a file") from None
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start}: {error.object[error.start]:#04x}"
+        raise ValueError(f"{what}, which is no text in UTF-8 ({place}); {hint}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"settings file: {path} is not YAML: {error}") from None
+        text = " ".join(str(error).split())
+        raise ValueError(f"{what}, which is not YAML: {text}; {hint}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ValueError(f"settings file: got a {type(tree).__name__}, expected keys and values")
+        kind = type(tree).__name__
+        raise ValueError(f"{what}, which holds a {kind}, expected keys and values")
     return tree
 
 

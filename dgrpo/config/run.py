@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dgrpo.config.base import Settings
 from dgrpo.config.method import Method, Schedule
@@ -19,8 +19,20 @@ from dgrpo.config.settings import (
     Rewards,
     Rollout,
     Teacher,
-    Until,
 )
+
+
+class Until(Settings):
+    """Ends the run early, once a metric's moving average is there."""
+
+    metric: str = "token_accuracy"
+    """Name of a logged metric."""
+    above: float
+    """Value to reach."""
+    smoothing: float = Field(0.9, ge=0.0, lt=1.0)
+    """Weight of the past in the moving average."""
+    min_steps: NonNegativeInt = 10
+    """Steps before it is looked at."""
 
 
 class RunSettings(Settings):

@@ -52,6 +52,10 @@ class Teacher(Settings):
 
     name: str | None = None
     """Hub name or folder; "stage:NAME" is the result of an earlier stage."""
+    tokenizer: str | None = None
+    """Hub name or folder of its tokenizer; null: the teacher's own."""
+    allow_other_tokenizer: bool = False
+    """Do not compare its tokenizer with the student's; only where you know the ids are the same."""
     revision: str | None = None
     """Revision on the hub."""
     dtype: DtypeName | None = None
@@ -80,7 +84,7 @@ class DataSource(Settings):
     """One source of rows."""
 
     path: str
-    """JSONL or parquet file, glob, folder, hub name, or "module:function" that gives rows."""
+    """JSONL, parquet or CSV file, glob, folder, hub name, or "module:function" that gives rows."""
     name: str = ""
     """Name in metrics and samples; empty: the path."""
     weight: PositiveFloat = 1.0
@@ -224,19 +228,6 @@ class Optimizer(Settings):
     """Steps with a non-finite loss or gradient, in a row, before the run stops."""
 
 
-class Until(Settings):
-    """Ends the run early, once a metric's moving average is there."""
-
-    metric: str = "token_accuracy"
-    """Name of a logged metric."""
-    above: float
-    """Value to reach."""
-    smoothing: float = Field(0.9, ge=0.0, lt=1.0)
-    """Weight of the past in the moving average."""
-    min_steps: NonNegativeInt = 10
-    """Steps before it is looked at."""
-
-
 class Fsdp(Settings):
     """Sharding over ranks (torchrun); without torchrun all but the types is unused."""
 
@@ -262,7 +253,7 @@ class Checkpoint(Settings):
     asynchronous: bool = True
     """Write in the background, where it can be."""
     export: bool = True
-    """Write a Hugging Face folder at the end (a later stage needs it)."""
+    """Write a Hugging Face folder at the end (a later stage needs it), and LoRA's adapter."""
     export_dtype: DtypeName | None = None
     """Type of the exported weights; null: that of the masters."""
 

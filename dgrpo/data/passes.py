@@ -1,5 +1,6 @@
 """One pass over rows in bounded memory, from a position that can be saved."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -64,11 +65,11 @@ class RowStream:
     def _file_rows(self):
         while self.file < len(self.files):
             file = self.files[self.file]
-            reader = _read_parquet if file.endswith(".parquet") else _read_lines
+            reader = READERS.get(os.path.splitext(file)[1], _read_table)
             try:
-                for row in reader(file, self.row):
+                for where, row in reader(file, self.row):
                     self.row += 1
-                    yield f"{file}:{self.row}", row
+                    yield where, row
             except Exception as error:  # whatever a reader raises on a broken file
                 self.report.drop(
                     BadRow("unreadable file", f"{type(error).__name__}: {error}", file)
@@ -77,27 +78,39 @@ class RowStream:
 
 
 def _read_lines(file: str, skip: int):
-    if file.endswith(".json"):
-        table = open_table(file)
-        yield from (table.rows[i] for i in range(skip, len(table)))
-        return
     with open(file, "rb") as stream:
         for number, line in enumerate(stream):
             if number < skip:
                 continue
+            where = f"{file}:{number + 1}"
             try:
-                yield parse_line(line, f"{file}:{number + 1}")
+                yield where, parse_line(line, where)
             except BadRow as problem:
-                yield problem
+                yield where, problem
+
+
+def _read_table(file: str, skip: int):
+    table = open_table(file)
+    for index in range(skip, len(table)):
+        where = table.where(index)
+        try:
+            yield where, table[index]
+        except BadRow as problem:
+            yield where, problem
 
 
 def _read_parquet(file: str, skip: int):
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as parquet:
-        groups = list(range(parquet.num_row_groups))
+        groups, row = list(range(parquet.num_row_groups)), skip
         while groups and skip >= parquet.metadata.row_group(groups[0]).num_rows:
             skip -= parquet.metadata.row_group(groups.pop(0)).num_rows
         for batch in parquet.iter_batches(batch_size=16, row_groups=groups):
-            yield from batch.slice(min(skip, len(batch))).to_pylist()
+            for found in batch.slice(min(skip, len(batch))).to_pylist():
+                row += 1
+                yield f"{file}:{row}", found
             skip = max(0, skip - len(batch))
+
+
+READERS = {".jsonl": _read_lines, ".parquet": _read_parquet}

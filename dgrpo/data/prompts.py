@@ -5,17 +5,15 @@ and each keeps its own rows, so that neither the number of ranks nor a resumptio
 trained on; the price is that every rank tokenises every row, as the length filters need.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dgrpo.data.cursors import Pass, Shuffled
 from dgrpo.data.longblocks import Books
-from dgrpo.data.passes import RowStream
 from dgrpo.data.problems import BadRow, Report
 from dgrpo.data.render import Prompt, PromptEncoder, Source
-from dgrpo.data.rows import load_rows
-
-BLOCK = 256  # rows shuffled together while streaming
 
 
 class PromptStream:
@@ -32,6 +30,8 @@ class PromptStream:
         epochs: passes over the first source; None never ends.
         chat, system, chat_options: see :class:`~dgrpo.data.render.PromptEncoder`.
         min_prompt_tokens, max_prompt_tokens, max_completion_tokens: rows outside are dropped.
+        context, reserve: rows whose prompt and completion (`reserve` tokens; None: its own) are
+            longer than `context` tokens together are dropped.
         require_completion: drop rows without a target (SFT, distillation on given texts).
         shuffle: off, rows come in the order of the files.
         rank, world: this process and how many share the stream.
@@ -54,6 +54,8 @@ class PromptStream:
         min_prompt_tokens: int = 0,
         max_prompt_tokens: int | None = None,
         max_completion_tokens: int | None = None,
+        context: int | None = None,
+        reserve: int | None = None,
         require_completion: bool = False,
         shuffle: bool = True,
         rank: int = 0,
@@ -72,9 +74,10 @@ class PromptStream:
         self.sources, self.rank, self.world, self.epochs = list(sources), rank, world, epochs
         self.encoder = PromptEncoder(tokenizer, chat=chat, system=system, chat_options=chat_options)
         self.lengths = (min_prompt_tokens, max_prompt_tokens, max_completion_tokens)
+        self.context, self.reserve = context, reserve
         self.require_completion = require_completion
         self.cursors = [
-            (_Pass if source.streaming else _Shuffled)(source, [seed, i], shuffle, self.report)
+            (Pass if source.streaming else Shuffled)(source, [seed, i], shuffle, self.report)
             for i, source in enumerate(sources)
         ]
         self.books = [Books(s.books, self.report) if s.books else None for s in sources]
@@ -99,6 +102,21 @@ class PromptStream:
             if prompt.index % self.world == self.rank:
                 prompts.append(prompt)
         return prompts
+
+    def survey(self, seconds: float) -> tuple[int, Report]:
+        """How many rows could be read in some seconds, drawn at random, and what was wrong.
+
+        Streaming sources are left out. The stream stands where it stood.
+        """
+        looked, report = 0, Report(lambda line: None)
+        for number, cursor in enumerate(self.cursors):
+            end = time.monotonic() + seconds / len(self.cursors)
+            for index in np.random.default_rng(0).permutation(cursor.size or 0):
+                if time.monotonic() > end:
+                    break
+                looked += 1
+                self._prepare(number, *cursor.at(int(index)), report)
+        return looked, report
 
     def state_dict(self) -> dict:
         """Where the stream stands, JSON-able, valid on any number of ranks."""
@@ -145,7 +163,7 @@ class PromptStream:
                     )
                 cursor.kept = 0
                 continue
-            prompt = self._prepare(number, *found)
+            prompt = self._prepare(number, *found, self.report)
             if prompt is not None:
                 cursor.kept += 1
                 self.report.kept += 1
@@ -154,7 +172,9 @@ class PromptStream:
                 return prompt
         return None
 
-    def _prepare(self, number: int, where: str, row: dict | BadRow) -> Prompt | None:
+    def _prepare(
+        self, number: int, where: str, row: dict | BadRow, report: Report
+    ) -> Prompt | None:
         source, books = self.sources[number], self.books[number]
         try:
             if isinstance(row, BadRow):
@@ -164,10 +184,10 @@ class PromptStream:
             prompt = self.encoder.encode(books.join(row) if books else row, source, where)
             self._check(prompt)
         except BadRow as problem:
-            self.report.drop(problem, where)
+            report.drop(problem, where)
             return None
         except Exception as error:  # an unexpected shape, a template or a tokenizer that objects
-            self.report.drop(BadRow("malformed row", f"{type(error).__name__}: {error}"), where)
+            report.drop(BadRow("malformed row", f"{type(error).__name__}: {error}"), where)
             return None
         return prompt
 
@@ -178,115 +198,14 @@ class PromptStream:
             raise BadRow("too short", f"{n} tokens, at least {shortest} wanted")
         if longest is not None and n > longest:
             raise BadRow("too long", f"{n} tokens, at most {longest} wanted")
-        if prompt.completion_ids is None:
-            if self.require_completion:
-                raise BadRow("no target", "no completion, response_* or answer column has text")
-        elif longest_target is not None and len(prompt.completion_ids) > longest_target:
-            raise BadRow("target too long", f"{len(prompt.completion_ids)} tokens")
-
-
-class _Shuffled:
-    """Random access: every epoch another permutation of all rows."""
-
-    def __init__(self, source: Source, seed: list[int], shuffle: bool, report: Report):
-        if source.rows is not None:
-            self.rows: Sequence[dict] = source.rows
-        else:
-            self.rows = load_rows(
-                source.path,
-                split=source.split,
-                columns=source.columns,
-                options=source.options,
-                report=report,
+        own = 0 if prompt.completion_ids is None else len(prompt.completion_ids)
+        if prompt.completion_ids is None and self.require_completion:
+            raise BadRow("no target", "no completion, response_* or answer column has text")
+        if longest_target is not None and own > longest_target:
+            raise BadRow("target too long", f"{own} tokens")
+        rest = own if self.reserve is None else self.reserve
+        if self.context is not None and n + rest > self.context:
+            raise BadRow(
+                "beyond the model's context",
+                f"{n} tokens of prompt + {rest} of completion, at most {self.context} together",
             )
-        self.seed, self.shuffle, self.size = seed, shuffle, len(self.rows)
-        self.name = source.name or source.path or "rows"
-        self.kept = 0
-        self._start(0, 0)
-
-    def _start(self, epoch: int, offset: int) -> None:
-        self.epoch, self.offset = epoch, offset
-        order = (
-            np.random.default_rng([*self.seed, epoch]).permutation if self.shuffle else np.arange
-        )
-        self.order = order(self.size)
-
-    def next(self) -> tuple[str, dict | BadRow] | None:
-        """The next row and its place; None at the end of an epoch."""
-        if self.offset >= self.size:
-            self._start(self.epoch + 1, 0)
-            return None
-        index = int(self.order[self.offset])
-        self.offset += 1
-        where = self.rows.where(index) if hasattr(self.rows, "where") else f"{self.name}:{index}"
-        try:
-            return where, self.rows[index]
-        except BadRow as problem:
-            return where, problem
-        except Exception as error:  # whatever a reader of the user's raises
-            return where, BadRow("unreadable row", f"{type(error).__name__}: {error}")
-
-    def state(self) -> dict:
-        return {"epoch": self.epoch, "offset": self.offset, "size": self.size, "kept": self.kept}
-
-    def load(self, state: dict) -> None:
-        if state["size"] != self.size:
-            raise ValueError(
-                f"sources: {self.name!r} has {self.size} rows, had {state['size']} when the "
-                "position was saved; resume with the same data"
-            )
-        self._start(state["epoch"], state["offset"])
-        self.kept = state["kept"]
-
-
-class _Pass:
-    """Streaming: blocks of rows in file order, shuffled within a block."""
-
-    size = None
-
-    def __init__(self, source: Source, seed: list[int], shuffle: bool, report: Report):
-        self.source, self.seed, self.shuffle, self.report = source, seed, shuffle, report
-        self.name, self.kept = source.name or source.path, 0
-        self._start(0, None)
-
-    def _start(self, epoch: int, state: dict | None) -> None:
-        self.epoch, self.blocks, self.offset = epoch, 0, 0
-        self.stream = RowStream(
-            self.source.path,
-            split=self.source.split,
-            columns=self.source.columns,
-            report=self.report,
-            seed=sum(s * 1_000_003**i for i, s in enumerate(self.seed)) % 2**31,
-            epoch=epoch,
-            state=state,
-        )
-        self.iterator = iter(self.stream)
-        self.before = self.stream.state()
-        self.block: list = []
-
-    def _fill(self) -> None:
-        self.before, self.offset = self.stream.state(), 0
-        rows = [row for _, row in zip(range(BLOCK), self.iterator, strict=False)]
-        order = np.random.default_rng([*self.seed, self.epoch, self.blocks]).permutation(len(rows))
-        self.block = [rows[i] for i in order] if self.shuffle else rows
-        self.blocks += 1
-
-    def next(self) -> tuple[str, dict | BadRow] | None:
-        if self.offset >= len(self.block):
-            self._fill()
-            if not self.block:
-                self._start(self.epoch + 1, None)
-                return None
-        self.offset += 1
-        return self.block[self.offset - 1]
-
-    def state(self) -> dict:
-        counts = {"epoch": self.epoch, "block": self.blocks, "offset": self.offset}
-        return counts | {"stream": self.before, "kept": self.kept}
-
-    def load(self, state: dict) -> None:
-        self._start(state["epoch"], state["stream"])
-        if state["block"]:
-            self.blocks = state["block"] - 1
-            self._fill()
-        self.offset, self.kept = state["offset"], state["kept"]

@@ -8,6 +8,8 @@ from torch import Tensor
 from dgrpo.data.problems import BadRow
 from dgrpo.data.text import encode_chat, encode_text
 
+PROMPTS = ("messages", "prompt")  # columns in which a whole prompt is looked for
+
 
 @dataclass(frozen=True)
 class Source:
@@ -25,7 +27,8 @@ class Source:
         prompt: column with the whole prompt, a text or chat messages. Empty: ``messages``, else
             ``prompt``, else ``template`` filled in from the columns.
         template: the prompt's text with columns in braces.
-        completion: column with the target. Empty: ``completion``, else ``response_reference``,
+        completion: column with the target, a text or messages of which the last, an assistant's, is
+            the target. Empty: ``completion``, else ``response_reference``,
             else the first ``response_*`` with text, else ``answer``.
         reward: overrides the row's ``reward`` column.
         where: only rows whose columns have these values; the others do not count as dropped.
@@ -83,19 +86,43 @@ def render_row(row: dict, source: Source) -> tuple[str | list, str | None]:
     Raises:
         BadRow: a column that the prompt needs is missing or null.
     """
-    column = source.prompt or next((name for name in ("messages", "prompt") if row.get(name)), "")
-    prompt = row.get(column) if column else _filled(row, source.template)
-    if not prompt:
-        raise BadRow("empty prompt", f"column {column!r}" if column else "template")
+    column = source.prompt or next((name for name in PROMPTS if row.get(name)), "")
+    prompt = _given(row, column) if column else _filled(row, source.template)
     if not isinstance(prompt, str | list):
         raise BadRow("a prompt that is neither text nor messages", type(prompt).__name__)
     completion = _target(row, source.completion)
+    if isinstance(completion, list):
+        return _joined(prompt, completion)
     if isinstance(prompt, list) and prompt[-1].get("role") == "assistant":
-        completion = completion if source.completion else prompt[-1].get("content")
+        completion = completion if source.completion else _said(prompt[-1])
         prompt = prompt[:-1]
     if completion is not None and not isinstance(completion, str):
         raise BadRow("a target that is not text", type(completion).__name__)
     return prompt, completion
+
+
+def _joined(prompt: str | list, turns: list) -> tuple[str | list, str | None]:
+    """Prompt and target of a row whose completion is messages: the last one is the target."""
+    last = turns[-1] if turns else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise BadRow("a completion that does not end with an assistant's message", repr(last)[:80])
+    if len(turns) > 1 and isinstance(prompt, str):
+        raise BadRow("a text as the prompt of several messages", f"{len(turns)} of completion")
+    before = prompt if isinstance(prompt, str) else [*prompt, *turns[:-1]]
+    return before, _said(last)
+
+
+def _said(message: dict) -> str | None:
+    """The text of an assistant's turn; None where that is not all of it."""
+    return None if message.get("tool_calls") else message.get("content") or None
+
+
+def _given(row: dict, column: str) -> str | list:
+    if column not in row:
+        raise BadRow("missing column", column)
+    if not row[column]:
+        raise BadRow(f"{column} is {'null' if row[column] is None else 'empty'}")
+    return row[column]
 
 
 def _filled(row: dict, template: str) -> str:
@@ -103,7 +130,13 @@ def _filled(row: dict, template: str) -> str:
     try:
         text = template.format_map(used)
     except KeyError as error:
-        raise BadRow("missing column", str(error).strip("'")) from None
+        for name in PROMPTS:  # there, but without a prompt in it
+            if name in row:
+                _given(row, name)
+        missing = str(error).strip("'")
+        raise BadRow(
+            "missing column", f"{' or '.join(PROMPTS)}, or {missing} of template"
+        ) from None
     nulls = [name for name in used.names if row[name] is None]
     if nulls:
         hint = (
@@ -111,6 +144,8 @@ def _filled(row: dict, template: str) -> str:
             f"rejoin it, row {row.get('id')}"
         )
         raise BadRow(f"{nulls[0]} is null", hint if nulls[0] == "document" else "")
+    if not text:
+        raise BadRow("empty prompt", "template")
     return text
 
 

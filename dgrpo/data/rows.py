@@ -1,4 +1,4 @@
-"""Rows from files: JSONL, JSON, parquet, folders of them, saved datasets, the hub, or a function.
+"""Rows: JSONL, JSON, parquet, CSV, folders of them, saved datasets, the hub, or a function.
 
 :func:`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded
 memory is :class:`~dgrpo.data.passes.RowStream`. In both a row or a file that cannot be read is a
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dgrpo.data.cells import DELIMITERS, Cells
 from dgrpo.data.problems import BadRow, Report
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", *DELIMITERS)
 
 
 def load_rows(
@@ -31,9 +32,9 @@ def load_rows(
     """Random access to all rows at ``path``; ``rows[i]`` raises BadRow where row i is unreadable.
 
     Args:
-        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, a glob, a folder of such files, a folder
-            written by ``Dataset.save_to_disk``, ``"module:function"`` (called with ``options``,
-            returns a sequence of dicts), or a dataset's name on the hub.
+        path: a ``.jsonl``, ``.json``, ``.parquet``, ``.csv`` or ``.tsv`` file, a glob, a folder of
+            such files, a folder written by ``Dataset.save_to_disk``, ``"module:function"`` (called
+            with ``options``, returns a sequence of dicts), or a dataset's name on the hub.
         split: the split of a hub dataset or of a saved ``DatasetDict``.
         columns: ``{our name: name in the file}``; the other columns keep their names.
         options: keyword arguments of a function.
@@ -52,7 +53,7 @@ def load_rows(
         tables = [_Table(_saved(path, split), path)]
     elif looks_local(path):
         raise ValueError(
-            f"path: got {path!r}, which does not exist; expected a .jsonl, .json or .parquet file, "
+            f"path: got {path!r}, which does not exist; expected a file ({', '.join(SUFFIXES)}), "
             "a folder of them, module:function or a dataset on the hub"
         )
     else:
@@ -119,6 +120,8 @@ def open_table(file: str):
     """One file's rows. Raises whatever its reader raises where it is broken."""
     if file.endswith(".jsonl"):
         return _Lines(file)
+    if file.endswith(tuple(DELIMITERS)):
+        return Cells(file)
     if file.endswith(".json"):
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
@@ -145,8 +148,12 @@ class _Table:
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
         if not isinstance(row, dict):
-            raise BadRow("not an object", type(row).__name__, f"{self.name}:{index}")
+            raise BadRow("not an object", type(row).__name__, self.where(index))
         return row
+
+    def where(self, index: int) -> str:
+        """Name and row, from 0."""
+        return f"{self.name}:{index}"
 
 
 class _Lines:
@@ -170,7 +177,11 @@ class _Lines:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         with open(self.name, "rb") as stream:
             stream.seek(start)
-            return parse_line(stream.read(end - start), f"{self.name}:{index + 1}")
+            return parse_line(stream.read(end - start), self.where(index))
+
+    def where(self, index: int) -> str:
+        """File and line, from 1."""
+        return f"{self.name}:{index + 1}"
 
 
 def parse_line(line: bytes, where: str) -> dict:
@@ -201,9 +212,9 @@ class _Rows(Sequence):
         return renamed(table[row], self.columns, self.where(index))
 
     def where(self, index: int) -> str:
-        """File and row (JSONL: line, from 1) of an index, for messages."""
+        """File and row (JSONL, CSV: line, from 1) of an index, for messages."""
         table, row = self._find(index)
-        return f"{table.name}:{row + isinstance(table, _Lines)}"
+        return table.where(row)
 
     def _find(self, index: int):
         if not -len(self) <= index < len(self):

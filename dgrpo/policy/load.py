@@ -29,10 +29,21 @@ def from_pretrained(
         liger: replace RMSNorm, the gated MLP and RoPE by Liger-Kernel's (GPU only).
         trust_remote_code: run Python code from the folder.
         kwargs: more arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: weights that are not those of the folder's `config.json`. transformers alone
+            would fill in random ones.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **kwargs
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **kwargs,
     )
+    _check_weights(info)
     return _adapted(model, lora, liger)
 
 
@@ -76,6 +87,19 @@ def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
     layers = {"rope", "rms_norm", "swiglu", "geglu"}
     losses = {"cross_entropy", "fused_linear_cross_entropy"}
     return {name: name in layers for name in parameters if name in layers | losses}
+
+
+def _check_weights(info: dict[str, Any]) -> None:
+    """ValueError where weights have another shape than the model's parameters, or are missing."""
+    problems = [
+        f"{name} has shape {list(found)}, by its config.json {list(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ] or [f"its weights lack {name}" for name in sorted(info["missing_keys"])]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{problems[0]}{more}; expected the weights and the config.json of one model"
+        )
 
 
 def _adapted(model: PreTrainedModel, lora: Any, liger: bool) -> nn.Module:

@@ -113,6 +113,17 @@ class PolicyModel(nn.Module):
         return self.head.in_features
 
     @property
+    def context(self) -> int | None:
+        """Most tokens of a sequence by the configuration; None where it sets no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None) or 0
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if limit > 0 and rope.get("rope_type") == "yarn":
+            # Where YaRN is switched on by hand, max_position_embeddings often stays the original.
+            original = rope.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(original * rope.get("factor", 1.0)))
+        return limit if limit > 0 else None
+
+    @property
     def device(self) -> torch.device:
         """Where inputs belong (parameters may be offloaded)."""
         return self.mesh_device or next(self.parameters()).device

@@ -76,6 +76,7 @@ class Scorer:
         rewards: one or more.
         timeout: seconds that a reward may take on a batch, and again on its samples one by one
             where the first call fails. None: call in this process, which a hanging reward stops.
+        seed: of the worker's generators of Python and NumPy while it imports rewards; None: random.
 
     Attributes:
         failures: samples lost so far, by reward.
@@ -85,13 +86,15 @@ class Scorer:
         ValueError: no rewards, two of one name, one that cannot be imported.
     """
 
-    def __init__(self, rewards: Sequence[Reward], timeout: float | None = 30.0):
+    def __init__(
+        self, rewards: Sequence[Reward], timeout: float | None = 30.0, seed: int | None = None
+    ):
         titles = [reward.title for reward in rewards]
         if not titles or len(set(titles)) < len(titles):
             raise ValueError(
                 f"rewards: got {titles}, expected one or more with different names; set Reward.name"
             )
-        self.rewards = list(rewards)
+        self.rewards, self.seed = list(rewards), seed
         self.failures: Counter[str] = Counter()
         self.last_error: str | None = None
         self._limits = [r.timeout or timeout for r in rewards]
@@ -117,7 +120,11 @@ class Scorer:
             self._worker = None
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, Sequence]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: dict[str, Sequence],
+        seed: int | None = None,
     ) -> RewardResult:
         """Score n samples.
 
@@ -126,6 +133,7 @@ class Scorer:
             completions: n texts.
             columns: n values each, of the types that JSON knows (arrays become lists, all else
                 text). Samples of a group should hold the same object, which is then sent once.
+            seed: of the worker's generators of Python and NumPy for this call; None: they go on.
 
         Raises:
             ValueError: lists of different lengths.
@@ -135,6 +143,7 @@ class Scorer:
             if len(values) != n:
                 raise ValueError(f"{name}: got {len(values)} values for {n} completions")
         self._data = {"prompts": prompts, "completions": completions, "columns": columns}
+        self._data["seed"] = seed
         if self._worker is not None and n:
             self._send_data()
         total, failed = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
@@ -247,13 +256,18 @@ class Scorer:
     def _restart(self) -> None:
         self.close()
         self._worker = WorkerProcess(
-            {"sys_path": sys.path, "rewards": [asdict(reward) for reward in self.rewards]}
+            {
+                "sys_path": sys.path,
+                "rewards": [asdict(reward) for reward in self.rewards],
+                "seed": self.seed,
+            }
         )
 
     def _send_data(self) -> None:
         packed = {name: worker.pack(self._data[name]) for name in ("prompts", "completions")}
         columns = self._data["columns"]
         packed["columns"] = {name: worker.pack(values) for name, values in columns.items()}
+        packed["seed"] = self._data["seed"]
         try:
             self._worker.send({"data": packed})
         except Died:  # since the last batch

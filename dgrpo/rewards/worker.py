@@ -1,8 +1,9 @@
 """The process that calls rewards: JSON lines in, JSON lines out.
 
-It is started by its path, so that it imports the standard library, the rewards asked for and what
-they import, but neither torch nor the host's main module. It gets the rewards first and answers
-when they are imported. Then, any number of times, ``{"data": ...}`` (no reply) and::
+It is started by its path, so that it imports the standard library, the rewards asked for, what they
+import, and NumPy to seed it, but neither torch nor the host's main module. It gets the rewards
+first and answers when they are imported. Then, any number of times, ``{"data": ...}`` (no reply)
+and::
 
     {"call": i}                    -> {"values": {part: [...]}, "errors": [[row, text], ...]}
                                       or {"error": text}: the call as a whole failed; with
@@ -18,6 +19,7 @@ import inspect
 import json
 import math
 import os
+import random
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +187,17 @@ def _light_parent(module: str):
         del sys.modules["dgrpo"]  # a reward that imports dgrpo gets the real one
 
 
+def seed(number: int | None) -> None:
+    """Seed Python's generator and NumPy's, which rewards may draw from; None leaves them."""
+    if number is None:
+        return
+    random.seed(number)
+    if find_spec("numpy"):
+        import numpy
+
+        numpy.random.seed(number % 2**32)
+
+
 def _watch(parent: int) -> None:
     """End with the host, even while a reward hangs."""
     while os.getppid() == parent:
@@ -205,6 +219,7 @@ def main() -> None:
 
     start = json.loads(source.readline())
     sys.path[:] = start["sys_path"]
+    seed(start["seed"])
     try:
         functions = [(load(r["path"]), r["options"]) for r in start["rewards"]]
     except ValueError as error:
@@ -216,6 +231,7 @@ def main() -> None:
         request = json.loads(line)
         if "data" in request:
             packed = request["data"]
+            seed(packed["seed"])
             data = {name: unpack(packed[name]) for name in ("prompts", "completions")}
             data["columns"] = {name: unpack(column) for name, column in packed["columns"].items()}
             continue

@@ -181,7 +181,7 @@ class HFSampler:
             raise ValueError(
                 f"keys: got {len(keys)} for {len(prompts)} prompts, expected one each, or None"
             )
-        context = getattr(self.policy.config, "max_position_embeddings", None)
+        context = self.policy.context
         for i, prompt in enumerate(prompts):
             if prompt.dim() != 1 or len(prompt) == 0:
                 raise ValueError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import yaml
 
@@ -16,22 +16,28 @@ from dgrpo.checkpoint import Checkpointer
 from dgrpo.config import DataSource, RunSettings, dump, parse_file
 from dgrpo.data import Prompt, PromptStream, Source
 from dgrpo.metrics import RunLog
+from dgrpo.policy import PolicyModel
 from dgrpo.rewards.runner import Reward, Scorer
 from dgrpo.rollout import HFSampler
 from dgrpo.training import ranks
 from dgrpo.training.attempts import gate, teacher_context
 from dgrpo.training.columns import check_columns
+from dgrpo.training.loading import load_tokenizer
 from dgrpo.training.models import (
     load_objective,
     load_policy,
     load_reference,
     load_teacher,
-    load_tokenizer,
     place,
     shard,
 )
 from dgrpo.training.optim import make_optimizers
 from dgrpo.training.run import Run, unpack_pending
+from dgrpo.training.seeds import seed_all, seeded
+
+log = logging.getLogger(__name__)
+
+SURVEY = 5.0  # seconds in which rows are read at the start, to say how many will be dropped
 
 
 def build(settings: RunSettings) -> Run:
@@ -41,6 +47,7 @@ def build(settings: RunSettings) -> Run:
     model or the data.
     """
     transformers.logging.disable_progress_bar()
+    seed_all(settings.seed)  # rows from a function are the same on every rank
     device, mesh = place(settings)
     tokenizer = load_tokenizer(settings.model)
     model = shard(load_policy(settings.model, settings.seed), settings, mesh, device)
@@ -63,7 +70,14 @@ def build(settings: RunSettings) -> Run:
     teacher = load_teacher(settings, model, tokenizer, mesh, device, options)
     objective, per_sequence = load_objective(method.objective)
     optimizer = settings.optimizer
-    stream = _stream(settings, settings.data.sources, tokenizer, epochs=settings.epochs)
+    stream = _stream(
+        settings,
+        settings.data.sources,
+        tokenizer,
+        epochs=settings.epochs,
+        context=_context(settings, model, getattr(teacher, "model", None)),
+        reserve=settings.rollout.max_tokens if method.sequences == "rollout" else None,
+    )
     context = teacher_context(method.teacher_context, method.teacher_template)
     check_columns(method.teacher_context, context, stream)
     run = Run(
@@ -72,7 +86,7 @@ def build(settings: RunSettings) -> Run:
         model=model,
         tokenizer=tokenizer,
         stream=stream,
-        held_out=_held_out(settings, tokenizer),
+        held_out=_held_out(settings, model, tokenizer),
         teacher=teacher,
         reference=load_reference(settings, mesh, device),
         sampler=HFSampler(
@@ -107,8 +121,9 @@ def build(settings: RunSettings) -> Run:
         gradient_scale=1 if mesh is None else fsdp.gradient_scale(mesh),
         steps=_known_steps(settings, stream.size),
     )
-    torch.manual_seed(settings.seed + ranks.rank())
+    seed_all(settings.seed + ranks.rank())
     _resume(run)
+    _tell_rows(run)
     return run
 
 
@@ -122,7 +137,7 @@ def _scorer(settings: RunSettings) -> Scorer | None:
         sources = [*settings.data.sources, *settings.evaluate.sources]
         allow = sorted({source.reward for source in sources if source.reward})
         functions = [Reward("by_row", options={"allow": allow})]
-    return Scorer(functions, timeout=settings.rewards.timeout)
+    return Scorer(functions, timeout=settings.rewards.timeout, seed=settings.seed)
 
 
 def _stream(
@@ -149,10 +164,45 @@ def _stream(
     )
 
 
-def _held_out(settings: RunSettings, tokenizer: Any) -> list[Prompt]:
+def _context(settings: RunSettings, *models: PolicyModel | None) -> int | None:
+    """Most tokens of a training row: what the policy and its teacher can read; None: no limit."""
+    limits = [model.context for model in models if model is not None]
+    context = min(filter(None, limits), default=None)
+    if settings.method.sequences == "rollout":
+        _check_room("rollout.max_tokens", settings.rollout.max_tokens, context)
+    return context
+
+
+def _check_room(setting: str, tokens: int, context: int | None) -> None:
+    if context is not None and tokens >= context:
+        raise ValueError(
+            f"{setting}: got {tokens}, expected less than the {context} tokens of the model's "
+            "context (max_position_embeddings); the prompt is part of them"
+        )
+
+
+def _tell_rows(run: Run) -> None:
+    """How many rows will be dropped, as far as a few seconds of reading can tell."""
+    if ranks.rank() or run.finished():
+        return
+    with seeded(0):  # how many rows are looked at must not move the generators of hooks
+        looked, report = run.stream.survey(SURVEY)
+    if report.dropped:
+        total = sum(cursor.size or 0 for cursor in run.stream.cursors)
+        rows = f"{looked} rows" if looked == total else f"{looked} rows looked at ({total} in all)"
+        verb = "is" if report.dropped == 1 else "are"
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(report.counts.items()))
+        first = f"data: of {rows} {report.dropped} {verb} dropped: {reasons}"
+        run.log.message("\n".join([first, *report.lines()[1:]]))
+
+
+def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list[Prompt]:
     """This rank's prompts of the evaluation."""
     if not settings.evaluate.sources:
         return []
+    own = settings.evaluate.max_tokens
+    reserve = own or settings.rollout.max_tokens
+    _check_room("evaluate.max_tokens" if own else "rollout.max_tokens", reserve, model.context)
     stream = _stream(
         settings,
         settings.evaluate.sources,
@@ -160,8 +210,13 @@ def _held_out(settings: RunSettings, tokenizer: Any) -> list[Prompt]:
         shuffle=False,
         require_completion=False,
         max_completion_tokens=None,
+        context=model.context,
+        reserve=reserve,
     )
-    return stream.batch(settings.evaluate.count)
+    prompts = stream.batch(settings.evaluate.count)
+    if stream.report.dropped and ranks.rank() == 0:
+        log.warning("evaluation: %s", stream.report.summary())
+    return prompts
 
 
 def _known_steps(settings: RunSettings, rows: int | None) -> int | None:

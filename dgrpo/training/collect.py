@@ -28,6 +28,7 @@ from dgrpo.rollout import Rollout, Sampling
 from dgrpo.training import ranks
 from dgrpo.training.attempts import Attempt
 from dgrpo.training.run import Batch, Run
+from dgrpo.training.seeds import call_seed, seeded
 
 
 def collect(run: Run) -> Batch | None:
@@ -171,7 +172,10 @@ def reward(
     columns = {name: [p.columns.get(name) for p in prompts for _ in range(n)] for name in names}
     columns["completion_tokens"] = [len(rollout.completion_ids) for rollout in drawn]
     columns["truncated"] = [rollout.finish_reason == "length" for rollout in drawn]
-    return run.scorer([p.text for p in prompts for _ in range(n)], list(texts), columns)
+    seed = call_seed(run.settings.seed, run.state.step)
+    with seeded(seed):  # for rewards in this process
+        asked = [p.text for p in prompts for _ in range(n)]
+        return run.scorer(asked, list(texts), columns, seed=seed)
 
 
 def count_failed(run: Run, result: RewardResult) -> None:

@@ -13,7 +13,8 @@ from dgrpo.config import Model
 from dgrpo.data import Source
 from dgrpo.data.render import PromptEncoder
 from dgrpo.rollout import HFSampler, Sampling
-from dgrpo.training.models import load_policy, load_tokenizer
+from dgrpo.training.loading import load_tokenizer
+from dgrpo.training.models import load_policy
 
 
 class Generator:

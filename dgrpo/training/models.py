@@ -5,21 +5,22 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from dgrpo import fsdp, objectives
 from dgrpo.config import Model, RunSettings
-from dgrpo.policy import PolicyModel
+from dgrpo.config.settings import Teacher as TeacherSettings
+from dgrpo.policy import PolicyModel, load
 from dgrpo.served import HttpTopK
-from dgrpo.teacher import SelfTeacher, ServedTeacher, Teacher, common_vocab
+from dgrpo.teacher import SelfTeacher, ServedTeacher, Teacher
 from dgrpo.training.attempts import load_function
+from dgrpo.training.loading import loading
+from dgrpo.training.vocabulary import common_vocab, teacher_tokenizer
 
 OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them
 
@@ -51,25 +52,20 @@ def shard(model: PolicyModel, settings: RunSettings, mesh: Any, device: torch.de
 
 
 def frozen(
-    name: str, settings: RunSettings, mesh: Any, device: torch.device, **options: Any
+    group: Model | TeacherSettings, settings: RunSettings, mesh: Any, device: torch.device
 ) -> PolicyModel:
-    """A model that is only read, in teacher.dtype, sharded like the policy."""
+    """The model of `model` or `teacher`, only read: in teacher.dtype, sharded like the policy."""
     wanted = settings.teacher.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = PolicyModel.from_pretrained(name, dtype=getattr(torch, wanted), **options)
+    with loading("model.name" if group is settings.model else "teacher.name", group.name):
+        model = load.from_pretrained(
+            group.name,
+            dtype=getattr(torch, wanted),
+            revision=group.revision,
+            trust_remote_code=group.trust_remote_code,
+        )
+    model = PolicyModel(model)
     model.requires_grad_(False).eval()
     return model.to(device) if mesh is None else fsdp.shard(model, mesh)
-
-
-def load_tokenizer(model: Model) -> Any:
-    """The tokenizer of `model.tokenizer`, else that of the model."""
-    own = model.tokenizer is None
-    name = model.name if own else model.tokenizer
-    with loading("model.name" if own else "model.tokenizer", name):
-        return AutoTokenizer.from_pretrained(
-            name,
-            revision=model.revision if own else None,
-            trust_remote_code=model.trust_remote_code,
-        )
 
 
 def load_policy(model: Model, seed: int = 0) -> PolicyModel:
@@ -82,12 +78,13 @@ def load_policy(model: Model, seed: int = 0) -> PolicyModel:
     }
     if model.name is not None:
         with loading("model.name", model.name):
-            return PolicyModel.from_pretrained(
+            loaded = load.from_pretrained(
                 model.name,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
                 **common,
             )
+        return PolicyModel(loaded)
     fields = dict(model.config or {})
     kind = fields.pop("model_type")
     if kind not in CONFIG_MAPPING:
@@ -100,21 +97,6 @@ def load_policy(model: Model, seed: int = 0) -> PolicyModel:
             hint = f", did you mean {near[0]}?" if near else ""
             raise ValueError(f"model.config.{key}: unknown to {kind}{hint}")
     return PolicyModel.from_config(AutoConfig.for_model(kind, **fields), **common)
-
-
-@contextmanager
-def loading(setting: str, name: str) -> Iterator[None]:
-    """ValueError that names the setting where what it names is not there or cannot be loaded."""
-    path = Path(name)
-    if (path.is_absolute() or len(path.parts) > 2) and not path.is_dir():
-        raise ValueError(
-            f"{setting}: got {name!r}, expected an existing folder or a hub name; "
-            "the result of a stage is there once that stage has been run"
-        )
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{setting}: got {name!r}, which cannot be loaded: {error}") from error
 
 
 def lora_config(model: Model) -> LoraConfig | None:
@@ -147,24 +129,14 @@ def load_teacher(
         return None
     if method.teacher == "self":
         return SelfTeacher(model, offload_above=wanted.host_above)
+    theirs = teacher_tokenizer(settings, tokenizer)
     if method.teacher == "served":
         key = os.environ.get(wanted.key_variable)
         source = HttpTopK(wanted.url, wanted.name, api_key=key, timeout=wanted.timeout)
         return ServedTeacher(source, wanted.top_k)
-    with loading("teacher.name", wanted.name):
-        teacher = frozen(
-            wanted.name,
-            settings,
-            mesh,
-            device,
-            revision=wanted.revision,
-            trust_remote_code=wanted.trust_remote_code,
-        )
+    teacher = frozen(wanted, settings, mesh, device)
     options["vocab_size"] = wanted.vocab_size
     if wanted.vocab_size is None and model.vocab_size != teacher.vocab_size:
-        theirs = AutoTokenizer.from_pretrained(
-            wanted.name, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
-        )
         options["vocab_size"] = common_vocab(
             model.vocab_size, teacher.vocab_size, tokenizer, theirs
         )
@@ -177,14 +149,7 @@ def load_reference(settings: RunSettings, mesh: Any, device: torch.device) -> Po
         return None
     if settings.model.name is None:
         raise ValueError("method.ref_coef: got a value above 0 with random weights, expected 0")
-    return frozen(
-        settings.model.name,
-        settings,
-        mesh,
-        device,
-        revision=settings.model.revision,
-        trust_remote_code=settings.model.trust_remote_code,
-    )
+    return frozen(settings.model, settings, mesh, device)
 
 
 def load_objective(name: str) -> tuple[Callable | None, bool]:

@@ -1,5 +1,6 @@
 """No failure costs the checkpoint before, and each says what is wrong with which file."""
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,27 @@ def test_a_damaged_one_that_was_asked_for_is_an_error(tmp_path):
         Checkpointer(tmp_path).restore(*make(), step=2)
     with pytest.raises(CheckpointError, match=r"no step 7, expected one of \[1, 2\]"):
         Checkpointer(tmp_path).restore(*make(), step=7)
+
+
+def other_format(folder, step, **changes):
+    path = step_folder(folder, step) / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "format": 99, **changes}
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if value}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"files": None, "world_size": None}])
+def test_another_format_says_so_and_loses_no_step(tmp_path, capsys, changes):
+    """Going on from the one before would set the newer one aside, and remove it."""
+    saved_at(tmp_path, 1, 2)
+    other_format(tmp_path, 2, **changes)
+    checkpointer = Checkpointer(tmp_path)
+    for step in (None, 2):
+        with pytest.raises(CheckpointError, match="format 99, this version of dgrpo reads") as e:
+            checkpointer.restore(*make(), step=step)
+        assert f"{step_folder(tmp_path, 2)}: " in str(e.value) and "damaged" not in str(e.value)
+    assert "damaged" not in capsys.readouterr().out
+    assert checkpointer.steps() == [1, 2]
+    assert checkpointer.restore(*make(), step=1).step == 1
 
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["asynchronous", "synchronous"])

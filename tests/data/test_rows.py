@@ -169,3 +169,66 @@ def test_the_hub_as_a_stream_goes_on_where_it_stood(hub, stop):
     taken = [next(iterator)[1]["x"] for _ in range(stop)]
     state = json.loads(json.dumps(first.state()))
     assert taken + [row["x"] for _, row in RowStream(hub, seed=3, state=state)] == whole
+
+
+# Tables of text
+
+
+def test_csv_and_tsv_cells_are_text_and_empty_ones_null(tmp_path):
+    (tmp_path / "a.csv").write_bytes(
+        b"\xef\xbb\xbfid,prompt,answer\r\n"
+        b'1,"two\nlines, ""quoted""",007\r\n'
+        b"\r\n"
+        b"2,NA,\r\n"
+        b"3,short\r\n" + '4,naïve 5" pipe,1e3'.encode()
+    )
+    expected = [
+        {"id": "1", "prompt": 'two\nlines, "quoted"', "answer": "007"},
+        {"id": "2", "prompt": "NA", "answer": None},
+        {"id": "3", "prompt": "short", "answer": None},
+        {"id": "4", "prompt": 'naïve 5" pipe', "answer": "1e3"},
+    ]
+    rows = load_rows(tmp_path / "a.csv")
+    assert list(rows) == expected
+    assert [rows.where(i).rpartition(":")[2] for i in range(4)] == ["2", "5", "6", "7"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/a.tsv").write_text("prompt\tanswer\na, b\t1\n")
+    assert list(load_rows(tmp_path / "b")) == [{"prompt": "a, b", "answer": "1"}]
+
+
+def test_a_long_cell_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text(f'document,answer\n"{"words, " * 100_000}",x\n')
+    (row,) = load_rows(tmp_path / "a.csv")
+    assert len(row["document"]) == 700_000
+
+
+def test_a_bad_line_of_csv_is_one_bad_row_with_its_place(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'x,y\n1,2\n1,2,3\n\xff,2\n5,6\x0c\n7,"8\n9,')
+    rows = load_rows(tmp_path / "a.csv")
+    assert len(rows) == 5 and rows[0]["x"] == "1" and rows[3]["y"] == "6\x0c"
+    with pytest.raises(BadRow, match="a.csv:6: bad CSV .*unexpected end of data"):
+        rows[4]
+    with pytest.raises(BadRow, match=r"a.csv:3: bad CSV \(3 cells, the header has 2\)"):
+        rows[1]
+    with pytest.raises(BadRow, match="a.csv:4: bad CSV .*utf-8"):
+        rows[2]
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "x,y\r1,2\r"])
+def test_a_csv_without_a_header_is_unreadable(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        load_rows(tmp_path / "a.csv", report=Report(log=lambda line: None))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_csv_is_streamed_from_where_it_stood(tmp_path, stop):
+    for i in range(2):
+        text = "".join(f'"{3 * i + j}"\n' for j in range(3))
+        (tmp_path / f"{i}.csv").write_text("x\n" + text)
+    whole = [row["x"] for _, row in RowStream(tmp_path, seed=1)]
+    assert sorted(whole) == list("012345")
+    first = RowStream(tmp_path, seed=1)
+    taken = [row["x"] for _, (_, row) in zip(range(stop), first, strict=False)]
+    state = json.loads(json.dumps(first.state()))
+    assert taken + [row["x"] for _, row in RowStream(tmp_path, seed=1, state=state)] == whole

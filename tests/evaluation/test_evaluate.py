@@ -81,7 +81,7 @@ def test_too_few_completions_are_a_failure_not_a_shift():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"prompt": None}, "missing column"),
+        ({"prompt": None}, "prompt is null"),
         ({"prompt": 3}, "a prompt that is neither text nor messages"),
         ({"reward": None}, "no reward"),
         ({"reward": "os:getcwd"}, "unknown reward"),
