@@ -11,14 +11,15 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgrpo.config import PRESETS, describe, load
+from dgrpo.trainer.config import PRESETS, describe
+from dgrpo.trainer.config import load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Bad input is told on stderr, with status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:2] == ["data", "make"]:
-        from dgrpo.data.make import main as make
+        from dgrpo.longblocks.tasks.make import main as make
 
         return make(arguments[2:])
     wanted = parser()
@@ -71,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-tokens", type=int, default=256, help="longest completion (256)")
     command.set_defaults(run=generate)
 
-    from dgrpo.data.tasks import TASKS
-    from dgrpo.evaluation import LOADERS, RULER_TASKS
+    from dgrpo.longblocks.tasks.families import TASKS
+    from dgrpo.longblocks.evaluation import LOADERS, RULER_TASKS
 
     command = commands.add_parser(
         "eval",
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--reward",
         metavar="PATH",
-        help="scores all rows: a name in dgrpo.rewards, module:function "
+        help="scores all rows: a name in dgrpo.longblocks.rewards, module:function "
         "or file.py:function (each row's own column reward)",
     )
     add("--tasks", help=f"those of dgrpo data make, made here: all, or some of {', '.join(TASKS)}")
@@ -159,14 +160,14 @@ def train(options: argparse.Namespace) -> int:
         raise ValueError(f"train: got the files {files}, expected one; settings are key=value")
     stages = load(files[0] if files else None, overrides, options.stage)
     if options.show:
-        from dgrpo.config import dump
+        from dgrpo.trainer.config import dump
 
         for name, settings in stages.items():
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
-    from dgrpo.checkpoint import CheckpointError
+    from dgrpo.trainer.checkpoint import CheckpointError
     from dgrpo.trainer import Diverged, RewardsFailed, train_stages
-    from dgrpo.training import ranks
+    from dgrpo import distributed as ranks
 
     try:
         outcomes = train_stages(stages)
@@ -201,11 +202,11 @@ def evaluate(options: argparse.Namespace) -> int:
             "eval: got nothing to score, expected files of rows, --tasks, --ruler, --benchmark or "
             "--lm-eval"
         )
-    from dgrpo.data.make import length
-    from dgrpo.evaluation import Results, compare, lm_eval_scores
-    from dgrpo.evaluation import evaluate as score
-    from dgrpo.evaluation.sources import rows_of, task_names
-    from dgrpo.rewards.worker import load as load_reward
+    from dgrpo.longblocks.tasks.make import length
+    from dgrpo.longblocks.evaluation import Results, compare, lm_eval_scores
+    from dgrpo.longblocks.evaluation import evaluate as score
+    from dgrpo.longblocks.evaluation.sources import rows_of, task_names
+    from dgrpo.longblocks.rewards.worker import load as load_reward
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
     reward = load_reward(options.reward) if options.reward else None
@@ -258,7 +259,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """`dgrpo report`."""
-    from dgrpo.report import write_report
+    from dgrpo.trainer.report import write_report
 
     written = write_report(*options.folders, out=options.out)
     print(f"curves: {written.curves}\npage:   {written.page}")
@@ -282,7 +283,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _generator(options: argparse.Namespace):
-    from dgrpo.training.generate import Generator
+    from dgrpo.trainer.generate import Generator
 
     return Generator(
         options.model,
