@@ -11,8 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgrpo.trainer.config import PRESETS, describe
-from dgrpo.trainer.config import load
+from dgrpo.trainer.config import PRESETS, describe, load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-tokens", type=int, default=256, help="longest completion (256)")
     command.set_defaults(run=generate)
 
-    from dgrpo.longblocks.tasks.families import TASKS
     from dgrpo.longblocks.evaluation import LOADERS, RULER_TASKS
+    from dgrpo.longblocks.tasks.families import TASKS
 
     command = commands.add_parser(
         "eval",
@@ -165,9 +164,9 @@ def train(options: argparse.Namespace) -> int:
         for name, settings in stages.items():
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
-    from dgrpo.trainer.checkpoint import CheckpointError
-    from dgrpo.trainer import Diverged, RewardsFailed, train_stages
     from dgrpo import distributed as ranks
+    from dgrpo.trainer import Diverged, RewardsFailed, train_stages
+    from dgrpo.trainer.checkpoint import CheckpointError
 
     try:
         outcomes = train_stages(stages)
@@ -202,11 +201,11 @@ def evaluate(options: argparse.Namespace) -> int:
             "eval: got nothing to score, expected files of rows, --tasks, --ruler, --benchmark or "
             "--lm-eval"
         )
-    from dgrpo.longblocks.tasks.make import length
     from dgrpo.longblocks.evaluation import Results, compare, lm_eval_scores
     from dgrpo.longblocks.evaluation import evaluate as score
     from dgrpo.longblocks.evaluation.sources import rows_of, task_names
     from dgrpo.longblocks.rewards.worker import load as load_reward
+    from dgrpo.longblocks.tasks.make import length
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
     reward = load_reward(options.reward) if options.reward else None

@@ -31,7 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HOME = "dgrpo.longblocks.rewards"
+HOME = "dgrpo.rewards"  # as rows of data name it
 _SHOWN = 300  # characters of a wrong value in a message
 
 
@@ -43,7 +43,7 @@ def load(path: str) -> Callable:
     """The function that a path names.
 
     Args:
-        path: "name" of :mod:`dgrpo.longblocks.rewards`, "package.module:name" or "folder/file.py:name".
+        path: "name" of :mod:`dgrpo.rewards`, "package.module:name" or "folder/file.py:name".
 
     Raises:
         ValueError: no such module, file or function; an error during its import.
@@ -174,12 +174,12 @@ def _from_file(path: Path):
 
 @contextmanager
 def _light_parent(module: str):
-    """Import ``dgrpo.longblocks.rewards`` without running ``dgrpo/__init__.py``, which imports torch."""
+    """Import ``dgrpo.rewards`` without running ``dgrpo/__init__.py``, which imports torch."""
     if not module.startswith(HOME) or "dgrpo" in sys.modules:
         yield
         return
     parent = types.ModuleType("dgrpo")
-    parent.__path__ = [str(Path(__file__).parents[1])]
+    parent.__path__ = [str(Path(__file__).parents[2])]
     sys.modules["dgrpo"] = parent
     try:
         yield
