@@ -164,18 +164,18 @@ def train(options: argparse.Namespace) -> int:
         for name, settings in stages.items():
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
-    from dgrpo import distributed as ranks
+    from dgrpo.distributed import leave, ranks
     from dgrpo.trainer import Diverged, RewardsFailed, train_stages
     from dgrpo.trainer.checkpoint import CheckpointError
 
     try:
         outcomes = train_stages(stages)
-        first = ranks.rank() == 0
+        first = ranks().first
     except (Diverged, RewardsFailed, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        ranks.leave()
+        leave()
     for name, outcome in outcomes.items() if first else ():
         label = f"{name}: " if name else ""
         print(f"{label}{outcome.status} at step {outcome.step} in {outcome.folder}")

@@ -11,8 +11,8 @@ from typing import Any
 import transformers
 import yaml
 
-from dgrpo import distributed as ranks
 from dgrpo.data import Prompt, PromptStream, Source
+from dgrpo.distributed import ranks
 from dgrpo.longblocks.rewards.runner import Reward, Scorer
 from dgrpo.trainer.attempts import gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
@@ -117,10 +117,10 @@ def build(settings: RunSettings) -> Run:
             frozen=lora is None,
         ),
         log=None,  # type: ignore[arg-type]  # after the checkpoint: it cuts the metrics back to it
-        gradient_scale=1 if mesh is None else fsdp.gradient_scale(mesh),
+        gradient_scale=fsdp.gradient_scale(mesh),
         steps=_known_steps(settings, stream.size),
     )
-    seed_all(settings.seed + ranks.rank())
+    seed_all(settings.seed + ranks().rank)
     _resume(run)
     _tell_rows(run)
     return run
@@ -157,8 +157,8 @@ def _stream(
         chat=data.chat,
         chat_options=data.chat_options,
         system=data.system,
-        rank=ranks.rank(),
-        world=ranks.world(),
+        rank=ranks().data_rank,
+        world=ranks().data_world,
         **{**defaults, **options},
     )
 
@@ -182,7 +182,7 @@ def _check_room(setting: str, tokens: int, context: int | None) -> None:
 
 def _tell_rows(run: Run) -> None:
     """How many rows will be dropped, as far as a few seconds of reading can tell."""
-    if ranks.rank() or run.finished():
+    if not ranks().first or run.finished():
         return
     with seeded(0):  # how many rows are looked at must not move the generators of hooks
         looked, report = run.stream.survey(SURVEY)
@@ -213,7 +213,7 @@ def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list
         reserve=reserve,
     )
     prompts = stream.batch(settings.evaluate.count)
-    if stream.report.dropped and ranks.rank() == 0:
+    if stream.report.dropped and ranks().first:
         log.warning("evaluation: %s", stream.report.summary())
     return prompts
 
@@ -248,7 +248,7 @@ def _resume(run: Run) -> None:
         live=None if settings.log.progress else False,
     )
     run.show_warnings()
-    if ranks.rank() == 0:
+    if ranks().first:
         changes = _write_settings(folder / "settings.yaml", settings)
         if state is not None:
             run.log.message(f"going on from the checkpoint of step {state.step}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dgrpo import distributed as ranks
 from dgrpo.data import Prompt, Source
+from dgrpo.distributed import ranks
 from dgrpo.longblocks.rewards.runner import RewardResult
 from dgrpo.objectives import (
     group_advantages,
@@ -180,7 +180,7 @@ def reward(
 def count_failed(run: Run, result: RewardResult) -> None:
     """Counts the batches in a row in which every sample's reward failed. COLLECTIVE."""
     own = [len(result.failed), int(result.failed.sum()), len(result.errors)]
-    samples, failed, errors = ranks.totals(own, run.device)
+    samples, failed, errors = ranks().totals(own)
     if samples:  # without an error there was no reward to fail
         run.failed_in_row = run.failed_in_row + 1 if errors and failed == samples else 0
 
@@ -282,7 +282,7 @@ def split(run: Run, samples: list[Sample], prompts: int, first: int) -> list[Bat
     batches = [Batch([]) for _ in range(updates)]
     for sample in samples:
         batches[(sample.group - first) * updates // prompts].samples.append(sample)
-    counts = ranks.totals([len(batch.samples) for batch in batches], run.device)
+    counts = ranks().totals([len(batch.samples) for batch in batches])
     return [batch for batch, count in zip(batches, counts, strict=True) if count]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from dgrpo import distributed as ranks
+from dgrpo.distributed import ranks
 from dgrpo.trainer.config import Model
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def load_tokenizer(model: Model) -> Any:
         tokenizer = read_tokenizer(
             "model.tokenizer", model.tokenizer, None, model.trust_remote_code
         )
-    if tokenizer.eos_token_id is None and ranks.rank() == 0:
+    if tokenizer.eos_token_id is None and ranks().first:
         log.warning(
             "model.tokenizer: got %r, which has no end-of-sequence token: given completions are "
             "not ended, and sampled ones end where the model's eos_token_id or rollout.max_tokens "

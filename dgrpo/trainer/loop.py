@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dgrpo import distributed as ranks
+from dgrpo.distributed import ranks
 from dgrpo.trainer.build import build
 from dgrpo.trainer.checkpoint import export
 from dgrpo.trainer.collect import collect
@@ -189,9 +189,9 @@ def finish(run: Run) -> Outcome:
         export(run.model, run.folder / "export", tokenizer=run.tokenizer, dtype=dtype)
         if run.settings.model.lora is not None:
             export(run.model, run.folder / "adapter", dtype=dtype, merge=False)
-    if ranks.rank() == 0:
+    if ranks().first:
         (run.folder / "done.yaml").write_text(dump(run.settings))
-    ranks.wait()
+    ranks().wait()
     return Outcome("finished", run.state.step, run.folder)
 
 

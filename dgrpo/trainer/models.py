@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from dgrpo import objectives
+from dgrpo.distributed import ranks, start
 from dgrpo.trainer.attempts import load_function
 from dgrpo.trainer.config import Model, RunSettings
 from dgrpo.trainer.config.settings import Teacher as TeacherSettings
@@ -30,8 +31,8 @@ def place(settings: RunSettings) -> tuple[torch.device, Any]:
     cuda = settings.device != "cpu" and (settings.device == "cuda" or torch.cuda.is_available())
     if not cuda and "WORLD_SIZE" not in os.environ:
         return torch.device("cpu"), None
-    device = fsdp.start(settings.device)
-    return device, fsdp.make_mesh(device, settings.fsdp.replicas)
+    device = start(settings.device, settings.fsdp.replicas)
+    return device, ranks().mesh
 
 
 def shard(model: PolicyModel, settings: RunSettings, mesh: Any, device: torch.device) -> Any:

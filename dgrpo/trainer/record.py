@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgrpo import distributed as ranks
+from dgrpo.distributed import ranks
 from dgrpo.trainer.batch import Sample
 from dgrpo.trainer.collect import decode, reward, sampling, timed
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
@@ -128,7 +128,7 @@ def watch(run: Run, metrics: dict[str, float]) -> None:
 
 def write_samples(run: Run, batch: Batch) -> None:
     """The step's first completions, with the values of each token, for the report."""
-    wanted = -(-run.settings.log.samples // ranks.world())
+    wanted = -(-run.settings.log.samples // ranks().data_world)
     values: dict[int, dict[str, Tensor]] = {}
     for micro, out in batch.outputs:
         fields = {
@@ -192,7 +192,7 @@ def evaluate(run: Run) -> dict[str, float]:
         lines.append(json.dumps(row, ensure_ascii=False))
     means.mean("time/evaluation", seconds["evaluation"])
     run.clock += seconds["evaluation"]  # no part of the next step's time
-    path = run.folder / "evaluation" / f"step-{step:08d}-{ranks.rank():05d}.jsonl"
+    path = run.folder / "evaluation" / f"step-{step:08d}-{ranks().rank:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines))
@@ -210,10 +210,10 @@ def evaluated(run: Run) -> bool:
     """Whether the metrics already hold the held-out scores of this step. COLLECTIVE."""
     found = False
     path = run.folder / "metrics.jsonl"
-    if ranks.rank() == 0 and path.exists():
+    if ranks().first and path.exists():
         lines = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
         found = any(line["step"] == run.state.step and SCORE in line for line in lines)
-    return ranks.totals([found], run.device)[0] > 0
+    return ranks().totals([found])[0] > 0
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -236,7 +236,7 @@ def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
     folder: Path = run.folder / "profile"
     folder.mkdir(parents=True, exist_ok=True)
     first, last = steps
-    cuda, rank = run.device.type == "cuda", ranks.rank()
+    cuda, rank = run.device.type == "cuda", ranks().rank
 
     def write(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(folder / f"trace-{rank:05d}.json"))

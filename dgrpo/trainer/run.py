@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dgrpo import distributed as ranks
 from dgrpo.data import Prompt, PromptStream
+from dgrpo.distributed import ranks
 from dgrpo.head import HeadOutput
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.trainer.attempts import Gate, TeacherContext
@@ -133,7 +133,7 @@ class Run:
 
     def show_warnings(self) -> None:
         """What the library warns of (rows, rewards) is printed above the display from now on."""
-        if ranks.rank() == 0:
+        if ranks().first:
             self.warnings = Above(self.log)
             logging.getLogger("dgrpo").addHandler(self.warnings)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 
-from dgrpo import distributed as ranks
+from dgrpo.distributed import ranks
 
 
 def seed_all(seed: int) -> None:
@@ -26,7 +26,7 @@ def seed_all(seed: int) -> None:
 
 def call_seed(seed: int, step: int) -> int:
     """The seed of this rank's calls of a step, below 2**32."""
-    return int(numpy.random.SeedSequence([seed, ranks.rank(), step]).generate_state(1)[0])
+    return int(numpy.random.SeedSequence([seed, ranks().data_rank, step]).generate_state(1)[0])
 
 
 @contextmanager

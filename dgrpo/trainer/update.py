@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.profiler import record_function
 
-from dgrpo import distributed as ranks
+from dgrpo.distributed import ranks
 from dgrpo.objectives import BatchCounts, token_weights
 from dgrpo.trainer.batch import IGNORED, Micro, balanced_count, pack
 from dgrpo.trainer.collect import timed
@@ -35,7 +35,7 @@ def weigh(run: Run, batch: Batch) -> None:
     local = kind == "local"  # the one normaliser that depends on the packing
     packed = [m.indices for m in pack(samples, **run.packing)] if local else []
     own = [int(mask.sum()) for mask in masks]
-    totals = ranks.totals([sum(own), sum(n > 0 for n in own), len(packed)], run.device)
+    totals = ranks().totals([sum(own), sum(n > 0 for n in own), len(packed)])
     counts = BatchCounts(*map(int, totals))
     batch.with_loss = int(counts.tokens)
     for members in packed or [(i,) for i in range(len(samples))]:
@@ -120,7 +120,7 @@ def update(run: Run, batch: Batch) -> None:
     with timed(batch.seconds, "update"):
         limit = settings.clip_norm
         norm = fsdp.grad_norm(run.model) if limit is None else fsdp.clip_gradients(run.model, limit)
-        totals = ranks.totals([loss, float(norm), float(run.interrupted)], run.device)
+        totals = ranks().totals([loss, float(norm), float(run.interrupted)])
         finite = math.isfinite(totals[0]) and math.isfinite(totals[1])
         factor = lr_factor(
             state.step,
@@ -148,4 +148,4 @@ def update(run: Run, batch: Batch) -> None:
 def parameters_finite(run: Run) -> bool:
     """Whether all trained parameters are finite, on all ranks. COLLECTIVE."""
     own = all_finite(p.detach() for p in run.model.parameters() if p.requires_grad)
-    return ranks.totals([not own], run.device)[0] == 0
+    return ranks().totals([not own])[0] == 0

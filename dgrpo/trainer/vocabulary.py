@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dgrpo import distributed as ranks
+from dgrpo.distributed import ranks
 from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.loading import read_tokenizer
 
@@ -43,7 +43,7 @@ def teacher_tokenizer(settings: RunSettings, tokenizer: Any) -> Any | None:
             theirs = read_tokenizer(setting, name, revision, wanted.trust_remote_code)
     if theirs is not None:
         check_same_ids(tokenizer, theirs)
-    if ranks.rank() == 0:
+    if ranks().first:
         for line in _differences(tokenizer, theirs):
             log.warning("%s: %s", setting, line)
     return theirs

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from dgrpo.distributed import ranks
 from dgrpo.objectives.context import Context
 from dgrpo.trainer.attention.packed import Prefixes
 from dgrpo.trainer.batch.micro import Micro
@@ -124,9 +124,7 @@ def split_evenly(costs: Sequence[float], parts: int) -> list[list[int]]:
     return [sorted(part) for part in chosen]
 
 
-def balanced_count(
-    micros: list[Micro], group: dist.ProcessGroup | None = None, **coefficients: Any
-) -> list[Micro]:
+def balanced_count(micros: list[Micro], **coefficients: Any) -> list[Micro]:
     """Fill up with masked one-token micros to the largest count of any rank. Collective.
 
     A filler has a context with the same fields as the micros of the other ranks, so that all run
@@ -134,17 +132,13 @@ def balanced_count(
 
     Args:
         micros: of this rank, possibly none.
-        group: of the ranks, None = all.
         coefficients: those given to `pack`.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if ranks().world == 1:
         return micros
     context = micros[0].context if micros else None
     have = [context is not None and getattr(context, name) is not None for name in SHARED]
-    device = "cpu" if "gloo" in str(dist.get_backend_config(group)) else "cuda"
-    counts = torch.tensor([len(micros), *have], dtype=torch.int64, device=device)
-    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
-    most, *present = counts.tolist()
+    most, *present = ranks().maxima([len(micros), *have])
     fields = [name for name, there in zip(SHARED, present, strict=True) if there]
     return micros + [filler(fields, **coefficients) for _ in range(most - len(micros))]
 

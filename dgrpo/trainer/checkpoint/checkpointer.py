@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
+from dgrpo.distributed import ranks
 from dgrpo.trainer.checkpoint import files, storage
 from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat, by_rank, failures
 from dgrpo.trainer.checkpoint.state import (
@@ -71,21 +71,14 @@ class Checkpointer:
             raise ValueError(f"keep: got {keep}, expected at least 1")
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
         self.checksums, self.frozen = checksums, frozen
-        self.rank, self.world_size, self.group = 0, 1, None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            # A group of its own: the thread's collectives must not mix with the training's.
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        # A group of its own: the thread's collectives must not mix with the training's.
+        self.ranks = ranks().apart(timedelta(hours=2))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._stager: DefaultStager | None = None
+        self._dcp = {"process_group": self.ranks.group, "no_dist": self.ranks.world == 1}
         # DCP warns on every call that it works in one process, which is what is wanted.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-    @property
-    def _ranks(self) -> dict:
-        """What DCP is told of the ranks."""
-        return {"process_group": self.group, "no_dist": self.group is None}
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints in place, ascending."""
@@ -105,7 +98,7 @@ class Checkpointer:
             optimizer_part, rest = optimizer_tensors(model, _sequence(optimizer))
             tensors |= optimizer_part
             own = {"random": random_state(), "rollouts": state.rollouts}
-            if self.rank == 0:
+            if self.ranks.first:
                 own |= {"shared": state.shared(), "optimizers": rest}
             encoded = encode(own)
             if self.asynchronous:
@@ -115,8 +108,8 @@ class Checkpointer:
         writer = storage.Writer(
             self.folder / files.folder_name(state.step),
             step=state.step,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world,
             state=encoded,
             error=error,
             committed=lambda: files.prune(self.folder, self.keep),
@@ -136,9 +129,9 @@ class Checkpointer:
     def _write(self, tensors: dict[str, torch.Tensor], writer: storage.Writer) -> None:
         planner = DefaultSavePlanner(flatten_state_dict=False)
         try:
-            dcp.save(tensors, storage_writer=writer, planner=planner, **self._ranks)
+            dcp.save(tensors, storage_writer=writer, planner=planner, **self._dcp)
         except CheckpointException as error:
-            if self.rank == 0:
+            if self.ranks.first:
                 files.discard(writer.temporary)
             kept = self.steps()
             rest = f"the checkpoint of step {kept[-1]} is in place" if kept else "there is no other"
@@ -175,14 +168,14 @@ class Checkpointer:
         reader, first, tensors, templates = self._together(what, lambda: self._plan(folder, model))
         try:
             planner = DefaultLoadPlanner(flatten_state_dict=False)
-            dcp.load(tensors | templates, storage_reader=reader, planner=planner, **self._ranks)
+            dcp.load(tensors | templates, storage_reader=reader, planner=planner, **self._dcp)
         except CheckpointException as error:
             raise CheckpointError(f"{what}: {failures(error)}") from error
 
         def finish() -> RunState:
             load_optimizers(model, optimizers, first["optimizers"], templates)
             state = self._own_state(folder, first)
-            later = files.set_aside(self.folder, state.step) if self.rank == 0 else []
+            later = files.set_aside(self.folder, state.step) if self.ranks.first else []
             if later:
                 print(f"checkpoint: set aside those of the later steps {later}", flush=True)
             return state
@@ -203,11 +196,11 @@ class Checkpointer:
         """The folder to load: the newest whose files are whole, or `step`'s. All ranks agree."""
 
         def scan() -> list[int]:
-            if self.rank == 0:
+            if self.ranks.first:
                 files.recover(self.folder)
             return self.steps()
 
-        steps = self._gather(self._together(str(self.folder), scan))[0]
+        steps = self.ranks.gather(self._together(str(self.folder), scan))[0]
         if step is not None:
             if step not in steps:
                 raise CheckpointError(f"{self.folder}: no step {step}, expected one of {steps}")
@@ -219,7 +212,7 @@ class Checkpointer:
             if not found:
                 return folder
             problems += found
-            if self.rank == 0:
+            if self.ranks.first:
                 print(f"checkpoint: step {candidate} is damaged: {'; '.join(found)}", flush=True)
         if problems:
             raise CheckpointError(f"{self.folder}: nothing to resume from: {'; '.join(problems)}")
@@ -230,13 +223,13 @@ class Checkpointer:
         found, other = [], None
         try:
             listed = files.read_manifest(folder)["files"]
-            names = sorted(listed)[self.rank :: self.world_size]
+            names = sorted(listed)[self.ranks.rank :: self.ranks.world]
             found = files.damages(folder, names, listed, self.checksums)
         except OtherFormat as error:
             other = str(error)
         except CheckpointError as error:
             found = [str(error)]
-        answers = self._gather((found, other))
+        answers = self.ranks.gather((found, other))
         if others := [text for _, text in answers if text]:
             raise OtherFormat(others[0])  # an older one in its place would cost its steps
         return sorted({text for part, _ in answers for text in part})
@@ -260,26 +253,19 @@ class Checkpointer:
     def _own_state(self, folder: Path, first: dict) -> RunState:
         """This rank's state out of the rank files of a run with any number of ranks."""
         world_size = files.read_manifest(folder)["world_size"]
-        if world_size == self.world_size:
-            own = first if self.rank == 0 else decode(*storage.read_rank(folder, self.rank))
+        if world_size == self.ranks.world:
+            own = first if self.ranks.first else decode(*storage.read_rank(folder, self.ranks.rank))
             rollouts = own["rollouts"]
         else:
             every = [first, *(decode(*storage.read_rank(folder, r)) for r in range(1, world_size))]
-            own = every[self.rank] if self.rank < world_size else None
+            own = every[self.ranks.rank] if self.ranks.rank < world_size else None
             rollouts = [entry for rank in every for entry in rank["rollouts"]]
-            rollouts = share(rollouts, self.rank, self.world_size)
+            rollouts = share(rollouts, self.ranks.rank, self.ranks.world)
         if own is not None:
             set_random_state(own["random"])
         else:
-            fork_random_state(first["random"], self.rank)
+            fork_random_state(first["random"], self.ranks.rank)
         return RunState(**first["shared"], rollouts=rollouts)
-
-    def _gather(self, value: object) -> list:
-        values = [value]
-        if self.group is not None:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value, group=self.group)
-        return values
 
     def _together(self, what: str, call: Callable[[], _T]) -> _T:
         """`call()`, or CheckpointError on every rank if it fails on any."""
@@ -288,7 +274,7 @@ class Checkpointer:
             value = call()
         except Exception as caught:
             error = caught
-        texts = self._gather(error and f"{type(error).__name__}: {error}")
+        texts = self.ranks.gather(error and f"{type(error).__name__}: {error}")
         failed = {rank: text for rank, text in enumerate(texts) if text}
         if failed:
             raise CheckpointError(f"{what}: {by_rank(failed)}") from error

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
+from dgrpo.distributed import ranks
 from dgrpo.trainer.checkpoint import files
 from dgrpo.trainer.checkpoint.errors import CheckpointError
 
@@ -92,8 +92,7 @@ def export(
     temporary = folder.with_name(folder.name + ".tmp")
     adapter = not merge and model.model is not model.causal
     tensors = full_tensors(model, merge=not adapter, dtype=dtype)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    writes, error = ranks == 1 or dist.get_rank() == 0, None
+    writes, error = ranks().first, None
     try:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -117,10 +116,7 @@ def export(
         error = error or caught
     if writes:
         files.discard(temporary)
-    texts = [error and f"{type(error).__name__}: {error}"]
-    if ranks > 1:
-        texts *= ranks
-        dist.all_gather_object(texts, texts[0])
+    texts = ranks().gather(error and f"{type(error).__name__}: {error}")
     if any(texts):
         raise CheckpointError(f"export to {folder}: {next(filter(None, texts))}") from error
     return folder

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from dgrpo.distributed import ranks
 from dgrpo.trainer.metrics.display import Display
 from dgrpo.trainer.metrics.lines import cut, plain
 from dgrpo.trainer.metrics.rollouts import cut_rollouts
@@ -46,7 +45,7 @@ class RunLog:
         live: bool | None = None,
     ):
         self.folder = Path(folder)
-        self.active = not dist.is_initialized() or dist.get_rank() == 0
+        self.active = ranks().first
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from dgrpo.distributed import ranks
 
 Value = Tensor | float | int | bool
 
@@ -83,7 +84,7 @@ class StepMetrics:
         else:
             self._values[name] = (_FOLD[kind](before, value), 1.0)
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """The step's numbers, the same on every rank, and a fresh start. Collective; one sync.
 
         A mean with no weight at all is left out. Folded in rank order, so that every rank has the
@@ -96,12 +97,8 @@ class StepMetrics:
             name: (kinds[name], total, weight)
             for name, total, weight in zip(values, flat[::2], flat[1::2], strict=True)
         }
-        everyone = [own]
-        if dist.is_initialized() and dist.get_world_size(group) > 1:
-            everyone = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, own, group=group)
         folded: dict[str, tuple[str, float, float]] = {}
-        for part in everyone:
+        for part in ranks().gather(own):
             for name, (kind, total, weight) in part.items():
                 if name in folded:
                     _, before, count = folded[name]

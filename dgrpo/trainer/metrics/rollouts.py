@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from dgrpo.distributed import ranks
 
 FOLDER = "rollouts"
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
@@ -155,8 +156,7 @@ def write_rollouts(
     """Writes this rank's rollouts of a step, atomically; nothing for none. Not collective."""
     if not records:
         return None
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    path = Path(folder) / FOLDER / f"step-{step:08d}-{rank:05d}.jsonl.gz"
+    path = Path(folder) / FOLDER / f"step-{step:08d}-{ranks().rank:05d}.jsonl.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     # No time stamp in the header: equal runs write equal files.

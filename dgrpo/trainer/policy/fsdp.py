@@ -1,4 +1,4 @@
-"""Sharded training with FSDP2: process group, mesh, what is sharded how, gradients, full tensors.
+"""Sharded training with FSDP2: what is sharded how, gradients, full tensors.
 
 How it composes, from the inside: activation checkpointing of each decoder layer, then `fully_shard`
 of each layer, of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the head
@@ -12,16 +12,14 @@ Everything here also takes a model that is not sharded.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -33,48 +31,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from dgrpo.distributed import sum_shards
 from dgrpo.trainer.policy import PolicyModel
-
-
-def start(device: str = "auto") -> torch.device:
-    """Join the process group of torchrun's environment, or make one of this process alone.
-
-    Returns the device of this rank. Calling it again changes nothing.
-
-    Args:
-        device: "cpu", "cuda" or "auto" (a GPU where there is one).
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu' or 'cuda'")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got 'cuda', but torch finds no GPU; expected 'auto' or 'cpu'")
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    here = torch.device("cpu")
-    if cuda:
-        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(here)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return here
-
-
-def make_mesh(device: torch.device | str, replicas: int = 1) -> DeviceMesh:
-    """All ranks as a mesh: ("shard",), or with `replicas` > 1 ("replicate", "shard") for HSDP.
-
-    Raises:
-        ValueError: the number of ranks is not a multiple of `replicas`.
-    """
-    world, kind = dist.get_world_size(), torch.device(device).type
-    if replicas < 1 or world % replicas:
-        raise ValueError(f"replicas: got {replicas}, expected a divisor of the {world} ranks")
-    if replicas == 1:
-        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    shape = (replicas, world // replicas)
-    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(
@@ -95,7 +53,7 @@ def shard(
 
     Args:
         model: on the CPU; its parameters become DTensors on the mesh's device.
-        mesh: of one or two dimensions, see `make_mesh`.
+        mesh: of one or two dimensions, see `dgrpo.distributed.make_mesh`.
         compute_dtype: dtype of gathered parameters and activations; None = the parameters' own.
         reduce_dtype: dtype in which gradients are summed over ranks; None = `compute_dtype`.
         reshard_after_forward: free a layer's gathered parameters after its forward and gather them
@@ -199,8 +157,7 @@ def grad_norm(model: nn.Module) -> Tensor:
     total = torch.stack(norms).square().sum() if norms else torch.zeros(())
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     if mesh is not None:
-        total = total.to(mesh.device_type)
-        dist.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))
+        total = sum_shards(total.to(mesh.device_type), mesh)
     return total.sqrt()
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -45,9 +44,7 @@ class Teacher:
         self.offload_body = offload_body
         self.hidden = torch.empty(0, model.hidden_size)  # (M, Ht) of the batch
 
-    def attach(
-        self, samples: Sequence[Sample], max_tokens: int, group: Any = None, **packing: Any
-    ) -> None:
+    def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
         """Read a batch: keep its hidden states, and note in `sample.teacher_rows` which is whose.
 
         Collective: every rank calls it, with any number of samples.
@@ -55,13 +52,12 @@ class Teacher:
         Args:
             samples: the batch; a sample's `teacher_prompt_ids` takes the place of its prompt.
             max_tokens: tokens of a forward pass.
-            group: process group of the ranks, None = all.
             packing: `share_prompts` as for `pack`.
         """
         self.hidden = torch.empty(0, self.model.hidden_size)  # frees the last batch's first
         if self.offload_body:
             self._move_layers(self.model.device)
-        self.hidden = read(self.model, samples, max_tokens, self.offload_above, group, **packing)
+        self.hidden = read(self.model, samples, max_tokens, self.offload_above, **packing)
         if self.offload_body:
             self._move_layers("cpu")
 
@@ -113,17 +109,13 @@ class SelfTeacher:
         self.hidden = torch.empty(0, policy.hidden_size)
         self._kept: tuple[Tensor, Tensor | None] | None = None
 
-    def attach(
-        self, samples: Sequence[Sample], max_tokens: int, group: Any = None, **packing: Any
-    ) -> None:
+    def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
         """As `Teacher.attach`. Collective."""
         self.hidden = torch.empty(0, self.model.hidden_size)
         training = self.model.training
         self.model.eval()
         try:
-            self.hidden = read(
-                self.model, samples, max_tokens, self.offload_above, group, **packing
-            )
+            self.hidden = read(self.model, samples, max_tokens, self.offload_above, **packing)
         finally:
             self.model.train(training)
         if self.frozen_head:
@@ -206,7 +198,6 @@ def read(
     samples: Sequence[Sample],
     max_tokens: int,
     offload_above: int,
-    group: dist.ProcessGroup | None = None,
     **packing: Any,
 ) -> Tensor:
     """(M, Ht) hidden states of `model` before the M guided tokens; writes `teacher_rows`.
@@ -221,7 +212,7 @@ def read(
         end += int(guided.sum())
     micros = pack([sample.seen_by_teacher() for sample in samples], max_tokens, **packing)
     kept = torch.empty(0, model.hidden_size, dtype=model.head.weight.dtype, device=model.device)
-    for number, micro in enumerate(balanced_count(micros, group)):
+    for number, micro in enumerate(balanced_count(micros)):
         hidden = model.hidden_states(**micro.to(model.device).model_args())
         if number == 0:
             kept = _buffer(end, hidden, offload_above)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dgrpo.distributed import make_mesh
 from dgrpo.trainer.checkpoint import Checkpointer, CheckpointError, RunState, export
 from dgrpo.trainer.checkpoint.state import share
 from tests.trainer.checkpoint.runs import assert_same, everything, make, step_folder, train
@@ -94,7 +95,7 @@ def check_two_ranks(rank, folder):
     from dgrpo.trainer.policy import fsdp
 
     policy = policy_of(tiny_llama())
-    fsdp.shard(policy, fsdp.make_mesh(torch.device("cpu")))
+    fsdp.shard(policy, make_mesh(torch.device("cpu")))
     export(policy, folder / "exported", shard_bytes=4096)
     if rank == 0:
         (folder / "file").touch()

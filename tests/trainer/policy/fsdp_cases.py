@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from dgrpo.distributed import make_mesh
 from dgrpo.head import FusedHead
 from dgrpo.objectives import gspo
 from dgrpo.trainer.batch import pack
@@ -227,7 +228,7 @@ def lora_mixed(mesh):
 
 def cases(world):
     """Name -> function of no arguments."""
-    mesh, hsdp = fsdp.make_mesh("cpu"), fsdp.make_mesh("cpu", replicas=2)
+    mesh, hsdp = make_mesh("cpu"), make_mesh("cpu", replicas=2)
     untied, tied = "llama", "qwen3"
     tight = {"kind": "gemma2", "seed": 5}  # tied, soft cap
     wide = {"kind": "phi_biased_head", "seed": 6, "hidden_size": 48, "vocab_size": VOCAB + 16}

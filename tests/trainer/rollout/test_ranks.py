@@ -6,17 +6,18 @@ import sys
 from pathlib import Path
 
 RANKS = """
-import sys, torch, torch.distributed as dist
-from dgrpo.trainer.policy.fsdp import make_mesh, shard, start
+import torch
+from dgrpo.distributed import leave, ranks, start
+from dgrpo.trainer.policy.fsdp import shard
 from dgrpo.trainer.rollout import HFSampler, Sampling
 from tests.trainer.rollout.models import make_policy, make_prompts, tokens
 
 torch.set_num_threads(1)
-device = start("cpu")
-rank = dist.get_rank()
+start("cpu")
+rank = ranks().rank
 prompts = make_prompts()
 plain = HFSampler(make_policy())
-policy = shard(make_policy(), make_mesh(device))
+policy = shard(make_policy(), ranks().mesh)
 sampler = HFSampler(policy)
 for part in ([0, 2], [0, 5]):  # rank 1 has three prompts, then none
     own = prompts[: part[1]] if rank == 0 else prompts[part[1] :]
@@ -24,8 +25,8 @@ for part in ([0, 2], [0, 5]):  # rank 1 has three prompts, then none
     got = tokens(sampler.generate(own, 3, sampling))
     assert got == tokens(plain.generate(own, 3, sampling)), (rank, part)
 assert all(type(p.data).__name__ == "DTensor" for p in policy.parameters()), "sharded again"
-dist.barrier()
-dist.destroy_process_group()
+ranks().wait()
+leave()
 """
 
 
