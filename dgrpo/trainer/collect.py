@@ -23,7 +23,7 @@ from dgrpo.objectives import (
     truncated_importance_weights,
 )
 from dgrpo.trainer.attempts import Attempt
-from dgrpo.trainer.batch import Sample, balanced_count, pack
+from dgrpo.trainer.batch import Origin, Sample, Sampled, Scored, balanced_count, pack
 from dgrpo.trainer.policy import PolicyModel, fsdp
 from dgrpo.trainer.rollout import Rollout, Sampling
 from dgrpo.trainer.run import Batch, Run
@@ -61,7 +61,7 @@ def given(prompts: Sequence[Prompt]) -> list[Sample]:
             prompt.completion_ids,
             loss_mask=prompt.loss_mask,
             group=prompt.index,
-            tags={"source": prompt.source, "id": prompt.id},
+            origin=Origin(prompt.source, prompt.id),
         )
         for prompt in prompts
     ]
@@ -109,18 +109,11 @@ def rollouts(run: Run, prompts: Sequence[Prompt], seconds: dict[str, float]) -> 
                 rollout.completion_ids,
                 advantages=torch.full(shape, float(advantages[place])),
                 loss_mask=torch.full(shape, keep),
-                sampler_logprobs=rollout.logprobs,
                 group=prompt.index,
                 index=place % n,
-                tags={
-                    "source": prompt.source,
-                    "id": prompt.id,
-                    "reward": float(rewards[place]),
-                    "parts": parts,
-                    "failed": bool(result.failed[place]),
-                    "truncated": bool(cut[place]),
-                    "factor": 1.0,
-                },
+                origin=Origin(prompt.source, prompt.id),
+                sampled=Sampled(rollout.logprobs, bool(cut[place])),
+                scored=Scored(float(rewards[place]), parts, bool(result.failed[place])),
             )
         )
     for i, prompt in enumerate(prompts):
@@ -195,10 +188,10 @@ def view(run: Run, prompt: Prompt, group: Sequence[Sample], texts: Sequence[str]
             completion=text,
             row=prompt.columns,
             tokens=len(sample.completion_ids),
-            reward=sample.tags["reward"],
-            correct=sample.tags["reward"] > run.settings.rewards.correct_above,
-            failed=sample.tags["failed"],
-            truncated=sample.tags["truncated"],
+            reward=sample.scored.reward,
+            correct=sample.scored.reward > run.settings.rewards.correct_above,
+            failed=sample.scored.failed,
+            truncated=sample.sampled.truncated,
         )
         for sample, text in zip(group, texts, strict=True)
     ]
@@ -210,7 +203,7 @@ def view(run: Run, prompt: Prompt, group: Sequence[Sample], texts: Sequence[str]
             if text is not None and factor:
                 seen = run.stream.encoder.encode({"prompt": text}, Source(prompt="prompt"))
                 sample.teacher_prompt_ids = seen.ids
-        sample.tags["factor"] = float(factor)
+        sample.teacher_factor = float(factor)
         if not factor:
             sample.teacher_mask = torch.zeros_like(sample.completion_ids, dtype=torch.bool)
 
@@ -226,12 +219,11 @@ def score(run: Run, samples: list[Sample]) -> None:
     if run.reference is not None:
         references = logprobs(run, run.reference, samples)
     for sample, own, reference in zip(samples, ours, references, strict=True):
-        sampler, sample.sampler_logprobs = sample.sampler_logprobs, None
         sample.ref_logprobs = reference
         sample.old_logprobs = own if run.scores_old else None
-        if sampler is None:  # a given text
+        if sample.sampled is None:  # a given text
             continue
-        sample.tags["sampler_logprobs"] = sampler
+        sampler = sample.sampled.logprobs
         if method.old_logprobs == "sampler":
             sample.old_logprobs = sampler
         if weighs:

@@ -86,7 +86,7 @@ def measure_tokens(run: Run, batch: Batch, means: StepMetrics) -> None:
 def measure_mismatch(sample: Sample, logprobs: Tensor, means: StepMetrics) -> None:
     """How far the sampler's log-probabilities are from the trainer's of the same weights."""
     ours = logprobs if sample.old_logprobs is None else sample.old_logprobs
-    gap = (ours - sample.tags["sampler_logprobs"]).abs()[sample.mask]
+    gap = (ours - sample.sampled.logprobs).abs()[sample.mask]
     means.mean("sampler_mismatch", gap)
     means.max("sampler_mismatch_max", gap.max() if gap.numel() else 0.0)
 
@@ -98,16 +98,16 @@ def measure_samples(run: Run, batch: Batch, means: StepMetrics) -> None:
         means.mean("prompt_length", float(len(sample.prompt_ids)))
         if not run.sampled:
             continue
-        tags, scored = sample.tags, float(not sample.tags["failed"])
-        means.mean("reward", tags["reward"], scored)
+        result, scored = sample.scored, float(not sample.scored.failed)
+        means.mean("reward", result.reward, scored)
         if scored:  # for the warnings
-            means.min("reward_min", tags["reward"])
-            means.max("reward_max", tags["reward"])
-        for name, value in tags["parts"].items():
+            means.min("reward_min", result.reward)
+            means.max("reward_max", result.reward)
+        for name, value in result.parts.items():
             known = not math.isnan(value)
             means.mean(f"reward/{name}", value if known else 0.0, float(known))
         means.mean("reward_failed", 1.0 - scored)
-        means.mean("truncated", float(tags["truncated"]))
+        means.mean("truncated", float(sample.sampled.truncated))
         means.mean("advantage", float(sample.advantages.abs().mean()))
 
 
@@ -142,7 +142,7 @@ def write_samples(run: Run, batch: Batch) -> None:
                 values.setdefault(place, {})[name] = own
     records = []
     for place, sample in enumerate(batch.samples[:wanted]):
-        own, tags = values[place], sample.tags
+        own, scored = values[place], sample.scored
         zeros = torch.zeros(len(sample.completion_ids))
         records.append(
             rollout_record(
@@ -152,12 +152,12 @@ def write_samples(run: Run, batch: Batch) -> None:
                 index=sample.index,
                 prompt_ids=sample.prompt_ids,
                 completion_ids=sample.completion_ids,
-                reward=tags.get("reward"),
-                rewards=tags.get("parts"),
+                reward=scored and scored.reward,
+                rewards=scored and scored.parts,
                 advantages=zeros if sample.advantages is None else sample.advantages,
                 loss_mask=sample.mask,
-                finish_reason="length" if tags.get("truncated") else "stop",
-                tags={"source": tags["source"], "id": tags["id"]},
+                finish_reason="length" if sample.sampled and sample.sampled.truncated else "stop",
+                tags=vars(sample.origin),
                 **{"clipped": zeros.bool(), **own},
             )
         )

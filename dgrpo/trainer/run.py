@@ -155,9 +155,9 @@ def pack_pending(run: Run) -> RunState:
         for sample in batch.samples:
             groups.setdefault(sample.group, []).append(sample)
         for samples in groups.values():
-            fields = [{k: v for k, v in vars(s).items() if k != "prompt_ids"} for s in samples]
+            states = [sample.state() for sample in samples]
             entries.append(
-                {"batch": number, "prompt_ids": samples[0].prompt_ids, "samples": fields}
+                {"batch": number, "prompt_ids": samples[0].prompt_ids, "samples": states}
             )
     run.state.rollouts = entries
     run.state.counters["pending"] = len(run.pending)
@@ -169,7 +169,7 @@ def unpack_pending(state: RunState) -> list[Batch]:
     """What `pack_pending` packed; as many batches on every rank, some perhaps empty here."""
     batches = [Batch([]) for _ in range(state.counters.get("pending", 0))]
     for entry in state.rollouts:
-        samples = [Sample(entry["prompt_ids"], **fields) for fields in entry["samples"]]
+        samples = [Sample.restore(entry["prompt_ids"], state) for state in entry["samples"]]
         batches[entry["batch"]].samples += samples
     state.rollouts = []
     return batches

@@ -53,9 +53,9 @@ def weigh(run: Run, batch: Batch) -> None:
             samples[i].token_weights = own_weights
     beta = coefficients(run)["teacher_coef"]
     for sample in samples:
-        factor = sample.tags.get("factor", 1.0)
-        if factor != 1.0:
-            sample.teacher_coef = torch.full(sample.completion_ids.shape, beta * factor)
+        if sample.teacher_factor != 1.0:
+            shape = sample.completion_ids.shape
+            sample.teacher_coef = torch.full(shape, beta * sample.teacher_factor)
 
 
 def coefficients(run: Run, step: int | None = None) -> dict[str, float]:

@@ -43,7 +43,7 @@ def plain_loss(home, wanted, batch):
     method, samples = wanted.method, batch.samples
     groups = {}
     for sample in samples:
-        groups.setdefault(sample.group, []).append(sample.tags.get("reward", 0.0))
+        groups.setdefault(sample.group, []).append(sample.scored.reward if sample.scored else 0.0)
     tokens = sum(len(sample.completion_ids) for sample in samples)
     total = torch.zeros(())
     for sample in samples:
@@ -55,7 +55,7 @@ def plain_loss(home, wanted, batch):
             losses = losses - picked
         if method.advantage == "group":
             rewards = torch.tensor(groups[sample.group])
-            advantage = (sample.tags["reward"] - rewards.mean()) / (rewards.std() + 1e-4)
+            advantage = (sample.scored.reward - rewards.mean()) / (rewards.std() + 1e-4)
             losses = losses - (picked - picked.detach()).exp() * advantage
         if method.teacher == "model":
             with torch.no_grad():
@@ -234,10 +234,10 @@ def test_truncated_completions(home, tmp_path):
         return batch.samples
 
     kept, masked, penalised = map(batch_of, ("keep", "mask", "penalise"))
-    cut = [sample.tags["truncated"] for sample in kept]
+    cut = [sample.sampled.truncated for sample in kept]
     assert any(cut)
     assert [not sample.mask.any() for sample in masked] == cut
-    fine = [p.tags["reward"] - k.tags["reward"] for k, p in zip(kept, penalised, strict=True)]
+    fine = [p.scored.reward - k.scored.reward for k, p in zip(kept, penalised, strict=True)]
     assert fine == pytest.approx([-1.0 if c else 0.0 for c in cut])
 
 
@@ -245,7 +245,7 @@ def test_a_failing_reward_costs_its_samples_alone(home, tmp_path):
     rewards = {"functions": [{"path": f"{HOOKS}:failing"}], "timeout": None}
     run = build(settings(home, tmp_path, "grpo", rewards=rewards))
     samples = collect(run).samples
-    failed = [sample for sample in samples if sample.tags["failed"]]
+    failed = [sample for sample in samples if sample.scored.failed]
     assert 0 < len(failed) < len(samples)
     assert all(not sample.advantages.any() for sample in failed)
     run.close()

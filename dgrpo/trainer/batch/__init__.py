@@ -14,12 +14,15 @@ loss.
 
 from dgrpo.trainer.batch.micro import Micro
 from dgrpo.trainer.batch.packing import balanced_count, filler, pack, shared_fields, split_evenly
-from dgrpo.trainer.batch.sample import IGNORED, Sample
+from dgrpo.trainer.batch.sample import IGNORED, Origin, Sample, Sampled, Scored
 
 __all__ = [
     "IGNORED",
     "Micro",
+    "Origin",
     "Sample",
+    "Sampled",
+    "Scored",
     "balanced_count",
     "filler",
     "pack",

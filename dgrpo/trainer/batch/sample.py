@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,34 @@ from torch import Tensor
 IGNORED = -100  # target of a token without loss
 SHARED = ("token_weights", "old_logprobs", "ref_logprobs", "sampler_logprobs", "policy_weights")
 PER_TOKEN = ("advantages", "loss_mask", "teacher_coef", "teacher_mask", "teacher_rows", *SHARED)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The row that a sample comes from."""
+
+    source: str
+    id: Any  # the row's own, or its place in the file
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What sampling gave, for a completion of the policy."""
+
+    logprobs: Tensor  # (C,) fp32, by the sampler
+    truncated: bool  # cut at the largest number of tokens
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the rewards gave."""
+
+    reward: float  # the total, less the penalty of a truncated completion
+    parts: dict[str, float]  # by the reward's name; NaN where it gave none
+    failed: bool  # no reward at all: `reward` means nothing
+
+
+PARTS = {"origin": Origin, "sampled": Sampled, "scored": Scored}
 
 
 @dataclass
@@ -41,7 +69,10 @@ class Sample:
     topk: tuple[Tensor, Tensor] | None = None  # by a teacher: ids and log-probabilities, (C, K)
     group: int = 0  # samples of one number, e.g. the completions of a prompt, may share it
     index: int = 0
-    tags: dict[str, Any] = field(default_factory=dict)
+    teacher_factor: float = 1.0  # multiplies the teacher's coefficient
+    origin: Origin | None = None
+    sampled: Sampled | None = None  # None: a given text
+    scored: Scored | None = None  # None: never scored
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "completion_ids"):
@@ -82,3 +113,32 @@ class Sample:
         own = self.teacher_prompt_ids
         prompt = self.prompt_ids if own is None else own
         return Sample(prompt, self.completion_ids, loss_mask=self.guided, group=self.group)
+
+    def state(self) -> dict[str, Any]:
+        """All fields but the prompt, as a tree that a checkpoint can hold."""
+        return {
+            name: vars(value) if name in PARTS and value is not None else value
+            for name, value in vars(self).items()
+            if name != "prompt_ids"
+        }
+
+    @classmethod
+    def restore(cls, prompt_ids: Tensor, state: dict[str, Any]) -> Sample:
+        """The sample whose `state` it was."""
+        fields = dict(state)
+        if "tags" in fields:
+            fields |= _typed(fields.pop("tags"))
+        for name, kind in PARTS.items():
+            if fields.get(name) is not None:
+                fields[name] = kind(**fields[name])
+        return cls(prompt_ids, **fields)
+
+
+def _typed(tags: dict[str, Any]) -> dict[str, Any]:
+    """The fields that earlier checkpoints hold in one dict without types."""
+    fields = {"origin": {name: tags[name] for name in ("source", "id")}}
+    if "reward" in tags:
+        fields["teacher_factor"] = tags["factor"]
+        fields["sampled"] = {"logprobs": tags["sampler_logprobs"], "truncated": tags["truncated"]}
+        fields["scored"] = {name: tags[name] for name in ("reward", "parts", "failed")}
+    return fields

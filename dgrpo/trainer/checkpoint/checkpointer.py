@@ -51,7 +51,6 @@ class Checkpointer:
         asynchronous: `save` returns when parameters and optimiser state are copied to host memory,
             and the rest happens in a thread. False: no copy is made, `save` returns when all is on
             the disk.
-        checksums: verify every file's CRC-32 before loading, besides its size.
         frozen: save parameters that need no gradient too. False for LoRA: the base model comes from
             where it came from at the start.
 
@@ -64,13 +63,12 @@ class Checkpointer:
         *,
         keep: int = 2,
         asynchronous: bool = True,
-        checksums: bool = True,
         frozen: bool = True,
     ):
         if keep < 1:
             raise ValueError(f"keep: got {keep}, expected at least 1")
         self.folder, self.keep, self.asynchronous = Path(folder), keep, asynchronous
-        self.checksums, self.frozen = checksums, frozen
+        self.frozen = frozen
         # A group of its own: the thread's collectives must not mix with the training's.
         self.ranks = ranks().apart(timedelta(hours=2))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -224,7 +222,7 @@ class Checkpointer:
         try:
             listed = files.read_manifest(folder)["files"]
             names = sorted(listed)[self.ranks.rank :: self.ranks.world]
-            found = files.damages(folder, names, listed, self.checksums)
+            found = files.damages(folder, names, listed)
         except OtherFormat as error:
             other = str(error)
         except CheckpointError as error:
@@ -265,7 +263,7 @@ class Checkpointer:
             set_random_state(own["random"])
         else:
             fork_random_state(first["random"], self.ranks.rank)
-        return RunState(**first["shared"], rollouts=rollouts)
+        return RunState.restore(first["shared"], rollouts)
 
     def _together(self, what: str, call: Callable[[], _T]) -> _T:
         """`call()`, or CheckpointError on every rank if it fails on any."""

@@ -167,10 +167,8 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def damages(
-    folder: Path, names: Iterable[str], files: dict[str, dict], checksums: bool
-) -> list[str]:
-    """What is wrong with the files: missing, of another size, or (with `checksums`) altered."""
+def damages(folder: Path, names: Iterable[str], files: dict[str, dict]) -> list[str]:
+    """What is wrong with the files: missing, of another size, or altered."""
 
     def damage(name: str) -> str | None:
         path, wanted = folder / name, files[name]
@@ -179,12 +177,11 @@ def damages(
             if size != wanted["bytes"]:
                 return f"{path}: {size} bytes, expected {wanted['bytes']}"
             crc = 0
-            if checksums:
-                with path.open("rb") as file:
-                    while data := file.read(_CHUNK):
-                        crc = zlib.crc32(data, crc)
-                if f"{crc:08x}" != wanted["crc32"]:
-                    return f"{path}: its contents do not match their checksum"
+            with path.open("rb") as file:
+                while data := file.read(_CHUNK):
+                    crc = zlib.crc32(data, crc)
+            if f"{crc:08x}" != wanted["crc32"]:
+                return f"{path}: its contents do not match their checksum"
         except FileNotFoundError:
             return f"{path}: missing"
         except OSError as error:
@@ -210,7 +207,7 @@ def recover(folder: Path) -> None:
             files = read_manifest(path)["files"]
         except CheckpointError:
             continue
-        if not final.exists() and not damages(path, files, files, checksums=True):
+        if not final.exists() and not damages(path, files, files):
             os.rename(path, final)
 
 

@@ -27,8 +27,6 @@ class RunState:
 
     step: int = 0
     """Optimiser steps finished."""
-    scheduler: dict = field(default_factory=dict)
-    """The learning-rate scheduler's `state_dict()`."""
     data: dict = field(default_factory=dict)
     """The position in the data."""
     counters: dict = field(default_factory=dict)
@@ -39,6 +37,12 @@ class RunState:
     def shared(self) -> dict:
         """The fields that are the same on every rank."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollouts"}
+
+    @classmethod
+    def restore(cls, shared: dict, rollouts: list) -> RunState:
+        """The state with these shared fields; those that it no longer has are left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in shared.items() if k in known}, rollouts=rollouts)
 
 
 def encode(tree: object, name: str = "state") -> tuple[str, dict[str, torch.Tensor]]:

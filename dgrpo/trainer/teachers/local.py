@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from dgrpo.ops import TeacherHead, TopKTeacher
 from dgrpo.trainer.batch import Micro, Sample, balanced_count, pack
@@ -87,27 +86,17 @@ class SelfTeacher:
 
     That is a shorter, evidence-only prompt, or one with a privileged context. Hidden states are
     read once per batch. The head is the policy's own, which moves if a batch has several optimiser
-    steps; `frozen_head` keeps it as it was at `attach`, for a sharded copy.
+    steps.
 
     Args:
         policy: the student.
         offload_above: as for `Teacher`.
-        frozen_head: keep a copy of the head.
-
-    Raises:
-        ValueError: `frozen_head` for a head with LoRA.
     """
 
-    def __init__(
-        self, policy: PolicyModel, *, offload_above: int = 2**30, frozen_head: bool = False
-    ):
-        if frozen_head and policy.adapted_head:
-            raise ValueError("frozen_head: got True for a head with LoRA, expected False")
+    def __init__(self, policy: PolicyModel, *, offload_above: int = 2**30):
         self.model = policy
         self.offload_above = offload_above
-        self.frozen_head = frozen_head
         self.hidden = torch.empty(0, policy.hidden_size)
-        self._kept: tuple[Tensor, Tensor | None] | None = None
 
     def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
         """As `Teacher.attach`. Collective."""
@@ -118,13 +107,6 @@ class SelfTeacher:
             self.hidden = read(self.model, samples, max_tokens, self.offload_above, **packing)
         finally:
             self.model.train(training)
-        if self.frozen_head:
-            for module, _ in self.model.sharded:
-                module.reshard()
-            weight, bias = self.model.head.weight.detach(), self.model.head.bias
-            dtype = self.hidden.dtype
-            kept = None if bias is None else bias.detach().to(dtype, copy=True)
-            self._kept = weight.to(dtype, copy=True), kept
 
     def head(self, micro: Micro) -> TeacherHead:
         """As `Teacher.head`."""
@@ -133,12 +115,8 @@ class SelfTeacher:
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         # Entered within the policy's own head, whose parameters are gathered there, also in
-        # backward. Gathering a frozen copy has no gradient that could go astray.
-        if self._kept is None:
-            yield _weights(self.model)
-        else:
-            weight, bias = self._kept
-            yield _gathered(weight), None if bias is None else _gathered(bias)
+        # backward.
+        yield _weights(self.model)
 
 
 class TopKSource(Protocol):
@@ -251,7 +229,3 @@ def _teacher_head(
 def _weights(model: PolicyModel) -> tuple[Tensor, Tensor | None]:
     bias = model.head.bias
     return model.head.merged_weight().detach(), None if bias is None else bias.detach()
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -33,7 +33,6 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, asynchronous):
     scheduler.step()
     state = RunState(
         step=3,
-        scheduler=scheduler.state_dict(),
         data={"epoch": 1, "order": (4, 2)},
         counters={"tokens": 12},
         rollouts=[{"tokens": torch.arange(4), "reward": 0.1, "text": "naïve </s>"}],
@@ -192,3 +191,14 @@ def test_trees_come_back_as_they_were():
 def test_entries_are_dealt_whole_and_in_order():
     parts = [share(list(range(7)), rank, 3) for rank in range(3)]
     assert parts == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+def test_a_field_that_the_state_no_longer_has_is_ignored(tmp_path, monkeypatch):
+    """Earlier checkpoints hold `scheduler`."""
+    shared = RunState.shared
+    monkeypatch.setattr(RunState, "shared", lambda self: {**shared(self), "scheduler": {"a": 1}})
+    saved_at(tmp_path, 3)
+    monkeypatch.undo()
+    text, _ = storage.read_rank(step_folder(tmp_path, 3), 0)
+    assert '"scheduler"' in text
+    assert Checkpointer(tmp_path).restore(*make()) == RunState(step=3)

@@ -157,12 +157,12 @@ def sampling(kind, mesh, fewest):
     }
 
 
-def self_teaching(kind, mesh, frozen_head):
+def self_teaching(kind, mesh):
     """The policy on another prompt as its own teacher, in both modes of the loss."""
     policy, _ = tiny_pair(kind)
     single, _ = tiny_pair(kind)
     fsdp.shard(policy, mesh)
-    teachers = [SelfTeacher(model, frozen_head=frozen_head) for model in (policy, single)]
+    teachers = [SelfTeacher(model) for model in (policy, single)]
     rank, world, result = dist.get_rank(), fsdp.gradient_scale(mesh), {}
     for objective in (None, gspo):
         loss = step(policy, samples_of(rank), world, objective=objective, teacher=teachers[0])
@@ -267,9 +267,8 @@ def cases(world):
         "inputs_control": lambda: inputs_arrive(mesh, cast=True),
         "bf16": lambda: bf16_step(mesh),
         "sampling_untied": lambda: sampling(untied, mesh, fewest=2),
-        "self_teacher": lambda: self_teaching(untied, mesh, frozen_head=False),
-        "self_teacher_frozen": lambda: self_teaching(untied, mesh, frozen_head=True),
-        "self_teacher_tied": lambda: self_teaching(tied, mesh, frozen_head=False),
+        "self_teacher": lambda: self_teaching(untied, mesh),
+        "self_teacher_tied": lambda: self_teaching(tied, mesh),
         "teacher_states": lambda: teacher_states(mesh),
         "lora_mixed": lambda: lora_mixed(mesh),
         "non_finite": lambda: non_finite(mesh),

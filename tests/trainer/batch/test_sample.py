@@ -1,0 +1,63 @@
+"""A sample as a checkpoint holds it, and bad ones."""
+
+import pytest
+import torch
+
+from dgrpo.trainer.batch import Origin, Sample, Sampled, Scored
+from dgrpo.trainer.checkpoint.state import decode, encode
+
+LOGPROBS = torch.tensor([-0.1, -2.5])
+ROW = {"source": "rows.jsonl", "id": 7}
+
+
+def tokens(*ids):
+    return torch.tensor(ids)
+
+
+def sample(**fields):
+    return Sample(tokens(1, 2), tokens(3, 4), group=5, index=1, old_logprobs=LOGPROBS, **fields)
+
+
+def full():
+    return sample(
+        teacher_factor=0.1,
+        topk=(torch.tensor([[3], [4]]), torch.zeros(2, 1)),
+        origin=Origin(**ROW),
+        sampled=Sampled(LOGPROBS, truncated=True),
+        scored=Scored(1 / 3, {"exact": 1 / 3, "other": float("nan")}, failed=False),
+    )
+
+
+def restored(state):
+    """The sample from a checkpoint's file."""
+    return Sample.restore(tokens(1, 2), decode(*encode(state)))
+
+
+@pytest.mark.parametrize("make", [full, sample])
+def test_a_checkpoint_gives_it_back_to_the_bit(make):
+    want = make()
+    got = restored(want.state())
+    (text, tensors), (want_text, others) = (encode(s.state()) for s in (got, want))
+    assert text == want_text and tensors.keys() == others.keys() and tensors
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name])
+    for name in ("origin", "sampled", "scored"):
+        assert type(getattr(got, name)) is type(getattr(want, name))
+    assert torch.equal(got.prompt_ids, want.prompt_ids)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_checkpoints_from_before_the_typed_fields_are_read(given):
+    tags = dict(ROW)
+    if not given:
+        tags |= {"reward": 0.5, "parts": {"exact": 0.5}, "failed": False}
+        tags |= {"truncated": True, "factor": 0.25, "sampler_logprobs": LOGPROBS}
+    state = {k: v for k, v in sample().state().items() if k not in ("origin", "sampled", "scored")}
+    del state["teacher_factor"]
+    got = restored({**state, "tags": tags})
+    assert got.origin == Origin(**ROW) and torch.equal(got.old_logprobs, LOGPROBS)
+    if given:
+        assert got.sampled is got.scored is None and got.teacher_factor == 1.0
+        return
+    assert got.scored == Scored(0.5, {"exact": 0.5}, False) and got.teacher_factor == 0.25
+    assert got.sampled.truncated and torch.equal(got.sampled.logprobs, LOGPROBS)
