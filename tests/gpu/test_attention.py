@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from dgrpo.testing import relative_error
-from dgrpo.trainer.attention import dispatch as attention
-from dgrpo.trainer.attention.dispatch import (
-    find_kernel,
-    packed_arguments,
-    packed_attention,
-    takes_prefixes,
-)
+from dgrpo.trainer.attention import dispatch
+from dgrpo.trainer.attention.dispatch import packed_arguments, packed_attention
+from dgrpo.trainer.attention.kernels import find_kernel, takes_prefixes
 from dgrpo.trainer.attention.packed import Prefixes, sequences_attention
 from tests.gpu.device import DEVICE, on_gpu
 
@@ -87,5 +83,5 @@ def test_branches_cost_no_host_sync():
 
 @on_gpu
 def test_the_portable_form_costs_no_host_sync(monkeypatch):
-    monkeypatch.setattr(attention, "find_kernel", lambda *_: None)
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: None)
     test_branches_cost_no_host_sync()

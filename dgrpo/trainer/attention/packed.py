@@ -22,7 +22,7 @@ QUERY_BLOCK = 1024  # least number of queries of a block with a mask
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Which of the packed sequences are prefixes. Made by `Prefixes.of`, once a micro-batch."""
+    """Which of the packed sequences are prefixes. Made by `Prefixes.of`, once per micro-batch."""
 
     branches: tuple[int, ...]  # of each of the S sequences: how many after it see it; 0: no prefix
     order: tuple[int, ...]  # sequences whose keys, end to end, are what the S sequences see

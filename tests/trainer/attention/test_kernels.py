@@ -11,15 +11,9 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from dgrpo.trainer.attention import dispatch as attention
-from dgrpo.trainer.attention.dispatch import (
-    adapt_flash,
-    adapt_varlen,
-    find_kernel,
-    flash_kernel,
-    packed_arguments,
-    packed_attention,
-)
+from dgrpo.trainer.attention import dispatch, kernels
+from dgrpo.trainer.attention.dispatch import packed_arguments, packed_attention
+from dgrpo.trainer.attention.kernels import adapt_flash, adapt_varlen, find_kernel, flash_kernel
 from dgrpo.trainer.attention.packed import Prefixes
 from tests.trainer.attention.test_dispatch import CASES, LENGTHS, Layer, call, oracle, states
 
@@ -87,7 +81,7 @@ def test_kernels_get_what_they_expect(function, case, monkeypatch):
     if varlen and softcap:
         pytest.skip("varlen_attn has no soft cap: find_kernel does not choose it")
     kernel = (adapt_varlen if varlen else adapt_flash)(function)
-    monkeypatch.setattr(attention, "find_kernel", lambda *_: kernel)
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: kernel)
     inputs = states(heads, kv_heads)
     got = call(*inputs, scaling=0.4, sliding_window=window, softcap=softcap)
     torch.testing.assert_close(got, oracle(*inputs, window, softcap, 0.4), rtol=1e-9, atol=1e-9)
@@ -98,7 +92,7 @@ BRANCHES = (3, 0, 0, 0)  # the first sequence as the others' prefix
 
 def shared(inputs, kernel, monkeypatch, **options):
     """The attention of branches by a kernel, None: by the portable form."""
-    monkeypatch.setattr(attention, "find_kernel", lambda *_: kernel)
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: kernel)
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     arguments = packed_arguments(cu, LENGTHS, prefixes=Prefixes.of(LENGTHS, BRANCHES))
     return packed_attention(Layer(), *inputs, None, **arguments, **options)[0]
@@ -150,7 +144,7 @@ def test_a_kernel_that_aligns_otherwise_is_not_taken(monkeypatch, caplog):
         (record,) = caplog.records
         assert reason in record.message and "batch.share_prompts=false" in record.message
     assert torch.equal(torch.random.get_rng_state(), before)
-    monkeypatch.setattr(attention, "find_kernel", lambda *_: top_left)
+    monkeypatch.setattr(dispatch, "find_kernel", lambda *_: top_left)
     got = call(*inputs)  # sequences without a prefix still go to the kernel
     torch.testing.assert_close(got, oracle(*inputs, None, None, 8**-0.5))
 
@@ -178,10 +172,10 @@ def test_which_kernel_is_chosen(monkeypatch):
     def query(dtype=torch.bfloat16, dim=64, kind="cuda"):
         return types.SimpleNamespace(dtype=dtype, shape=(1, 4, 9, dim), device=torch.device(kind))
 
-    monkeypatch.setattr(attention, "flash_kernel", lambda: "flash")
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: "varlen")
+    monkeypatch.setattr(kernels, "flash_kernel", lambda: "flash")
+    monkeypatch.setattr(kernels, "varlen_kernel", lambda: "varlen")
     assert find_kernel(query(), None, 0.0) == find_kernel(query(), 50.0, 0.0) == "flash"
-    monkeypatch.setattr(attention, "flash_kernel", lambda: None)
+    monkeypatch.setattr(kernels, "flash_kernel", lambda: None)
     assert find_kernel(query(), None, 0.0) == "varlen"
     for portable in (
         (query(), 50.0, 0.0),
