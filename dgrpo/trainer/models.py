@@ -18,7 +18,7 @@ from dgrpo.trainer.attempts import load_function
 from dgrpo.trainer.config import Model, RunSettings
 from dgrpo.trainer.config.settings import Teacher as TeacherSettings
 from dgrpo.trainer.loading import loading
-from dgrpo.trainer.policy import PolicyModel, fsdp, load
+from dgrpo.trainer.policy import PolicyModel, fsdp, huggingface
 from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
 from dgrpo.trainer.teachers.served import HttpTopK
 from dgrpo.trainer.vocabulary import common_vocab, teacher_tokenizer
@@ -58,7 +58,7 @@ def frozen(
     """The model of `model` or `teacher`, only read: in teacher.dtype, sharded like the policy."""
     wanted = settings.teacher.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     with loading("model.name" if group is settings.model else "teacher.name", group.name):
-        model = load.from_pretrained(
+        model = huggingface.from_pretrained(
             group.name,
             dtype=getattr(torch, wanted),
             revision=group.revision,
@@ -79,7 +79,7 @@ def load_policy(model: Model, seed: int = 0) -> PolicyModel:
     }
     if model.name is not None:
         with loading("model.name", model.name):
-            loaded = load.from_pretrained(
+            loaded = huggingface.from_pretrained(
                 model.name,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
@@ -97,7 +97,7 @@ def load_policy(model: Model, seed: int = 0) -> PolicyModel:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise ValueError(f"model.config.{key}: unknown to {kind}{hint}")
-    return PolicyModel.from_config(AutoConfig.for_model(kind, **fields), **common)
+    return PolicyModel(huggingface.from_config(AutoConfig.for_model(kind, **fields), **common))
 
 
 def lora_config(model: Model) -> LoraConfig | None:

@@ -19,8 +19,8 @@ from dgrpo.trainer.batch.sample import Sample
 class Micro:
     """S sequences laid end to end, ready for one forward pass. Made by `pack`.
 
-    A sequence is a sample, or of samples that share their prompt P: first their prefix, P without
-    its last token, then a branch for each, that token and its completion.
+    A sequence is a whole sample. Samples that share a prompt take several: first their prefix (the
+    prompt without its last token), then one branch each (that token and the completion).
     """
 
     input_ids: Tensor  # (1, T) int64
@@ -94,7 +94,7 @@ class Micro:
         if values.numel() != self.targets.numel():
             raise ValueError(
                 f"values: got {values.numel()} elements, expected {self.targets.numel()}, "
-                "one a token of the micro"
+                "one per token of the micro"
             )
         values = values.detach().reshape(-1).cpu()
         pieces = [values[start : start + tokens].clone() for start, tokens in self.spans]

@@ -73,7 +73,7 @@ def _branches(samples: Sequence[Sample], unit: Sequence[int]) -> int:
 
 
 def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
-    """Bins of items by first-fit decreasing, ascending in each; a dearer item has its own."""
+    """Bins of items by first-fit decreasing, ascending in each; one over the limit has its own."""
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: ties in order
@@ -87,10 +87,10 @@ def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Names of the fields that all samples of a call must have alike and that these have.
+    """Names of the optional per-token fields that these samples have.
 
     Raises:
-        ValueError: a field that some samples have and others lack.
+        ValueError: some samples have a field and others lack it.
     """
     names = []
     for name in SHARED:
@@ -102,26 +102,6 @@ def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
         if have:
             names.append(name)
     return tuple(names)
-
-
-def split_evenly(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Assign items to `parts` (ranks, say) with sums of costs that are close.
-
-    The dearest item first, each to the cheapest part so far. Deterministic; the indices within a
-    part ascend.
-
-    Raises:
-        ValueError: `parts` below 1.
-    """
-    if parts < 1:
-        raise ValueError(f"parts: got {parts}, expected at least 1")
-    sums = [0.0] * parts
-    chosen: list[list[int]] = [[] for _ in range(parts)]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        part = min(range(parts), key=lambda p: (sums[p], len(chosen[p]), p))
-        chosen[part].append(i)
-        sums[part] += costs[i]
-    return [sorted(part) for part in chosen]
 
 
 def balanced_count(micros: list[Micro], **coefficients: Any) -> list[Micro]:

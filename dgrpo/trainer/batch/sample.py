@@ -67,7 +67,7 @@ class Sample:
     teacher_mask: Tensor | None = None  # (C,) bool: tokens that the teacher guides; None = all
     teacher_rows: Tensor | None = None  # (C,) int64, by a teacher: row of its states, -1 = none
     topk: tuple[Tensor, Tensor] | None = None  # by a teacher: ids and log-probabilities, (C, K)
-    group: int = 0  # samples of one number, e.g. the completions of a prompt, may share it
+    group: int = 0  # samples of the same group may share their prompt
     index: int = 0
     teacher_factor: float = 1.0  # multiplies the teacher's coefficient
     origin: Origin | None = None
@@ -87,14 +87,9 @@ class Sample:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != (tokens,):
                 raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, expected ({tokens},), one entry a "
+                    f"{name}: got shape {tuple(value.shape)}, expected ({tokens},), one entry per "
                     "completion token"
                 )
-
-    @property
-    def length(self) -> int:
-        """Number of packed tokens of the sample alone, P + C - 1."""
-        return self.prompt_ids.numel() + self.completion_ids.numel() - 1
 
     @property
     def mask(self) -> Tensor:

@@ -42,8 +42,8 @@ _T = TypeVar("_T")
 class Checkpointer:
     """The checkpoints of one run: `folder/step-00000012`, each complete or not there at all.
 
-    Make it, and call its methods, on every rank alike. A failure on one rank raises
-    `CheckpointError` on all of them, with the rank and the file in its message.
+    Make it, and call its methods, on every rank. A failure on one rank raises `CheckpointError` on
+    all of them, with the rank and the file in its message.
 
     Args:
         folder: where the checkpoints lie, on a file system that all ranks share.
@@ -75,7 +75,7 @@ class Checkpointer:
         self._pending: Future | None = None
         self._stager: DefaultStager | None = None
         self._dcp = {"process_group": self.ranks.group, "no_dist": self.ranks.world == 1}
-        # DCP warns on every call that it works in one process, which is what is wanted.
+        # DCP warns on every call that it works in one process, as intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def steps(self) -> list[int]:
@@ -87,7 +87,8 @@ class Checkpointer:
     ) -> None:
         """Saves the run at `state.step`. Collective; first waits for the save before.
 
-        Raises CheckpointError for that one if it failed, and for this one if it is synchronous.
+        Raises:
+            CheckpointError: that one failed, or, if synchronous, this one.
         """
         self.wait()
         tensors, encoded, error = {}, ("", {}), None
@@ -137,7 +138,7 @@ class Checkpointer:
             raise CheckpointError(text) from error
 
     def wait(self) -> None:
-        """Returns once the save under way is complete; raises its error, on every rank alike."""
+        """Waits for the save under way; raises its error, on every rank."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -150,13 +151,16 @@ class Checkpointer:
     ) -> RunState | None:
         """Loads a checkpoint in place and returns its state; None if there is none. Collective.
 
-        The newest by default. One that is damaged is reported and the one before is taken; if all
-        are, the one asked for is, or one is of another format, CheckpointError says so. Later ones
-        than that restored are set aside, and removed by the next save. Random numbers are restored
-        too, so call this last, after the model is built, sharded and its optimiser made.
+        The newest by default; where it is damaged that is printed and the one before is taken.
+        Later ones than that restored are set aside, and removed by the next save. Random numbers
+        are restored too, so call this last, after the model is built, sharded and its optimiser
+        made.
 
-        With another number of ranks than at the save, rollouts in flight are dealt anew in their
-        order, and a rank that is new gets random numbers seeded from rank 0's.
+        With another number of ranks than at the save, rollouts in flight are distributed over the
+        ranks in their order, and a new rank gets random numbers seeded from rank 0's.
+
+        Raises:
+            CheckpointError: all are damaged, or `step`'s is; or one is of another format.
         """
         self.wait()
         folder = self._choose(step)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: streamed safetensors, the manifest, what proves that all are whole.
+"""The files of a checkpoint: streamed safetensors, and the manifest that shows damage.
 
 A folder `step-00000012` appears by one rename after every file in it, the manifest last, has
 reached the disk. The manifest lists each file's size and CRC-32, so a missing, short or altered
@@ -43,7 +43,11 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a dtype, `"BF16"`; raises TypeError for one that the format lacks."""
+    """The safetensors name of a dtype, such as `"BF16"`.
+
+    Raises:
+        TypeError: the format has no such dtype.
+    """
     if dtype not in _NAMES:
         raise TypeError(f"dtype: got {dtype}, expected one of {sorted(_NAMES.values())}")
     return _NAMES[dtype]
@@ -104,7 +108,10 @@ def write_tensors(path: Path, pieces: Iterable[Piece], metadata: dict[str, str])
     """Writes one safetensors file, a tensor at a time, and flushes it to the disk.
 
     `pieces` are `(key, dtype, shape, tensor)` with `tensor()` called when its turn comes, so that
-    only one is on the host. Returns `{"bytes", "crc32"}`. Raises OSError with the path.
+    only one is on the host. Returns `{"bytes", "crc32"}`.
+
+    Raises:
+        OSError: with the path.
     """
     # Widest dtypes first, as readers want every tensor aligned to its item size.
     pieces = sorted(pieces, key=lambda piece: -piece[1].itemsize)
@@ -162,7 +169,7 @@ def read_manifest(folder: Path) -> dict:
     if version != FORMAT:
         raise OtherFormat(
             f"{folder}: written in format {version}, this version of dgrpo reads format {FORMAT}; "
-            "go on with the version that wrote it, or start anew in another folder"
+            "go on with the version that wrote it, or start again in another folder"
         )
     return manifest
 
@@ -225,12 +232,12 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def discard(path: Path) -> None:
-    """Deletes a folder that was not finished; one that resists is left to the next `prune`."""
+    """Deletes an unfinished folder; what cannot be deleted is left to the next `prune`."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Makes all files in `temporary` durable and puts it in the place of `folder`."""
+    """Makes all files in `temporary` durable and replaces `folder` by it."""
     for path in temporary.iterdir():
         if path.is_file():
             with path.open("rb") as file:

@@ -48,7 +48,8 @@ class RunState:
 def encode(tree: object, name: str = "state") -> tuple[str, dict[str, torch.Tensor]]:
     """`(text, tensors)` of a tree; the tensors are copies on the CPU, keyed by their path.
 
-    Raises TypeError, naming the path, for a value of another type.
+    Raises:
+        TypeError: a value of another type; the message names its path.
     """
     tensors: dict[str, torch.Tensor] = {}
 

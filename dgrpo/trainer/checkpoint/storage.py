@@ -2,7 +2,7 @@
 
 DCP plans who writes and reads which piece of which tensor, on any number of ranks, and carries an
 error on one rank to all. Its own file-system storage pickles its index; here the index is JSON and
-the pieces are safetensors, a file a rank:
+the pieces are safetensors, one file per rank:
 
     index.json                   {tensor: {dtype, shape, pieces: [{offset, shape, file, key}]}}
     tensors-00000.safetensors    the pieces that rank 0 wrote
@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -37,6 +38,7 @@ from dgrpo.trainer.checkpoint import files
 from dgrpo.trainer.checkpoint.errors import CheckpointError
 
 INDEX = "index.json"
+_Plan = TypeVar("_Plan", SavePlan, LoadPlan)
 
 
 def tensors_file(rank: int) -> str:
@@ -66,7 +68,27 @@ class _Written:
     entry: dict | None = None
 
 
-class Writer(StorageWriter):
+class _OneFolder:
+    """DCP's hooks that a writer or reader of one folder does not need."""
+
+    def reset(self, checkpoint_id=None) -> None:
+        """Nothing: the folder is given to the constructor."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
+        """True, for the same reason."""
+        return True
+
+    def prepare_local_plan(self, plan: _Plan) -> _Plan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[_Plan]) -> list[_Plan]:
+        """The plans as they are."""
+        return plans
+
+
+class Writer(_OneFolder, StorageWriter):
     """Writes `folder` by way of `folder.tmp`, which `finish` renames once all is on the disk.
 
     `state` is this rank's `(text, tensors)` of `encode`. `error` is what went wrong here before
@@ -89,9 +111,6 @@ class Writer(StorageWriter):
         self.step, self.rank, self.world_size = step, rank, world_size
         self.state, self.error, self.committed = state, error, committed
 
-    def reset(self, checkpoint_id=None) -> None:
-        """DCP's hook for a new identifier; this writer is made for one folder."""
-
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
         """Makes the temporary folder on the coordinator, before any rank writes."""
         if self.error is not None:
@@ -100,16 +119,8 @@ class Writer(StorageWriter):
             shutil.rmtree(self.temporary, ignore_errors=True)
             self.temporary.mkdir(parents=True)
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leaves the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Leaves the plans as they are."""
-        return plans
-
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes this rank's two files; one result a piece and one a file."""
+        """Writes this rank's two files; one result per piece and per file."""
         text, tensors = self.state
         name = rank_file(self.rank)
         pieces = [(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in tensors.items()]
@@ -170,18 +181,13 @@ class Writer(StorageWriter):
         files.sync_folder(self.folder.parent)
         self.committed()
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        """True: the folder is given to the constructor."""
-        return True
-
 
 def _result(index: MetadataIndex, written: _Written) -> WriteResult:
     size = written.entry["bytes"] if written.entry else 0
     return WriteResult(index=index, size_in_bytes=size, storage_data=written)
 
 
-class Reader(StorageReader):
+class Reader(_OneFolder, StorageReader):
     """Reads the pieces that this rank needs, and of each piece only the part that it needs."""
 
     def __init__(self, folder: Path):
@@ -194,9 +200,6 @@ class Reader(StorageReader):
             fqn: (files.DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
             for fqn, entry in self.index.items()
         }
-
-    def reset(self, checkpoint_id=None) -> None:
-        """DCP's hook for a new identifier; this reader is made for one folder."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         """DCP's view of the index."""
@@ -216,16 +219,8 @@ class Reader(StorageReader):
         """Keeps where every piece lies."""
         self.places = metadata.storage_data
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leaves the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leaves the plans as they are."""
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies every wanted slice into its tensor, a file at a time."""
+        """Copies every wanted slice into its tensor, one file at a time."""
         by_file: dict[str, list] = {}
         for item in plan.items:
             file, key = self.places[item.storage_index]
@@ -243,11 +238,6 @@ class Reader(StorageReader):
                     target.copy_(value)
                     planner.commit_tensor(item, target)
         return _done(None)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        """True: the folder is given to the constructor."""
-        return True
 
 
 def read_rank(folder: Path, rank: int) -> tuple[str, dict[str, torch.Tensor]]:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dgrpo.trainer.checkpoint.errors import CheckpointError
@@ -51,7 +50,7 @@ def optimizer_tensors(
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
 
-    The rest, one dict an optimiser: `kind` (its class), `groups` (each group's settings, `params`
+    The rest, one dict per optimiser: `kind` (its class), `groups` (each group's settings, `params`
     as names) and `state` (`{name: {key: value, or None where the value is a tensor}}`).
     """
     tensors, rest = {}, []
@@ -118,8 +117,10 @@ def load_optimizers(
 ) -> None:
     """Gives the optimisers the saved state and learning rate.
 
-    Other options (betas, weight decay) stay those that they were made with. Raises CheckpointError
-    where kind, number or parameters differ.
+    Other options (betas, weight decay) stay those that they were made with.
+
+    Raises:
+        CheckpointError: the optimisers' number, kind or parameters differ.
     """
     names = _names(model)
     optimizers = list(optimizers)
@@ -164,8 +165,3 @@ def _difference(here: list[list[str]], there: list[list[str]]) -> str:
             if name not in mine:
                 return f"parameter group {number} lacks {name}, which the checkpoint's has"
     return "the parameters of its groups are in another order than in the checkpoint"
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor: the tensor itself, or a DTensor's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

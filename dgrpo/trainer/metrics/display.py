@@ -1,4 +1,4 @@
-"""What one watches while a run goes on: a live table on a terminal, a line a step elsewhere."""
+"""Progress of a run: a live table on a terminal, one line per step elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a step, appended; cut back when a run resumes."""
+"""`metrics.jsonl`: one JSON object per step, appended; cut back when a run resumes."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class RunLog:
         folder: of the run.
         resume_step: the step of the checkpoint that the run goes on from: later lines of
             `metrics.jsonl` and later rollouts are removed. None for a run that starts: a folder
-            that has metrics is refused.
+            that has metrics raises.
         total_steps: for the display's time left, if known.
         tensorboard: also write event files to `folder/tensorboard`.
         wandb: a W&B project to log to as well; the run's id is kept in `folder/wandb.json` and

@@ -1,4 +1,4 @@
-"""The numbers of one step over all tokens, micro-batches and ranks, with one exchange."""
+"""The numbers of one step over all tokens, micro-batches and ranks, in one collective."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StepMetrics:
             weight = 1.0 if weights is None else float(weights)
             self._add(name, "mean", float(values) * weight if weight else 0.0, weight)
             return
-        values = values.detach().to(_wide(values))
+        values = values.detach().double()
         if weights is None:
             self._add(name, "mean", values.sum(), float(values.numel()))
             return
@@ -111,14 +111,10 @@ class StepMetrics:
         }
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def _scalar(value: Value, fold: Callable[[Tensor], Tensor]) -> Value:
     if not isinstance(value, Tensor):
         return float(value)
-    return fold(value.detach().to(_wide(value)))
+    return fold(value.detach().double())
 
 
 def _numbers(values: list[Value]) -> list[float]:

@@ -1,4 +1,4 @@
-r"""Rollouts to read: `rollouts/step-00000012-00000.jsonl.gz`, a file a step and rank.
+r"""Rollouts to read: `rollouts/step-00000012-00000.jsonl.gz`, one file per step and rank.
 
 A line is a rollout, a JSON object. Always there:
 
@@ -10,7 +10,7 @@ A line is a rollout, a JSON object. Always there:
                            character has "", the token that completes it the whole character
     reward                 a number, or null where the reward failed
 
-and, where the run has them: `rewards` (by name), `answer`, `finish_reason`, `tags`, and per token,
+and, where the run has them: `rewards` (by name), `finish_reason`, `tags`, and per token,
 (C,) lists, null where not finite: `advantage`, `divergence` (KL to the teacher, nats), `clipped`
 (0 or 1), `ratio`, `entropy`, `logprob`, `teacher_logprob`, `loss` (0 where the token has no loss).
 A value that is the same for all tokens may be given once, as a number.
@@ -86,10 +86,9 @@ def rollout_record(
     loss_mask: PerToken = None,
     rewards: Mapping[str, float] | None = None,
     finish_reason: str | None = None,
-    answer: str | None = None,
     tags: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One rollout as a line of the file, whose format the module tells. Per token: (C,)."""
+    """One rollout as a line of the file, in the format above; per-token values are (C,)."""
     prompt = [int(i) for i in prompt_ids]
     tokens = [int(i) for i in completion_ids]
     per_token = {
@@ -104,7 +103,6 @@ def rollout_record(
     }
     optional = {
         "rewards": {name: _number(value) for name, value in rewards.items()} if rewards else None,
-        "answer": answer,
         "finish_reason": finish_reason,
         "tags": dict(tags) if tags else None,
         **{name: _per_token(name, values, len(tokens)) for name, values in per_token.items()},

@@ -41,7 +41,6 @@ def shard(
     *,
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = torch.float32,
-    reshard_after_forward: bool = True,
     cpu_offload: bool = False,
     checkpoint_activations: bool = False,
 ) -> PolicyModel:
@@ -56,8 +55,6 @@ def shard(
         mesh: of one or two dimensions, see `dgrpo.distributed.make_mesh`.
         compute_dtype: dtype of gathered parameters and activations; None = the parameters' own.
         reduce_dtype: dtype in which gradients are summed over ranks; None = `compute_dtype`.
-        reshard_after_forward: free a layer's gathered parameters after its forward and gather them
-            again in backward.
         cpu_offload: keep shards, gradients and optimiser state in host memory (GPU only).
         checkpoint_activations: keep only the input of each decoder layer, and compute the layer
             again in backward.
@@ -83,8 +80,8 @@ def shard(
     }
     sharded: list[tuple[nn.Module, bool]] = []
     for layer in model.layers:
-        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
-        sharded.append((layer, reshard_after_forward))
+        fully_shard(layer, reshard_after_forward=True, **options)
+        sharded.append((layer, True))
     # Backward starts with the head: what it gathered in forward stays. A frozen one has none.
     again = not any(parameter.requires_grad for parameter in model.parameters())
     if not model.tied and not model.adapted_head:
@@ -130,15 +127,15 @@ def reset_rotary(model: nn.Module) -> None:
 
 
 def gradient_scale(mesh: DeviceMesh | None) -> int:
-    """Over how many ranks gradients are averaged: token weights are multiplied by it."""
+    """The number of ranks over which gradients are averaged; token weights are multiplied by it."""
     return 1 if mesh is None else mesh.size()
 
 
 def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> None:
-    """Say, before a micro-batch's forward, whether its gradients are reduced over ranks.
+    """Set, before a micro-batch's forward, whether its gradients are reduced over ranks.
 
     Args:
-        model: nothing happens to one that is not sharded.
+        model: one that is not sharded is left as it is.
         last: this is the last micro-batch of the optimiser step.
         every_micro: reduce-scatter after each micro-batch (replicas of HSDP sum at the last alone).
             False accumulates gradients of the full size on every rank and reduces them at the last.
@@ -176,7 +173,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters and put the shards in their place. Nothing without FSDP."""
+    """Free gathered parameters and put the shards in their place; no-op without FSDP."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

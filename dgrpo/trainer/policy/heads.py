@@ -1,4 +1,4 @@
-"""What models do to their logits, and LoRA on the head."""
+"""How models transform their logits, and LoRA on the head."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def head_of(causal: PreTrainedModel) -> nn.Linear:
     """The linear head of a causal model, below LoRA where the head has it.
 
     Raises:
-        TypeError: the output embedding is something else.
+        TypeError: the output embedding is neither.
     """
     head = causal.get_output_embeddings()
     if isinstance(head, nn.Module) and hasattr(head, "lora_A"):
@@ -60,7 +60,8 @@ def install_head(causal: PreTrainedModel) -> None:
     """Put a `FusedHead` (or `LoraHead`) in the place of the head, sharing its parameters.
 
     Raises:
-        TypeError, ValueError: see `head_of` and `logit_transform`.
+        TypeError: see `head_of`.
+        ValueError: see `logit_transform`.
     """
     linear, holder = head_of(causal), causal.get_output_embeddings()
     scale, softcap = logit_transform(causal)
@@ -89,7 +90,7 @@ def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
     head's, and without its body, which costs nothing.
 
     Raises:
-        ValueError: the forward does something else.
+        ValueError: the model's forward changes logits in another way.
     """
     config, linear = causal.config.get_text_config(), head_of(causal)
     multiplier = getattr(config, "logit_scale", None) or 1.0
@@ -114,7 +115,7 @@ def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
 
 
 class _Given(BaseModelOutputWithPast):
-    """What a body returns; every other field that a model may ask for is None."""
+    """The output of a body; every other field that a model may ask for is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -124,7 +125,7 @@ class _Given(BaseModelOutputWithPast):
 
 @contextlib.contextmanager
 def _replaced(module: nn.Module, result: object) -> Iterator[None]:
-    """Within it, the module returns `result`."""
+    """Within the context, the module returns `result`."""
     forward: Callable = lambda *args, **kwargs: result  # noqa: E731
     before = module.__dict__.get("forward")
     module.forward = forward

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 def from_pretrained(
@@ -31,8 +31,8 @@ def from_pretrained(
         kwargs: more arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError: weights that are not those of the folder's `config.json`. transformers alone
-            would fill in random ones.
+        ValueError: weights that do not fit the folder's `config.json`; transformers alone would
+            fill in random ones.
     """
     model, info = AutoModelForCausalLM.from_pretrained(
         path,
@@ -48,20 +48,14 @@ def from_pretrained(
 
 
 def from_config(
-    config: PretrainedConfig | str,
+    config: PretrainedConfig,
     *,
     dtype: torch.dtype = torch.float32,
     lora: Any = None,
     liger: bool = False,
-    trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A model with random weights from a configuration, or from a folder that holds one."""
-    if isinstance(config, str):
-        config = AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    return _adapted(model, lora, liger)
+    """A model with random weights."""
+    return _adapted(AutoModelForCausalLM.from_config(config, dtype=dtype), lora, liger)
 
 
 def apply_liger(model: PreTrainedModel) -> None:
@@ -90,7 +84,7 @@ def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
 
 
 def _check_weights(info: dict[str, Any]) -> None:
-    """ValueError where weights have another shape than the model's parameters, or are missing."""
+    """Raise ValueError where weights are missing or have another shape than the parameters."""
     problems = [
         f"{name} has shape {list(found)}, by its config.json {list(wanted)}"
         for name, found, wanted in sorted(info["mismatched_keys"])

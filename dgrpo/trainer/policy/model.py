@@ -18,7 +18,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dgrpo.head import FusedHead, HeadInputs, HeadOutput
 from dgrpo.trainer.attention.dispatch import packed_arguments, use_packed_attention
 from dgrpo.trainer.attention.packed import Prefixes
-from dgrpo.trainer.policy import load
 from dgrpo.trainer.policy.heads import LoraHead, fp32_logits, head_of, install_head
 
 
@@ -48,16 +47,6 @@ class PolicyModel(nn.Module):
         # Set by `fsdp.shard`: FSDP modules with their reshard_after_forward, the mesh's device.
         self.sharded: list[tuple[nn.Module, bool]] = []
         self.mesh_device: torch.device | None = None
-
-    @classmethod
-    def from_pretrained(cls, path: str, **options: Any) -> PolicyModel:
-        """From a folder or the hub; see `dgrpo.trainer.policy.load.from_pretrained`."""
-        return cls(load.from_pretrained(path, **options))
-
-    @classmethod
-    def from_config(cls, config: PretrainedConfig | str, **options: Any) -> PolicyModel:
-        """With random weights; see `dgrpo.trainer.policy.load.from_config`."""
-        return cls(load.from_config(config, **options))
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -137,7 +126,7 @@ class PolicyModel(nn.Module):
         inputs: HeadInputs,
         prefixes: Prefixes | None = None,
     ) -> HeadOutput:
-        """What a training or scoring step calls: `policy(**micro.model_args(), inputs=...)`.
+        """One pass of training or scoring: `policy(**micro.model_args(), inputs=...)`.
 
         Args:
             input_ids: (1, T) int64 packed tokens.
@@ -191,9 +180,9 @@ class PolicyModel(nn.Module):
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Evaluation with all parameters gathered: a forward pass needs no communication then.
+        """Evaluation mode with all parameters gathered: forward passes need no communication.
 
-        For sampling, which would gather them for every token otherwise. Under FSDP all ranks must
+        For sampling, which would otherwise gather them for every token. Under FSDP all ranks must
         enter together; inside they may run different numbers of passes. At the end the parameters
         are sharded again, and training mode is as before.
         """

@@ -86,9 +86,9 @@ def _digits(value: float) -> float:
 def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
     """Rollouts of about `limit` bytes, by step, group and index; and notes on those left out.
 
-    One group of every step, then the steps' other groups. Where not even one group a step fits, the
-    steps are spread evenly; files that nothing is taken from are not read. At least one group is
-    taken.
+    One group of every step, then the steps' other groups. Where not even one group per step fits,
+    the steps are spread evenly; files that nothing is taken from are not read. At least one group
+    is taken.
     """
     by_step: dict[int, list[Path]] = {}
     for path in paths:

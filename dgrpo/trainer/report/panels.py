@@ -1,4 +1,4 @@
-"""Which metrics are drawn together, in which order, under which title."""
+"""Which metrics share a panel, in which order and under which title."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIRST = {
     "teacher_coef": "teacher coefficient",
     "time/tokens_per_second": "tokens per second",
     "memory/peak_gib": "peak memory (GiB)",
-    # Many times a step's, it would flatten the other times.
+    # Apart from the other times: it takes many times as long as a step.
     "time/evaluation": "seconds of an evaluation",
 }
 # One panel for all names below a prefix.

@@ -1,4 +1,4 @@
-"""A run's files, finished or not: what cannot be read is counted, never fatal."""
+"""Reading a run's files, finished or not: what is unreadable is counted and noted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ class Stage:
 
 
 def read_run(folder: Path) -> list[Stage]:
-    """The stages of a run, earliest first. Raises ValueError where the folder holds none."""
+    """The stages of a run, earliest first.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
     if not folder.is_dir():
         raise ValueError(f"run_dir: got {folder}, which is no folder, expected that of a run")
     folders = [folder] if (folder / METRICS).exists() else []
@@ -97,7 +101,7 @@ def _count(steps: list[int]) -> str:
 
 
 def _is_lost(value: object) -> bool:
-    """Whether a metric was logged at a step, but as no finite number: the log writes null."""
+    """Whether a metric was logged as a number that is not finite, which the log writes as null."""
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
@@ -107,7 +111,7 @@ def _finite(value: object) -> float | None:
 
 
 def read_lines(data: bytes) -> tuple[list[dict], int]:
-    """The JSON objects of a file of lines, and how many lines are none, such as a last half."""
+    """The JSON objects of a file of lines, and how many other lines there are."""
     records, bad = [], 0
     for line in data.splitlines():
         try:
@@ -122,7 +126,7 @@ def read_lines(data: bytes) -> tuple[list[dict], int]:
 
 
 def read_rollouts(path: Path) -> tuple[list[dict], int]:
-    """The rollouts of one file, of one cut off those before; and how many are unreadable."""
+    """The rollouts of one file, up to where it is cut off; and how many are unreadable."""
     unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)
     data, cut = b"", 0
     try:

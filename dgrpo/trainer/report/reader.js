@@ -89,7 +89,6 @@ function drawFacts(rollout) {
   const clipped = mean(rollout, "clipped");
   if (clipped !== null) facts.push(["clipped", `${number(100 * clipped)} %`]);
   facts.push(["tokens", `${rollout.text.length}${rollout.finish_reason ? ` (${rollout.finish_reason})` : ""}`]);
-  if (rollout.answer) facts.push(["answer", rollout.answer]);
   for (const [name, value] of Object.entries(rollout.tags || {})) if (value !== "") facts.push([name, String(value)]);
   $("facts").replaceChildren(...terms(facts.map(([name, value]) => [name, String(value)])).children);
 }

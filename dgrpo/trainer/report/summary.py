@@ -1,4 +1,4 @@
-"""What a reader wants to know of a run first: its settings, where it started and where it ended."""
+"""The head of the page: a run's settings, and where its metrics started and ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Settings = list[tuple[str, str]]
 
 
 class Change(NamedTuple):
-    """From where to where a metric went."""
+    """Start and end of a metric."""
 
     title: str
     start: float
@@ -123,7 +123,7 @@ def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
 
 
 def _value(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    """The run's value of a setting, or what stands for it: none in a group that is off."""
+    """The run's value of a setting, else its default; None in a group that is off."""
     parts = name.split(".")
     off = any(".".join(parts[:i]) in values for i in range(1, len(parts)))
     return values.get(name, None if off else defaults.get(name))

@@ -2,8 +2,8 @@
 
 Samples run in waves that fit the cache. A wave prefills its prompts without padding, each once,
 then draws a token for all of its samples in one forward pass, and drops those that have ended.
-Under FSDP the parameters are gathered once for the whole call, so that a token costs no
-communication and ranks may finish at different lengths.
+Under FSDP the parameters are gathered once per call, so that decoding needs no communication and
+ranks may finish at different lengths.
 
 Left out: refilling a running wave with waiting prompts, a cache shared between prompts with a
 common beginning, paged memory. A serving engine behind the same protocol has them.
@@ -35,12 +35,12 @@ class _Unit(NamedTuple):
 
 
 class HFSampler:
-    """Samples from a :class:`dgrpo.trainer.policy.PolicyModel`, sharing its parameters.
+    """Samples from a `PolicyModel`, sharing its parameters.
 
     Args:
         policy: the model; it is switched to evaluation for the time of a call.
         tokenizer: for stop strings and the end-of-sequence token.
-        vocab_size: sample among the first ``vocab_size`` columns of the head only, as the loss with
+        vocab_size: sample among the first `vocab_size` columns of the head only, as the loss with
             the same option does; None: all.
         batch_tokens: tokens (prompts once, completions at their longest) in the cache at once. A
             single sample that is longer runs alone.
@@ -62,7 +62,7 @@ class HFSampler:
         self._stops: dict[tuple, Stops] = {}
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Note the version. The parameters are the policy's own; ``weights`` is left alone."""
+        """Note the version. The parameters are the policy's own; `weights` is left alone."""
         self.version = version
 
     def generate(
@@ -73,7 +73,7 @@ class HFSampler:
         *,
         keys: Sequence[int | str] | None = None,
     ) -> list[Rollout]:
-        """Complete every prompt ``n`` times, see :class:`dgrpo.trainer.rollout.Sampler`.
+        """Complete every prompt `n` times, see `Sampler`.
 
         Raises:
             ValueError: an empty prompt, one that leaves no room in the model's context, a wrong
@@ -94,7 +94,7 @@ class HFSampler:
         return rollouts
 
     def stops(self, sampling: Sampling) -> Stops:
-        """The stops of a call: those of ``sampling``, by default the model's and tokenizer's."""
+        """What ends a completion: by default the end tokens of model and tokenizer."""
         key = sampling.stop_token_ids, sampling.stop_strings
         if key not in self._stops:
             ids = sampling.stop_token_ids
@@ -103,7 +103,7 @@ class HFSampler:
         return self._stops[key]
 
     def _run(self, prompts: list[Tensor], keys: list[Tensor], sampling: Sampling) -> Record:
-        """One wave: prompts in the cache's order, and each one's keys (width,)."""
+        """Sample one wave: prompts in the cache's order, and each one's keys (width,)."""
         device = self.policy.device
         widths = [len(k) for k in keys]
         samples = torch.arange(sum(widths))
@@ -196,7 +196,7 @@ class HFSampler:
 
 
 def _stride(device: torch.device) -> int:
-    """Tokens drawn between two looks at what has ended; a look waits for the GPU."""
+    """Tokens drawn between two checks of what has ended; a check waits for the GPU."""
     return 1 if device.type == "cpu" else 16
 
 
@@ -221,7 +221,7 @@ def _waves(lengths: list[int], n: int, sampling: Sampling, budget: int) -> Itera
 
 
 def _chunks(prompts: list[Tensor], size: int) -> Iterable[list[Tensor]]:
-    """Neighbours of at most ``size`` tokens together, at least one."""
+    """Neighbours of at most `size` tokens together, at least one."""
     some: list[Tensor] = []
     for prompt in prompts:
         if some and sum(map(len, some)) + len(prompt) > size:

@@ -1,7 +1,7 @@
 """Keys and values of the running samples, laid out for groups that share a prompt.
 
 G groups, W samples each (the width), P prompt tokens, S generated tokens, h key heads, r query
-heads per key head, d head width. The prompts lie in the cache once a group, not once a sample:
+heads per key head, d head width. The cache holds a prompt once per group, not once per sample:
 
     prompt   (G, h, P, d)       right-aligned, so that the distance to the end is the same in all
     suffix   (G, W, h, S, d)    grown by doubling
@@ -11,7 +11,7 @@ similar prompt length form a bucket and are padded to its longest. Sliding-windo
 the last window of the prompt.
 
 Hugging Face's own cache is not used: a batch is always packed, (1, T) tokens, and the attention
-function hands query, key and value to :meth:`KVCache.attend`, at the prefill with T = tokens of
+function hands query, key and value to `KVCache.attend`, at the prefill with T = tokens of
 some prompts, then with T = samples, one token each.
 """
 
@@ -27,7 +27,7 @@ _SCORES = 1 << 27  # attention scores (fp32) held at once
 
 @dataclass
 class Bucket:
-    """Groups whose prompts are padded to one length."""
+    """Groups whose prompts are padded to the same length."""
 
     lengths: list[int]  # of the G prompts
     width: int
@@ -64,13 +64,8 @@ class KVCache:
             self.places += [(bucket, i) for i in range(len(same))]
             self.buckets.append(bucket)
 
-    @property
-    def rows(self) -> int:
-        """Tokens of a decoding step."""
-        return sum(bucket.rows for bucket in self.buckets)
-
     def prefill(self, lengths: Sequence[int]) -> None:
-        """The next forward pass holds the next ``len(lengths)`` groups' prompts."""
+        """The next forward pass holds the next `len(lengths)` groups' prompts."""
         self.filled += len(self.chunk)
         self.chunk = list(lengths)
 
@@ -159,7 +154,7 @@ class KVCache:
     def _attend_bucket(
         self, bucket, layer, query, key, value, out, scaling, window, softcap
     ) -> None:
-        """Write the attention of a bucket's rows into ``out`` (h r, G W, d)."""
+        """Write the attention of a bucket's rows into `out` (h r, G W, d)."""
         prompt_k, prompt_v = bucket.prompt[layer]
         groups, heads, size, dim = prompt_k.shape
         repeat = query.shape[0] // heads

@@ -1,10 +1,10 @@
-"""What a sampler is given and what it returns, and how a token is drawn.
+"""Settings and results of sampling, and how a token is drawn.
 
 Every random number is a function of (seed, step, prompt, index, position) and of nothing else: a
 sample draws the same whatever is generated beside it, in which order and on which rank, and so does
-a resumed run. :func:`stream_keys` hashes the first four into one key a sample, :func:`uniforms`
-turns key and position into a number by SplitMix64 (Steele et al., OOPSLA 2014), which needs no
-state, and :func:`draw` inverts the cumulative distribution at it.
+a resumed run. `stream_keys` hashes the first four into one key per sample, `uniforms` turns key and
+position into a number by SplitMix64 (Steele et al., OOPSLA 2014), which needs no state, and `draw`
+inverts the cumulative distribution at it.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class Sampling:
     seed: int = 0
     """Seed of the run."""
     step: int = 0
-    """Step of the run, so that the same prompt draws anew in each."""
+    """Step of the run: the same prompt draws other tokens in each."""
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -73,7 +73,7 @@ class Sampler(Protocol):
         *,
         keys: Sequence[int | str] | None = None,
     ) -> list[Rollout]:
-        """Complete every prompt ``n`` times; sample j of prompt i is at ``i * n + j``.
+        """Complete every prompt `n` times; sample j of prompt i is at `i * n + j`.
 
         Called on all ranks alike, each with its own prompts, or none.
 
@@ -81,8 +81,8 @@ class Sampler(Protocol):
             prompts: token ids, at least one each.
             n: completions per prompt.
             sampling: length, stops, temperature, seed and step.
-            keys: what stands for each prompt in its random numbers; None: its token ids. Prompts
-                that occur twice in a step need different keys, or they draw the same completions.
+            keys: the seed of each prompt's random numbers; None: its token ids. Prompts that occur
+                twice in a step need different keys, or they draw the same completions.
         """
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -110,7 +110,7 @@ def stream_keys(sampling: Sampling, keys: Iterable[int | str | bytes], n: int) -
 
 
 def uniforms(keys: Tensor, position: int) -> Tensor:
-    """Number ``position`` of each key's stream: fp64 in [0, 1), shaped like ``keys``.
+    """Number `position` of each key's stream: fp64 in [0, 1), shaped like `keys`.
 
     SplitMix64: the state is key + (position + 1) * gamma, the output its mixed bits. All in
     wrapping int64 arithmetic, hence the same bits on every device.
@@ -123,7 +123,7 @@ def uniforms(keys: Tensor, position: int) -> Tensor:
 
 
 def draw(logits: Tensor, u: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row.
+    """Draw one token per row.
 
     Args:
         logits: (R, V) fp32.

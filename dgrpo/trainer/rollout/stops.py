@@ -1,4 +1,4 @@
-"""Where completions end: tokens and texts that stop them, and the record of what was drawn."""
+"""What ends completions (tokens and texts), and the record of what was drawn."""
 
 from collections.abc import Iterable, Sequence
 
@@ -70,7 +70,7 @@ class Record:
         """Take the latest c tokens of each row.
 
         Args:
-            samples: (R,) int64, the sample of each row, -1 for a row without.
+            samples: (R,) int64, the sample of each row, -1 where it has none.
             tokens, logprobs: c tensors (R,), on any device.
 
         Returns:

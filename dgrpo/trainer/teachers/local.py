@@ -1,6 +1,6 @@
 """Teachers: a frozen model on the same ranks, the policy on another prompt, a server's top k.
 
-All have the same two methods, so that a trainer has one road:
+All have the same two methods:
 
     teacher.attach(samples, max_tokens)      # once per batch, before packing
     inputs = micro.head_inputs("loss", teacher=teacher.head(micro), options=...)
@@ -32,7 +32,7 @@ class Teacher:
         model: sharded like the student, or not at all. Its parameters are frozen here.
         offload_above: bytes of a rank's hidden states above which they go to (pinned) host memory.
         offload_body: keep the decoder layers in host memory between calls of `attach`, so that the
-            student has their room.
+            student has their memory.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Teacher:
         self.hidden = torch.empty(0, model.hidden_size)  # (M, Ht) of the batch
 
     def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
-        """Read a batch: keep its hidden states, and note in `sample.teacher_rows` which is whose.
+        """Keep the hidden states of a batch, and set `sample.teacher_rows` to the rows of each.
 
         Collective: every rank calls it, with any number of samples.
 
         Args:
             samples: the batch; a sample's `teacher_prompt_ids` takes the place of its prompt.
             max_tokens: tokens of a forward pass.
-            packing: `share_prompts` as for `pack`.
+            packing: `share_prompts`, as for `pack`.
         """
         self.hidden = torch.empty(0, self.model.hidden_size)  # frees the last batch's first
         if self.offload_body:
@@ -61,7 +61,7 @@ class Teacher:
             self._move_layers("cpu")
 
     def head(self, micro: Micro) -> TeacherHead:
-        """What the loss head needs for `micro`, also where the teacher has no token of it."""
+        """The loss head's teacher for `micro`, also where none of its tokens is guided."""
         return _teacher_head(self.model, self.hidden, micro, self._open)
 
     @contextlib.contextmanager
@@ -123,10 +123,10 @@ class TopKSource(Protocol):
     """Where top-k log-probabilities come from, e.g. `dgrpo.trainer.teachers.served.HttpTopK`."""
 
     def topk(self, samples: Sequence[Sample], k: int) -> list[tuple[Tensor, Tensor] | None]:
-        """What the teacher says of the completion tokens of `sample.seen_by_teacher()`.
+        """Top-k log-probabilities of the completion tokens of `sample.seen_by_teacher()`.
 
         For each sample ids (C, K) int64, -1 = padding, and log-probabilities (C, K) fp32; K may
-        exceed k. None: there is no answer for this sample.
+        exceed k. None where there is no answer for a sample.
         """
         ...
 
@@ -157,7 +157,7 @@ class ServedTeacher:
         self.missing = sum(answer is None for answer in answers)
 
     def head(self, micro: Micro) -> TopKTeacher:
-        """What the loss head needs for `micro`, on its device."""
+        """The loss head's teacher for `micro`, on its device."""
         pieces = [sample.topk for sample in micro.samples]
         width = max((ids.shape[1] for ids, _ in filter(None, pieces)), default=1)
         tokens, device = micro.targets.numel(), micro.targets.device
@@ -217,7 +217,7 @@ def _teacher_head(
     model: PolicyModel, hidden: Tensor, micro: Micro, opening: Callable[[], Any]
 ) -> TeacherHead:
     return TeacherHead(
-        hidden=hidden if len(hidden) else hidden.new_zeros(1, model.hidden_size),  # a row to index
+        hidden=hidden if len(hidden) else hidden.new_zeros(1, model.hidden_size),  # a dummy row
         weight=opening,
         logit_scale=model.head.logit_scale,
         logit_softcap=model.head.logit_softcap,

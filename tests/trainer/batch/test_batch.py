@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgrpo.head import HeadInputs
-from dgrpo.trainer.batch import Sample, balanced_count, filler, pack, shared_fields, split_evenly
+from dgrpo.trainer.batch import Sample, balanced_count, filler, pack
+from dgrpo.trainer.batch.packing import shared_fields
 from tests.tiny import make_groups, make_sample, make_samples
 
 
@@ -175,18 +176,9 @@ def test_shared_prompts_in_any_sizes(groups, limit):
             assert len(micro.sequence_ids[place].unique()) == 1
             assert torch.equal(micro.context.advantages[place], sample.advantages)
     together = sum(sum(micro.lengths) for micro in micros)
-    assert together <= sum(sample.length for sample in samples)
+    assert together <= sum(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in samples)
     again = pack(samples, limit)
     assert [m.indices for m in again] == [m.indices for m in micros]
-
-
-def test_costs_are_split_evenly():
-    parts = split_evenly([9, 1, 1, 1, 5, 4, 3], 2)
-    assert sorted(i for part in parts for i in part) == list(range(7))
-    assert [sum([9, 1, 1, 1, 5, 4, 3][i] for i in part) for part in parts] == [12, 12]
-    assert split_evenly([2, 2], 3) == [[0], [1], []]
-    with pytest.raises(ValueError, match="parts: got 0"):
-        split_evenly([1], 0)
 
 
 def test_a_filler_has_one_masked_token_and_the_same_fields():

@@ -260,7 +260,6 @@ def cases(world):
         "checkpointed_gspo": lambda: compare(
             tied, mesh, teacher=wide, objective=gspo, checkpoint_activations=True
         ),
-        "kept_after_forward": lambda: compare(untied, mesh, reshard_after_forward=False),
         "lora_head": lambda: compare(untied, mesh, lora=["q_proj", "lm_head"]),
         "lora_tied_head": lambda: compare(tied, mesh, lora=["v_proj", "lm_head"]),
         "inputs": lambda: inputs_arrive(mesh, cast=False),

@@ -32,7 +32,6 @@ EQUAL = (
     "hsdp_no_sync",
     "checkpointed",
     "checkpointed_gspo",
-    "kept_after_forward",
     "lora",
     "lora_head",
     "lora_tied_head",

@@ -11,8 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from dgrpo.head import FusedHead
 from dgrpo.trainer.batch import pack
-from dgrpo.trainer.policy import LoraHead, PolicyModel, apply_liger, fp32_logits
-from dgrpo.trainer.policy.load import liger_options
+from dgrpo.trainer.policy import PolicyModel
+from dgrpo.trainer.policy.heads import LoraHead, fp32_logits
+from dgrpo.trainer.policy.huggingface import (
+    apply_liger,
+    from_config,
+    from_pretrained,
+    liger_options,
+)
 from tests.tiny import (
     KINDS,
     SIZES,
@@ -199,7 +205,7 @@ def test_head_saved_as_a_module_raises():
 def test_loads_safetensors_and_no_pickles(tmp_path):
     model = tiny_model("qwen3")
     model.save_pretrained(tmp_path / "safe")
-    policy = PolicyModel.from_pretrained(str(tmp_path / "safe"))
+    policy = PolicyModel(from_pretrained(str(tmp_path / "safe")))
     for (_, got), want in zip(policy.model.named_parameters(), model.parameters(), strict=True):
         assert got.dtype == torch.float32 and torch.equal(got, want)
     pickled = tmp_path / "pickled"
@@ -207,7 +213,7 @@ def test_loads_safetensors_and_no_pickles(tmp_path):
     model.config.save_pretrained(pickled)
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        PolicyModel.from_pretrained(str(pickled))
+        PolicyModel(from_pretrained(str(pickled)))
 
 
 def test_code_in_a_folder_is_not_run(tmp_path):
@@ -221,15 +227,13 @@ def test_code_in_a_folder_is_not_run(tmp_path):
     config = config.replace('"model_type": "llama"', '"model_type": "own"')
     (tmp_path / "config.json").write_text(entry + config.lstrip()[1:])
     with pytest.raises(ValueError, match="trust_remote_code"):
-        PolicyModel.from_pretrained(str(tmp_path))
+        PolicyModel(from_pretrained(str(tmp_path)))
 
 
-def test_random_models_from_a_configuration(tmp_path):
+def test_random_models_from_a_configuration():
     config = tiny_model("qwen2").config
-    policy = PolicyModel.from_config(config, dtype=torch.bfloat16)
-    assert policy.head.weight.dtype == torch.bfloat16
-    config.save_pretrained(tmp_path)
-    assert PolicyModel.from_config(str(tmp_path)).vocab_size == VOCAB
+    policy = PolicyModel(from_config(config, dtype=torch.bfloat16))
+    assert policy.head.weight.dtype == torch.bfloat16 and policy.vocab_size == VOCAB
 
 
 def test_an_exported_configuration_names_no_attention_of_ours(tmp_path):
@@ -266,7 +270,7 @@ LIGER = """
 import torch
 from tests.tiny import tiny_model
 torch.cuda.is_available = lambda: True
-from dgrpo.trainer.policy import apply_liger
+from dgrpo.trainer.policy.huggingface import apply_liger
 from liger_kernel.transformers.rms_norm import LigerRMSNorm
 model = tiny_model({kind!r})
 before = type(model).forward, model.forward

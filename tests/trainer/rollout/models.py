@@ -5,6 +5,7 @@ import transformers
 
 from dgrpo.trainer.batch import Sample, pack
 from dgrpo.trainer.policy import PolicyModel
+from dgrpo.trainer.policy.huggingface import from_config
 
 VOCAB = 64
 SMALL = {
@@ -43,7 +44,7 @@ def make_policy(name: str = "llama", **changes) -> PolicyModel:
     if kind in ("Qwen2", "Granite", "Cohere"):
         fields.pop("head_dim")
     torch.manual_seed(0)
-    policy = PolicyModel.from_config(getattr(transformers, f"{kind}Config")(**fields))
+    policy = PolicyModel(from_config(getattr(transformers, f"{kind}Config")(**fields)))
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.dim() > 1:

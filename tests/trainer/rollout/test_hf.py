@@ -9,6 +9,7 @@ import transformers
 
 from dgrpo.trainer.batch import Sample, pack
 from dgrpo.trainer.policy import PolicyModel
+from dgrpo.trainer.policy.huggingface import from_config
 from dgrpo.trainer.rollout import HFSampler, Sampling, hf
 from dgrpo.trainer.rollout.kvcache import KVCache
 from tests.trainer.rollout.models import (
@@ -47,9 +48,8 @@ def test_logprobs_are_those_of_the_trainer(name, prompts):
 def test_lora_and_a_restricted_vocabulary(prompts):
     from peft import LoraConfig
 
-    policy = PolicyModel.from_config(
-        transformers.LlamaConfig(**SMALL), lora=LoraConfig(target_modules="all-linear", r=4)
-    )
+    lora = LoraConfig(target_modules="all-linear", r=4)
+    policy = PolicyModel(from_config(transformers.LlamaConfig(**SMALL), lora=lora))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
