@@ -132,8 +132,10 @@ def write_samples(run: Run, batch: Batch) -> None:
     values: dict[int, dict[str, Tensor]] = {}
     for micro, out in batch.outputs:
         fields = {
-            name: getattr(out, name)
-            for name in ("logprobs", "teacher_logprobs", "divergence", "entropy")
+            "logprob": out.logprobs,
+            "teacher_logprob": out.teacher_logprobs,
+            "divergence": out.divergence,
+            "entropy": out.entropy,
         } | {name: out.metrics[name] for name in ("ratio", "clipped") if name in out.metrics}
         for name, tensor in fields.items():
             if tensor is None:
@@ -142,25 +144,14 @@ def write_samples(run: Run, batch: Batch) -> None:
                 values.setdefault(place, {})[name] = own
     records = []
     for place, sample in enumerate(batch.samples[:wanted]):
-        own, scored = values[place], sample.scored
         zeros = torch.zeros(len(sample.completion_ids))
-        records.append(
-            rollout_record(
-                run.tokenizer,
-                step=run.state.step,
-                group=sample.group,
-                index=sample.index,
-                prompt_ids=sample.prompt_ids,
-                completion_ids=sample.completion_ids,
-                reward=scored and scored.reward,
-                rewards=scored and scored.parts,
-                advantages=zeros if sample.advantages is None else sample.advantages,
-                loss_mask=sample.mask,
-                finish_reason="length" if sample.sampled and sample.sampled.truncated else "stop",
-                tags=vars(sample.origin),
-                **{"clipped": zeros.bool(), **own},
-            )
-        )
+        own = {
+            "advantage": zeros if sample.advantages is None else sample.advantages,
+            "loss": sample.mask,
+            "clipped": zeros.bool(),
+            **values[place],
+        }
+        records.append(rollout_record(run.tokenizer, run.state.step, sample, own))
     write_rollouts(run.folder, run.state.step, records)
 
 

@@ -104,7 +104,11 @@ def test_a_shared_prompt_changes_no_step(home, tmp_path, objective):
     (shared, got), (apart, want) = found
     assert shared.loss == pytest.approx(apart.loss, rel=1e-4, abs=1e-6)
     assert shared.norm == pytest.approx(apart.norm, rel=1e-4)
-    assert shared.tokens < apart.tokens == sum(sample.length for sample in apart.samples)
+    assert (
+        shared.tokens
+        < apart.tokens
+        == sum(len(s.prompt_ids) + len(s.completion_ids) - 1 for s in apart.samples)
+    )
     for name, grad in want.items():
         assert (got[name] - grad).norm() <= 1e-4 * grad.norm().clamp(min=1e-6), name
 

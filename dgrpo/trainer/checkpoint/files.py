@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,41 +64,19 @@ def folder_step(path: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-class _Stream:
-    """A file that counts and checksums what is written to it, and names itself in errors."""
-
-    def __init__(self, path: Path):
-        self.path, self.bytes, self.crc = path, 0, 0
-
-    def __enter__(self):
-        self._file = self._guard(open, self.path, "wb")
-        return self
-
-    def _guard(self, call, *args):
-        try:
-            return call(*args)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write: {error.strerror}", str(self.path)) from error
-
-    def write(self, data) -> None:
-        self._guard(self._file.write, data)
-        self.bytes += len(data)
-        self.crc = zlib.crc32(data, self.crc)
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                self._guard(self._file.flush)
-                self._guard(os.fsync, self._file.fileno())
-        finally:
-            try:
-                self._guard(self._file.close)
-            except OSError:
-                if kind is None:
-                    raise
-
-    def entry(self) -> dict:
-        return {"bytes": self.bytes, "crc32": f"{self.crc:08x}"}
+def _write(path: Path, chunks: Iterable) -> dict:
+    """Write bytes to a file and flush it to the disk; its size and CRC-32."""
+    size = crc = 0
+    try:
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # that of a write does not name the file
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    return {"bytes": size, "crc32": f"{crc:08x}"}
 
 
 Piece = tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]
@@ -126,20 +104,20 @@ def write_tensors(path: Path, pieces: Iterable[Piece], metadata: dict[str, str])
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with _Stream(path) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
         for _, _, _, tensor in pieces:
             flat = tensor().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             for start in range(0, len(flat), _CHUNK):
-                stream.write(memoryview(flat[start : start + _CHUNK]))
-    return stream.entry()
+                yield memoryview(flat[start : start + _CHUNK])
+
+    return _write(path, chunks())
 
 
 def write_json(path: Path, value: object) -> dict:
     """Writes JSON and flushes it to the disk; returns `{"bytes", "crc32"}`."""
-    with _Stream(path) as stream:
-        stream.write(json.dumps(value, indent=1).encode())
-    return stream.entry()
+    return _write(path, [json.dumps(value, indent=1).encode()])
 
 
 def sync_folder(path: Path) -> None:

@@ -11,13 +11,6 @@ from dgrpo.distributed import ranks
 
 Value = Tensor | float | int | bool
 
-_FOLD: dict[str, Callable[[float, float], float]] = {
-    "mean": lambda a, b: a + b,
-    "sum": lambda a, b: a + b,
-    "max": max,
-    "min": min,
-}
-
 
 class StepMetrics:
     """Collects values through a step, on their device and without a sync; `reduce` ends the step.
@@ -28,9 +21,8 @@ class StepMetrics:
     """
 
     def __init__(self):
-        self._kinds: dict[str, str] = {}
-        # (sum, weight) for a mean, (value, 1) else; fp64 scalars, on a device or plain
-        self._values: dict[str, tuple[Value, Value]] = {}
+        # Kind, value, weight; of a mean its sum. fp64 scalars, on a device or plain.
+        self._values: dict[str, tuple[str, Value, Value]] = {}
 
     def mean(self, name: str, values: Value, weights: Value | None = None) -> None:
         """Adds values, any shape, to a mean; `weights`, a mask or counts, has their shape.
@@ -67,22 +59,14 @@ class StepMetrics:
         self._add(name, "min", _scalar(value, torch.amin), 1.0)
 
     def _add(self, name: str, kind: str, value: Value, weight: Value) -> None:
-        known = self._kinds.setdefault(name, kind)
-        if known != kind:
-            raise ValueError(f"{name}: got {kind}, expected {known} as before; use another name")
-        if name not in self._values:
-            self._values[name] = (value, weight)
-            return
-        before, count = self._values[name]
-        if kind in ("mean", "sum"):
-            self._values[name] = (before + value, count + weight)
-        elif isinstance(value, Tensor) or isinstance(before, Tensor):
-            fold = torch.maximum if kind == "max" else torch.minimum
-            pair = [torch.as_tensor(x, dtype=torch.float64) for x in (before, value)]
-            device = next((x.device for x in pair if x.device.type != "cpu"), pair[0].device)
-            self._values[name] = (fold(pair[0].to(device), pair[1].to(device)), 1.0)
-        else:
-            self._values[name] = (_FOLD[kind](before, value), 1.0)
+        if name in self._values:
+            known, before, count = self._values[name]
+            if known != kind:
+                raise ValueError(
+                    f"{name}: got {kind}, expected {known} as before; use another name"
+                )
+            value, weight = _fold(kind, before, value), count + weight
+        self._values[name] = (kind, value, weight)
 
     def reduce(self) -> dict[str, float]:
         """The step's numbers, the same on every rank, and a fresh start. Collective; one sync.
@@ -90,11 +74,10 @@ class StepMetrics:
         A mean with no weight at all is left out. Folded in rank order, so that every rank has the
         same bits.
         """
-        kinds, values = self._kinds, self._values
-        self._kinds, self._values = {}, {}
-        flat = _numbers([number for pair in values.values() for number in pair])
+        values, self._values = self._values, {}
+        flat = _numbers([number for _, *pair in values.values() for number in pair])
         own = {
-            name: (kinds[name], total, weight)
+            name: (values[name][0], total, weight)
             for name, total, weight in zip(values, flat[::2], flat[1::2], strict=True)
         }
         folded: dict[str, tuple[str, float, float]] = {}
@@ -102,13 +85,23 @@ class StepMetrics:
             for name, (kind, total, weight) in part.items():
                 if name in folded:
                     _, before, count = folded[name]
-                    total, weight = _FOLD[kind](before, total), count + weight
+                    total, weight = _fold(kind, before, total), count + weight
                 folded[name] = (kind, total, weight)
         return {
             name: total / weight if kind == "mean" else total
             for name, (kind, total, weight) in folded.items()
             if kind != "mean" or weight != 0.0
         }
+
+
+def _fold(kind: str, a: Value, b: Value) -> Value:
+    if kind in ("mean", "sum"):
+        return a + b
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return max(a, b) if kind == "max" else min(a, b)
+    pair = [torch.as_tensor(x, dtype=torch.float64) for x in (a, b)]
+    device = next((x.device for x in pair if x.device.type != "cpu"), pair[0].device)
+    return (torch.maximum if kind == "max" else torch.minimum)(*(x.to(device) for x in pair))
 
 
 def _scalar(value: Value, fold: Callable[[Tensor], Tensor]) -> Value:

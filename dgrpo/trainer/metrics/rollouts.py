@@ -30,10 +30,15 @@ from typing import Any
 import torch
 
 from dgrpo.distributed import ranks
+from dgrpo.trainer.batch import Sample
 
 FOLDER = "rollouts"
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
 _PROMPT_CHARACTERS = 8000
+PER_TOKEN = (
+    *("advantage", "divergence", "clipped", "ratio", "entropy", "logprob", "teacher_logprob"),
+    "loss",
+)
 PerToken = torch.Tensor | Sequence[float] | float | None
 
 
@@ -68,54 +73,27 @@ def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[st
 
 
 def rollout_record(
-    tokenizer: Any,
-    *,
-    step: int,
-    group: int,
-    index: int,
-    prompt_ids: Sequence[int] | torch.Tensor,
-    completion_ids: Sequence[int] | torch.Tensor,
-    reward: float | None,
-    advantages: PerToken = None,
-    divergence: PerToken = None,
-    clipped: PerToken = None,
-    ratio: PerToken = None,
-    entropy: PerToken = None,
-    logprobs: PerToken = None,
-    teacher_logprobs: PerToken = None,
-    loss_mask: PerToken = None,
-    rewards: Mapping[str, float] | None = None,
-    finish_reason: str | None = None,
-    tags: Mapping[str, Any] | None = None,
+    tokenizer: Any, step: int, sample: Sample, values: Mapping[str, PerToken]
 ) -> dict[str, Any]:
-    """One rollout as a line of the file, in the format above; per-token values are (C,)."""
-    prompt = [int(i) for i in prompt_ids]
-    tokens = [int(i) for i in completion_ids]
-    per_token = {
-        "advantage": advantages,
-        "divergence": divergence,
-        "clipped": clipped,
-        "ratio": ratio,
-        "entropy": entropy,
-        "logprob": logprobs,
-        "teacher_logprob": teacher_logprobs,
-        "loss": loss_mask,
-    }
+    """One rollout as a line of the file; `values` by their names in it."""
+    prompt, tokens = sample.prompt_ids.tolist(), sample.completion_ids.tolist()
+    scored, sampled, origin = sample.scored, sample.sampled, sample.origin
+    parts = scored.parts if scored else {}
     optional = {
-        "rewards": {name: _number(value) for name, value in rewards.items()} if rewards else None,
-        "finish_reason": finish_reason,
-        "tags": dict(tags) if tags else None,
-        **{name: _per_token(name, values, len(tokens)) for name, values in per_token.items()},
+        "rewards": {name: _number(value) for name, value in parts.items()} or None,
+        "finish_reason": "length" if sampled and sampled.truncated else "stop",
+        "tags": vars(origin) if origin else None,
+        **{name: _per_token(name, values.get(name), len(tokens)) for name in PER_TOKEN},
     }
     return {
         "step": step,
-        "group": group,
-        "index": index,
+        "group": sample.group,
+        "index": sample.index,
         "prompt": _shortened(tokenizer.decode(prompt, skip_special_tokens=False)),
         "prompt_tokens": len(prompt),
         "tokens": tokens,
         "text": token_pieces(tokenizer, tokens),
-        "reward": None if reward is None else _number(reward),
+        "reward": _number(scored.reward) if scored else None,
         **{name: value for name, value in optional.items() if value is not None},
     }
 

@@ -13,7 +13,7 @@ student's loss head.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,22 +25,12 @@ from dgrpo.trainer.batch import Micro, Sample, balanced_count, pack
 from dgrpo.trainer.policy import PolicyModel
 
 
-class Teacher:
-    """A frozen model on the student's ranks, with its own width and padded vocabulary.
+class _ModelTeacher:
+    """A model's hidden states before the guided tokens of a batch, and its head."""
 
-    Args:
-        model: sharded like the student, or not at all. Its parameters are frozen here.
-        offload_above: bytes of a rank's hidden states above which they go to (pinned) host memory.
-        offload_body: keep the decoder layers in host memory between calls of `attach`, so that the
-            student has their memory.
-    """
-
-    def __init__(
-        self, model: PolicyModel, *, offload_above: int = 2**30, offload_body: bool = False
-    ):
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: PolicyModel, offload_above: int):
+        self.model = model
         self.offload_above = offload_above
-        self.offload_body = offload_body
         self.hidden = torch.empty(0, model.hidden_size)  # (M, Ht) of the batch
 
     def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
@@ -54,15 +44,51 @@ class Teacher:
             packing: `share_prompts`, as for `pack`.
         """
         self.hidden = torch.empty(0, self.model.hidden_size)  # frees the last batch's first
-        if self.offload_body:
-            self._move_layers(self.model.device)
         self.hidden = read(self.model, samples, max_tokens, self.offload_above, **packing)
-        if self.offload_body:
-            self._move_layers("cpu")
 
     def head(self, micro: Micro) -> TeacherHead:
         """The loss head's teacher for `micro`, also where none of its tokens is guided."""
-        return _teacher_head(self.model, self.hidden, micro, self._open)
+        own, hidden = self.model.head, self.hidden
+        return TeacherHead(
+            hidden=hidden if len(hidden) else hidden.new_zeros(1, own.in_features),  # a dummy row
+            weight=self._open,
+            logit_scale=own.logit_scale,
+            logit_softcap=own.logit_softcap,
+            rows=micro.teacher_rows,
+        )
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The head's weight and bias, entered within the student's head, also in backward."""
+        head = self.model.head
+        with torch.no_grad():
+            weight = head.merged_weight().detach()
+        yield weight, None if head.bias is None else head.bias.detach()
+
+
+class Teacher(_ModelTeacher):
+    """A frozen model on the student's ranks, with its own width and padded vocabulary.
+
+    Args:
+        model: sharded like the student, or not at all. Its parameters are frozen here.
+        offload_above: bytes of a rank's hidden states above which they go to (pinned) host memory.
+        offload_body: keep the decoder layers in host memory between calls of `attach`, so that the
+            student has their memory.
+    """
+
+    def __init__(
+        self, model: PolicyModel, *, offload_above: int = 2**30, offload_body: bool = False
+    ):
+        super().__init__(model.eval().requires_grad_(False), offload_above)
+        self.offload_body = offload_body
+
+    def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
+        """Keep the hidden states of a batch, with the decoder layers on the device meanwhile."""
+        if self.offload_body:
+            self._move_layers(self.model.device)
+        super().attach(samples, max_tokens, **packing)
+        if self.offload_body:
+            self._move_layers("cpu")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -71,7 +97,8 @@ class Teacher:
         if isinstance(owner, FSDPModule):
             owner.unshard()
         try:
-            yield _weights(self.model)
+            with super()._open() as weights:
+                yield weights
         finally:
             if isinstance(owner, FSDPModule):
                 owner.reshard()
@@ -81,7 +108,7 @@ class Teacher:
             layer.to(device)
 
 
-class SelfTeacher:
+class SelfTeacher(_ModelTeacher):
     """The current policy, without gradient, on each sample's `teacher_prompt_ids`.
 
     That is a shorter, evidence-only prompt, or one with a privileged context. Hidden states are
@@ -94,29 +121,16 @@ class SelfTeacher:
     """
 
     def __init__(self, policy: PolicyModel, *, offload_above: int = 2**30):
-        self.model = policy
-        self.offload_above = offload_above
-        self.hidden = torch.empty(0, policy.hidden_size)
+        super().__init__(policy, offload_above)
 
     def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
-        """As `Teacher.attach`. Collective."""
-        self.hidden = torch.empty(0, self.model.hidden_size)
+        """Keep the hidden states of a batch, read in evaluation mode."""
         training = self.model.training
         self.model.eval()
         try:
-            self.hidden = read(self.model, samples, max_tokens, self.offload_above, **packing)
+            super().attach(samples, max_tokens, **packing)
         finally:
             self.model.train(training)
-
-    def head(self, micro: Micro) -> TeacherHead:
-        """As `Teacher.head`."""
-        return _teacher_head(self.model, self.hidden, micro, self._open)
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        # Entered within the policy's own head, whose parameters are gathered there, also in
-        # backward.
-        yield _weights(self.model)
 
 
 class TopKSource(Protocol):
@@ -211,21 +225,3 @@ def _buffer(rows: int, like: Tensor, offload_above: int) -> Tensor:
     if like.is_cuda and rows * like.shape[1] * like.element_size() > offload_above:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _teacher_head(
-    model: PolicyModel, hidden: Tensor, micro: Micro, opening: Callable[[], Any]
-) -> TeacherHead:
-    return TeacherHead(
-        hidden=hidden if len(hidden) else hidden.new_zeros(1, model.hidden_size),  # a dummy row
-        weight=opening,
-        logit_scale=model.head.logit_scale,
-        logit_softcap=model.head.logit_softcap,
-        rows=micro.teacher_rows,
-    )
-
-
-@torch.no_grad()
-def _weights(model: PolicyModel) -> tuple[Tensor, Tensor | None]:
-    bias = model.head.bias
-    return model.head.merged_weight().detach(), None if bias is None else bias.detach()

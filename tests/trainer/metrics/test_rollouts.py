@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dgrpo.trainer.batch import Sample, Scored
 from dgrpo.trainer.metrics import rollout_record, token_pieces, write_rollouts
 
 
@@ -61,21 +62,19 @@ def test_a_character_belongs_to_the_token_that_completes_it(tokenizer):
 def test_records_read_back(tokenizer, tmp_path):
     ids = tokenizer("the answer <eos>").input_ids
     n = len(ids)
-    record = rollout_record(
-        tokenizer,
-        step=3,
+    sample = Sample(
+        torch.tensor(tokenizer("x" * 20_000).input_ids),
+        torch.tensor(ids),
         group=1,
-        index=0,
-        prompt_ids=tokenizer("x" * 20_000).input_ids,
-        completion_ids=torch.tensor(ids),
-        reward=0.123456789,
-        advantages=-1.0,
-        divergence=torch.full((n,), 1 / 3),
-        clipped=torch.tensor([True] + [False] * (n - 1)),
-        ratio=[math.inf] + [1.0] * (n - 1),
-        rewards={"exact": 1.0},
-        finish_reason="stop",
+        scored=Scored(0.123456789, {"exact": 1.0}, failed=False),
     )
+    values = {
+        "advantage": -1.0,
+        "divergence": torch.full((n,), 1 / 3),
+        "clipped": torch.tensor([True] + [False] * (n - 1)),
+        "ratio": [math.inf] + [1.0] * (n - 1),
+    }
+    record = rollout_record(tokenizer, 3, sample, values)
     path = write_rollouts(tmp_path, 3, [record])
     assert path.name == "step-00000003-00000.jsonl.gz"
     (got,) = read_gz(path)
@@ -83,6 +82,7 @@ def test_records_read_back(tokenizer, tmp_path):
     assert "".join(got["text"]) == "the answer <eos>" and got["tokens"] == ids
     assert got["prompt_tokens"] == 20_000 and "12,000 characters left out" in got["prompt"]
     assert got["reward"] == 0.12346 and got["advantage"] == -1 and got["divergence"][0] == 0.33333
+    assert got["rewards"] == {"exact": 1} and got["finish_reason"] == "stop"
     assert got["clipped"][:2] == [1, 0] and got["ratio"][:2] == [None, 1]
     assert "entropy" not in got and "answer" not in got
     first = path.read_bytes()
@@ -94,13 +94,5 @@ def test_a_value_for_each_token_is_needed(tokenizer):
     with pytest.raises(
         ValueError, match="divergence: got 2 values, expected one for each of 1 tokens"
     ):
-        rollout_record(
-            tokenizer,
-            step=1,
-            group=0,
-            index=0,
-            prompt_ids=[1],
-            completion_ids=[5],
-            reward=None,
-            divergence=[1.0, 2.0],
-        )
+        sample = Sample(torch.tensor([1]), torch.tensor([5]))
+        rollout_record(tokenizer, 1, sample, {"divergence": [1.0, 2.0]})
