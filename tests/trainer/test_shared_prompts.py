@@ -8,7 +8,7 @@ import torch
 from dgrpo.objectives import gspo
 from dgrpo.trainer.batch import IGNORED, pack
 from tests.tiny import assert_same_gradients, make_groups, plain_loss, tiny_pair
-from tests.trainer.policy.test_policy import policy_loss
+from tests.trainer.policy.test_model import policy_loss
 
 
 @pytest.mark.parametrize("max_tokens", [25, 1000])  # groups are split, or all in one micro

@@ -5,6 +5,7 @@ import torch
 
 from dgrpo.trainer.batch import Origin, Sample, Sampled, Scored
 from dgrpo.trainer.checkpoint.state import decode, encode
+from tests.tiny import make_sample
 
 LOGPROBS = torch.tensor([-0.1, -2.5])
 ROW = {"source": "rows.jsonl", "id": 7}
@@ -61,3 +62,23 @@ def test_checkpoints_from_before_the_typed_fields_are_read(given):
         return
     assert got.scored == Scored(0.5, {"exact": 0.5}, False) and got.teacher_factor == 0.25
     assert got.sampled.truncated and torch.equal(got.sampled.logprobs, LOGPROBS)
+
+
+def test_the_teachers_view_has_its_prompt_and_its_tokens():
+    sample = make_sample(5, 4, 0, loss_mask=torch.tensor([True, True, False, True]))
+    sample.teacher_mask = torch.tensor([True, False, True, True])
+    sample.teacher_prompt_ids = tokens(3, 4)
+    sample.group = 3
+    seen = sample.seen_by_teacher()
+    assert seen.prompt_ids.tolist() == [3, 4] and seen.group == 3
+    assert torch.equal(seen.completion_ids, sample.completion_ids)
+    assert seen.mask.tolist() == [True, False, False, True]
+
+
+def test_bad_samples_raise():
+    with pytest.raises(ValueError, match=r"prompt_ids: got shape \(0,\)"):
+        Sample(tokens().long(), tokens(1))
+    with pytest.raises(ValueError, match=r"completion_ids: got shape \(1, 1\)"):
+        Sample(tokens(1), tokens(1)[None])
+    with pytest.raises(ValueError, match=r"advantages: got shape \(3,\), expected \(2,\)"):
+        Sample(tokens(1), tokens(1, 2), advantages=torch.zeros(3))

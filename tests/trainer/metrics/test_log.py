@@ -1,6 +1,5 @@
-"""The log resumes where its checkpoint is, and the display suits where it is shown."""
+"""The log resumes where its checkpoint is."""
 
-import io
 import json
 import math
 import sys
@@ -10,9 +9,6 @@ import pytest
 import torch
 
 from dgrpo.trainer.metrics import RunLog, write_rollouts
-from dgrpo.trainer.metrics import display as display_module
-from dgrpo.trainer.metrics.display import Display, duration
-from dgrpo.trainer.metrics.lines import cut
 
 
 def lines(path):
@@ -59,21 +55,6 @@ def test_resuming_cuts_back_to_the_checkpoint(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_cutting_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n')
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("os.replace", killed)
-        cut(path, 1)
-    assert lines(path) == [{"step": 1}, {"step": 2}]
-    assert cut(path, 1) == 1 and lines(path) == [{"step": 1}]
-    assert cut(tmp_path / "absent", 1) == 0
-
-
 def test_another_runs_metrics_are_not_appended_to(tmp_path):
     RunLog(tmp_path, live=False).log(1, {})
     with pytest.raises(ValueError, match="has the metrics of another run"):
@@ -116,54 +97,3 @@ def test_a_missing_sink_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard, or turn tensorboard off"):
         RunLog(tmp_path / "b", tensorboard=True, live=False)
-
-
-# The display
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_live_display_shows_the_last_steps_and_the_time_left(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    for name, value in {"TERM": "xterm", "COLUMNS": "120"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("CI", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    display = Display(100, done=40)
-    for step in range(41, 61):
-        display.update({"step": step, "reward": 0.5, "divergence": 0.1, "memory/peak_gib": 3.25})
-    display.message("[bold] is text")
-    display.close()
-    output = terminal.getvalue()
-    assert "\x1b[" in output and "[bold] is text" in output
-    last = output[output.rindex("reward") :]
-    assert "3.2 GiB" in last and "60/100" in last and " left" in last and " 52 " not in last
-    assert "KL" in output and "clipped" not in output
-
-
-@pytest.mark.parametrize("variable", [{"CI": "true"}, {"TERM": "dumb"}], ids=["CI", "dumb"])
-def test_a_log_gets_lines(monkeypatch, variable):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    for name, value in variable.items():
-        monkeypatch.setenv(name, value)
-    Display(None).update({"step": 7, "loss": 1.0})
-    assert terminal.getvalue() == "step 7  loss 1\n"
-
-
-def test_the_time_left_is_that_of_the_steps_since_the_start(monkeypatch):
-    clock = iter((0, 30, 30))
-    monkeypatch.setattr(
-        display_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
-    )
-    display = Display(100, done=40, live=False)
-    assert display.time_left(40) == "" and display.time_left(50) == "2:30"
-    assert display.time_left(100) == "" and Display(None, live=False).time_left(5) == ""
-
-
-def test_durations():
-    assert [duration(s) for s in (0, 59.6, 3599, 3723)] == ["0:00", "1:00", "59:59", "1:02:03"]

@@ -4,8 +4,8 @@ import pytest
 
 from dgrpo.trainer.report import write_report
 from tests.trainer.report.browser import find, make_page  # noqa: F401
-from tests.trainer.report.test_report import rollout
-from tests.trainer.report.test_report_page import OVERFLOW, TITLES, listed, shown, write
+from tests.trainer.report.runs import rollout
+from tests.trainer.report.test_browser_page import OVERFLOW, TITLES, listed, shown, write
 
 pytestmark = pytest.mark.skipif(find() is None, reason="no chromium or chrome is installed")
 

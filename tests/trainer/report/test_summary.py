@@ -10,7 +10,7 @@ from dgrpo.trainer.config import dump, validate
 from dgrpo.trainer.report import distinct, write_report
 from dgrpo.trainer.report.read import read_run
 from dgrpo.trainer.report.summary import changes, duration, facts, settings
-from tests.trainer.report.test_report import data_of, write_run
+from tests.trainer.report.runs import data_of, write_run
 
 
 def stage_of(folder, metrics, done=False, **values):

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo.head import HeadInputs
 from dgrpo.trainer.batch import Sample, balanced_count, filler, pack
 from dgrpo.trainer.batch.packing import shared_fields
-from tests.tiny import make_groups, make_sample, make_samples
+from tests.tiny import make_groups, make_samples
 
 
 def tokens(*ids):
@@ -68,17 +67,6 @@ def test_rows_of_the_teacher_follow_their_tokens():
     samples[0].teacher_rows = torch.tensor([5, -1, 6])
     (micro,) = pack(samples, 100)
     assert micro.teacher_rows.tolist() == [-1, 5, -1, 6, -1, -1, -1, -1, -1]
-
-
-def test_the_teachers_view_has_its_prompt_and_its_tokens():
-    sample = make_sample(5, 4, 0, loss_mask=torch.tensor([True, True, False, True]))
-    sample.teacher_mask = torch.tensor([True, False, True, True])
-    sample.teacher_prompt_ids = tokens(3, 4)
-    sample.group = 3
-    seen = sample.seen_by_teacher()
-    assert seen.prompt_ids.tolist() == [3, 4] and seen.group == 3
-    assert torch.equal(seen.completion_ids, sample.completion_ids)
-    assert seen.mask.tolist() == [True, False, False, True]
 
 
 @settings(max_examples=60, deadline=None)
@@ -194,39 +182,6 @@ def test_a_filler_has_one_masked_token_and_the_same_fields():
 def test_one_process_needs_no_filler():
     micros = pack(make_samples([(2, 3), (4, 2)]), 5)
     assert balanced_count(micros) is micros
-
-
-def test_moving_leaves_the_samples():
-    (micro,) = pack(make_samples([(2, 3)]), 9)
-    moved = micro.to("meta")
-    for name in ("input_ids", "position_ids", "cu_seqlens", "targets", "rows", "teacher_rows"):
-        assert getattr(moved, name).is_meta
-    assert moved.context.advantages.is_meta and not moved.samples[0].prompt_ids.is_meta
-
-
-def test_what_the_head_gets():
-    (micro,) = pack(make_samples([(2, 3)]), 9)
-    inputs = micro.head_inputs("stats", options={"temperature": 0.7})
-    assert isinstance(inputs, HeadInputs) and inputs.mode == "stats"
-    assert inputs.rows is micro.rows and inputs.options == {"temperature": 0.7}
-    names = {"input_ids", "position_ids", "cu_seqlens", "lengths", "prefixes"}
-    assert micro.model_args().keys() == names
-
-
-def test_a_loss_without_weights_raises():
-    (micro,) = pack(make_samples([(2, 3)], token_weights=None), 9)
-    assert micro.head_inputs("logprobs").context is None
-    with pytest.raises(ValueError, match="token_weights: got None in a sample"):
-        micro.head_inputs("loss")
-
-
-def test_bad_samples_raise():
-    with pytest.raises(ValueError, match=r"prompt_ids: got shape \(0,\)"):
-        Sample(tokens().long(), tokens(1))
-    with pytest.raises(ValueError, match=r"completion_ids: got shape \(1, 1\)"):
-        Sample(tokens(1), tokens(1)[None])
-    with pytest.raises(ValueError, match=r"advantages: got shape \(3,\), expected \(2,\)"):
-        Sample(tokens(1), tokens(1, 2), advantages=torch.zeros(3))
 
 
 def test_bad_packing_raises():

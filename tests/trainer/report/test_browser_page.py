@@ -7,7 +7,7 @@ import pytest
 
 from dgrpo.trainer.report import write_report
 from tests.trainer.report.browser import find, make_page  # noqa: F401
-from tests.trainer.report.test_report import EVIL, rollout
+from tests.trainer.report.runs import EVIL, rollout
 
 pytestmark = pytest.mark.skipif(find() is None, reason="no chromium or chrome is installed")
 
