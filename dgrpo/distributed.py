@@ -63,9 +63,8 @@ class Ranks:
         if self.mesh is None:
             return self.rank
         place = 0
-        for name in DATA:
-            if name in self.mesh.mesh_dim_names:
-                place = place * self.size(name) + self.mesh.get_local_rank(name)
+        for name, at in zip(self.mesh.mesh_dim_names, self.mesh.get_coordinate(), strict=True):
+            place = place * self.size(name) + at if name in DATA else place
         return place
 
     def totals(self, values: Sequence[float]) -> list[float]:

@@ -154,12 +154,9 @@ def _micro(
         return values
 
     def column(name: str, default: float, dtype: torch.dtype, empty: float = 0) -> Tensor:
-        given = [getattr(sample, name) for sample in chosen]
-        sizes = [len(sample.completion_ids) for sample in chosen]
-        full = [torch.full((c,), default, dtype=dtype) for c in sizes]
-        return spread(
-            [f if g is None else g for f, g in zip(full, given, strict=True)], dtype, empty
-        )
+        given = ((getattr(s, name), len(s.completion_ids)) for s in chosen)
+        pieces = [torch.full((c,), default, dtype=dtype) if x is None else x for x, c in given]
+        return spread(pieces, dtype, empty)
 
     masked = [torch.where(s.mask, s.completion_ids, IGNORED) for s in chosen]
     targets = spread(masked, torch.int64, IGNORED)

@@ -78,18 +78,18 @@ def shard(
         ),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
-    sharded: list[tuple[nn.Module, bool]] = []
+
+    def wrap(module: nn.Module, reshards: bool) -> None:
+        fully_shard(module, reshard_after_forward=reshards, **options)
+        model.sharded.append((module, reshards))
+
     for layer in model.layers:
-        fully_shard(layer, reshard_after_forward=True, **options)
-        sharded.append((layer, True))
+        wrap(layer, True)
     # Backward starts with the head: what it gathered in forward stays. A frozen one has none.
     again = not any(parameter.requires_grad for parameter in model.parameters())
     if not model.tied and not model.adapted_head:
-        fully_shard(model.head, reshard_after_forward=again, **options)
-        sharded.append((model.head, again))
-    fully_shard(model, reshard_after_forward=again, **options)
-    sharded.append((model, again))
-    model.sharded = sharded
+        wrap(model.head, again)
+    wrap(model, again)
     cuda = mesh.device_type == "cuda"
     model.mesh_device = (
         torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
