@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -15,9 +16,10 @@ from dgrpo.training.run import Run
 
 
 def say(text: str) -> None:
-    """Prints a line at once, on rank 0."""
+    """Prints a line at once, on rank 0. A terminal or a pipe that is gone is no error."""
     if ranks.rank() == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
 
 
 def loading_model(settings: RunSettings, device: torch.device) -> str:
