@@ -141,8 +141,6 @@ def grad_variant(
     t = z if divergence in FULL else None
     out = torch.empty(ROWS, z.raw.stride(0), dtype=dtype)[:, :vocab]
     options = {"divergence": divergence, "divergence_clip": 1.0, **rest}
-    if dtype == torch.float16:
-        options["grad_scale"] = torch.ones(1)
     label = _label(divergence, vocab, bias, softcap, {str(dtype)[6:]: True, **rest})
     if policy is None:
         launch = partial(

@@ -24,6 +24,7 @@ from dgrpo.ops import (
     linear_loss,
     linear_token_stats,
 )
+from dgrpo.ops.heads import transformed
 from dgrpo.ops.prepare import TEACHER_OPTIONS
 
 MODES = ("loss", "stats", "logprobs")
@@ -126,10 +127,8 @@ class FusedHead(nn.Linear):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Plain logits (..., V), scaled and capped: for generation and for tests."""
-        z = nn.functional.linear(hidden, self.merged_weight(), self.bias) * self.logit_scale
-        if self.logit_softcap is not None:
-            z = torch.tanh(z / self.logit_softcap) * self.logit_softcap
-        return z
+        z = nn.functional.linear(hidden, self.merged_weight(), self.bias)
+        return transformed(z, self.logit_scale, self.logit_softcap)
 
     def forward(self, hidden: Tensor, inputs: HeadInputs | None = None) -> HeadOutput | Tensor:
         """hidden: (N, H) or (B, T, H). Without `inputs`, plain logits; else see `HeadInputs`.

@@ -123,6 +123,14 @@ def test_logits_of_a_bf16_head_are_not_rounded_to_bf16():
     assert relative(got, want) < 1e-6 < relative(got.bfloat16(), want)
 
 
+def test_a_forbidden_token_is_never_sampled_whatever_the_soft_cap():
+    head = FusedHead(8, 20, bias=True, logit_softcap=5.0)
+    with torch.no_grad():
+        head.bias[3] = -torch.inf
+    logits = fp32_logits(head, torch.randn(4, 8))
+    assert logits[:, 3].isneginf().all() and logits.isfinite().sum() == 4 * 19
+
+
 def test_parameters_are_shared_and_keep_their_names():
     model = tiny_model("qwen3")
     names = [name for name, _ in model.named_parameters()]

@@ -220,6 +220,34 @@ def test_rounded_policy_logits_move_the_policy_term_only():
     torch.testing.assert_close(rounded.d_weight[:, 0], p - torch.tensor([1.0, 0.0, 0.0]))
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_bias_of_minus_infinity_forbids_its_token(softcap):
+    logits = torch.tensor([0.4, -0.7, 0.1], dtype=torch.float64)
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    p = capped[:2].softmax(0)
+    bias, q = torch.tensor([0.0, 0.0, -math.inf]), Q
+    want = {
+        "reverse_kl": (p * (p / q[:2]).log()).sum(),
+        "clipped_forward_kl": (q[:2] * (q[:2] / p).log()).clamp(max=0.1).sum() + 0.1,
+        "forward_kl": torch.tensor(math.inf),
+    }
+    for name, value in want.items():
+        got = one_token(
+            1.0, logits.tolist(), bias=bias, teacher=full_teacher(), teacher_coef=1.0,
+            divergence=name, divergence_clip=0.1, logit_softcap=softcap, entropy_coef=0.1,
+        )  # fmt: skip
+        assert got.divergence.item() == pytest.approx(value.item(), abs=1e-12)
+        assert got.logprobs.item() == pytest.approx(p[0].log().item(), abs=1e-12)
+        assert got.entropy.item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-12)
+        assert got.d_weight.isfinite().all() and got.d_weight[2] == got.d_bias[2] == 0
+
+
+def test_a_token_that_the_teacher_forbids_counts_as_a_million_nats_below_its_peak():
+    q = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    got = one_token(teacher=full_teacher(q), teacher_coef=1.0).divergence.item()
+    assert got == pytest.approx(0.2e6, rel=1e-4)
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="divergence: got 'kl'"):
         one_token(teacher=full_teacher(), divergence="kl")

@@ -38,11 +38,18 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return delta.exp() - delta - 1
 
 
+def _both_forbid(logprobs: Tensor, old: Tensor) -> Tensor:
+    """(R,) bool: both log-probabilities are -inf, whose difference is undefined."""
+    return (logprobs == -torch.inf) & (old == -torch.inf)
+
+
 def policy_ratio(logprobs: Tensor, context: Context) -> Tensor:
     """`exp(logp - old_logp)`, 1 with gradient when on-policy, and constant where A = 0. (R,)."""
     old = logprobs.detach() if context.old_logprobs is None else context.old_logprobs
     # A token without advantage takes no part: an infinite or undefined ratio there must not count.
-    delta = torch.where(context.advantages == 0, torch.zeros_like(logprobs), logprobs - old)
+    # Nor does one that both policies forbid.
+    apart = (context.advantages == 0) | _both_forbid(logprobs, old)
+    delta = torch.where(apart, torch.zeros_like(logprobs), logprobs - old)
     return delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
@@ -75,6 +82,8 @@ def clipped_policy_loss(logprobs: Tensor, context: Context) -> tuple[Tensor, dic
     with torch.no_grad():
         old = context.old_logprobs
         delta = torch.zeros_like(logprobs) if old is None else logprobs - old
+        if old is not None:
+            delta = delta.masked_fill(_both_forbid(logprobs, old), 0)
         metrics = {
             "ratio": delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(),
             "clipped": (bounded != ratio) & (advantages != 0),

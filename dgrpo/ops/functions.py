@@ -12,10 +12,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dgrpo.ops.call import Call, Need
+from dgrpo.ops.gradients import Grads, Kept
 from dgrpo.ops.steps import Descend, FusedPolicy, Replay, Score, token_stats
 from dgrpo.ops.sweep import sweep
-
-COPY_ROWS = 2**20  # elements of a backward copy that the CPU converts at a time
 
 
 def first_order(backward: Callable) -> Callable:
@@ -58,31 +57,18 @@ class GradientInForward(Function):
     ) -> Tensor:
         with no_autocast(call.device):
             grads = sweep(call, hidden, weight, bias, need, step)
-        ctx.save_for_backward(*grads, step.grad_scale)
+        ctx.save_for_backward(*(x for kept in grads for x in kept or (None, None)))
         ctx.shape = hidden.shape
         return step.losses.sum()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, scale = ctx.saved_tensors
-        factor = upstream.reshape(1) if scale is None else upstream.reshape(1) / scale
-        hidden, weight, bias = (None if g is None else _scaled_copy(g, factor) for g in grads)
+        saved = ctx.saved_tensors
+        pairs = zip(saved[::2], saved[1::2], strict=True)
+        grads = Grads(*(None if values is None else Kept(values, unit) for values, unit in pairs))
+        hidden, weight, bias = grads.times(upstream)
         return None if hidden is None else hidden.view(ctx.shape), weight, bias, None, None, None
-
-
-def _scaled_copy(values: Tensor, factor: Tensor) -> Tensor:
-    """`values * factor` in fp32, in the dtype of `values`; out of place, so that it can repeat."""
-    out = torch.empty_like(values)
-    if values.dtype in (torch.float32, torch.float64):
-        return torch.mul(values, factor.to(values.dtype), out=out)
-    factor = factor.float()  # one-dimensional, so that it lifts the product to fp32
-    if values.is_cuda:
-        return torch.mul(values, factor, out=out)
-    rows = max(1, COPY_ROWS // max(values[:1].numel(), 1))
-    for start in range(0, len(values), rows):
-        out[start : start + rows] = values[start : start + rows] * factor
-    return out
 
 
 class Recompute(Function):
@@ -115,9 +101,7 @@ class Recompute(Function):
         step = Replay(ctx.call, stats, coef)
         with no_autocast(ctx.call.device):
             grads = sweep(ctx.call, hidden, weight, bias, ctx.need, step)
-        if step.grad_scale is not None:
-            grads = [None if g is None else _scaled_copy(g, 1 / step.grad_scale) for g in grads]
-        d_hidden, d_weight, d_bias = grads
+        d_hidden, d_weight, d_bias = grads.times()
         if d_hidden is not None:
             d_hidden = d_hidden.view(hidden.shape)
         return d_hidden, d_weight, d_bias, None, None

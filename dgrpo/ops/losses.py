@@ -22,7 +22,6 @@ from dgrpo.ops.steps import (
     Objective,
     Score,
     TokenStats,
-    power_of_two,
     token_stats,
     unpack,
 )
@@ -156,7 +155,8 @@ def linear_dgrpo_loss(
         clip_dual: the c > 1 of dual clip. entropy_coef: an entropy bonus.
         divergence: "reverse_kl" KL(p‖q), "forward_kl" KL(q‖p), "clipped_forward_kl" (each column's
             term at most `divergence_clip`), "jsd" (TRL's generalised JSD, `jsd_beta`).
-        bias (V,), logit_scale, logit_softcap: logits are cap(scale (h W + bias)) / temperature.
+        bias (V,), logit_scale, logit_softcap: logits are cap(scale (h W + bias)) / temperature; a
+            bias of -inf forbids its token, capped or not.
         vocab_size: compare the first vocab_size columns of both heads.
         policy_logits: "bfloat16" rounds the linear layer's output (with its bias) for the policy
             term, as an engine with bf16 logits does; divergence and entropy stay fp32.
@@ -215,12 +215,10 @@ def linear_dgrpo_loss(
         return dgrpo(stats, context.at(tokens))
 
     def step() -> Descend | FusedPolicy:
-        scale = None
-        if call.dtype == torch.float16:
-            scale = power_of_two(context.token_weights.reshape(-1)[call.rows], call.count)
-        if call.backend.FUSES_DGRPO:
-            return FusedPolicy(call, context, scale)
-        return Descend(call, objective, scale)
+        # In fp16 the units of G's rows follow from the coefficients, before the kernel runs.
+        if call.backend.FUSES_DGRPO and call.dtype != torch.float16:
+            return FusedPolicy(call, context)
+        return Descend(call, objective)
 
     *common, metrics = _run(prepared, objective, step)
     return DgrpoOutput(*common, metrics["ratio"], metrics["clipped"], metrics["clamped"])

@@ -94,8 +94,10 @@ def _merge_columns(
     teacher = call.teacher
     global_ids = _flat(teacher.token_ids)[rows]
     logprobs = _flat(teacher.logprobs)[rows].to(taken.dtype)
-    # A column outside the compared vocabulary is nobody's: its mass falls to the tail.
-    logprobs = logprobs.masked_fill((global_ids < 0) | (taken == -torch.inf), -torch.inf)
+    total = call.columns if call.shard is None else call.shard.total
+    # A column outside the compared vocabulary counts towards the tail bucket.
+    there = (global_ids >= 0) & (global_ids < total)
+    logprobs = logprobs.masked_fill(~there, -torch.inf)
     columns = merge_topk(
         z,
         taken,
@@ -103,6 +105,7 @@ def _merge_columns(
         raw,
         call.targets_known[part],
         logprobs,
+        there.sum(1) < total,
         stats,
         divergence=call.divergence,
         divergence_clip=call.divergence_clip,

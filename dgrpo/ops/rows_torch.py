@@ -87,7 +87,6 @@ def row_stats(
         e = u.exp()
         total = e.sum(-1)
         log_sum = total.log()
-        _hold(u, z, LOWEST)
         out.max_z.copy_(top)
         out.log_sum_z.copy_(log_sum)
         if t is not None:
@@ -101,11 +100,13 @@ def row_stats(
             out.teacher_logprobs.copy_(own.where(here[tile], missing))
             _hold(v, t, FLOOR)
             if divergence == "reverse_kl":
-                cross = torch.sub(u, v, out=v).mul_(e).sum(-1) / total
+                cross = torch.sub(_hold(u, z, LOWEST), v, out=v).mul_(e).sum(-1) / total
                 out.divergence.copy_(cross - log_sum + log_sum_t)
-            elif divergence == "forward_kl":
-                cross = v.sub_(u).mul_(f).sum(-1) / total_t
-                out.divergence.copy_(cross + log_sum - log_sum_t)
+            elif divergence == "forward_kl":  # infinite where the student forbids what t says
+                cross = v.sub_(u).mul_(f)
+                cross = cross.masked_fill_(f == 0, 0) if z.holes else cross
+                out.divergence.copy_(cross.sum(-1) / total_t + log_sum - log_sum_t)
+        _hold(u, z, LOWEST)
         out.entropy.copy_((log_sum - u.mul_(e).sum(-1) / total).where(total > 0, 0))
         if round_policy:
             u, top = _shifted(_rounded(x), z)
@@ -171,7 +172,6 @@ def row_grad(
     divergence_clip: float | None = None,
     jsd_beta: float = 0.5,
     round_policy: bool = False,
-    grad_scale: Tensor | None = None,
 ) -> None:
     """See `dgrpo_kernels.row_grad`.
 
@@ -179,8 +179,6 @@ def row_grad(
     a pass over the tile.
     """
     rows, columns = z.raw.shape
-    if grad_scale is not None:
-        coef = coef * grad_scale
     if z.softcap is None:
         coef = coef * (z.scale / z.temperature)
     no_entropy = not coef.is_cuda and not coef[2].any()  # on a GPU asking would wait for it
@@ -194,6 +192,8 @@ def row_grad(
         e = u.exp()
         _hold(u, z, LOWEST)
         v = None if t is None else _hold(_shifted(_linear(t, tile), t, at.max_t)[0], t, FLOOR)
+        if divergence == "bucket":
+            v, _ = _shifted(x, z, at.max_t)
         if divergence == "none" and no_entropy:
             g = e.mul_(-a * (-at.log_sum_z[:, None]).exp()) if not round_policy else e.zero_()
         else:
@@ -201,12 +201,17 @@ def row_grad(
             fixed = fixed if round_policy else fixed - a
             terms = _Terms(at, a, b, c, fixed, divergence, divergence_clip, jsd_beta)
             g = terms.combine(u, v, e)
+            if z.holes and divergence == "forward_kl":  # -q is not a multiple of p
+                g.masked_fill_(x == -torch.inf, 0)
         policy = g
         if round_policy:
             x_b = _rounded(x)
             policy = _shifted(x_b, z, at.policy_max)[0].exp_()
             policy.mul_(-a * (-at.policy_log_sum[:, None]).exp())
-        policy.scatter_add_(1, index[tile], a.where(here[tile, None], 0))
+        seen = here[tile, None]
+        if z.holes:
+            seen = seen & (x.gather(1, index[tile]) != -torch.inf)
+        policy.scatter_add_(1, index[tile], a.where(seen, 0))
         if z.softcap is not None:
             g.mul_(_chain(x, z))
             if round_policy:
@@ -241,11 +246,12 @@ class _Terms(NamedTuple):
             u.mul_((b - c) * inverse).addcmul_(v, -b * inverse)
             return u.add_(fixed * inverse).mul_(e)
         plain = fixed + c * log_sum
-        if self.divergence in ("none", "bucket"):
-            if self.divergence == "bucket":
-                plain = plain + self.times_b(at.aux)
+        if self.divergence == "none":
             return u.mul_(-c * inverse).add_(plain * inverse).mul_(e)
         lq = v.sub_(at.log_sum_t[:, None].masked_fill(b == 0, 0))
+        if self.divergence == "bucket":
+            plain = plain + self.times_b(at.aux)
+            return u.mul_(-c * inverse).add_(plain * inverse).mul_(e).addcmul_(lq.exp_(), -b)
         if self.divergence == "forward_kl":
             q = lq.exp_()
             return u.mul_(-c * inverse).add_((plain + b) * inverse).mul_(e).addcmul_(q, -b)

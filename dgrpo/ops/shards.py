@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dgrpo_kernels.rows import RowStats
+from dgrpo_kernels.rows import FLOOR, RowStats
 
 
 class Shard(NamedTuple):
@@ -57,7 +57,7 @@ def merge_stats(stats: Tensor, shard: Shard, divergence: str, known: Tensor, tea
     max_z, log_sum_z, log_p = _mix(each.max_z, each.log_sum_z)
     max_b, log_sum_b, log_b = _mix(each.policy_max, each.policy_log_sum)
     p = log_p.exp()
-    logprobs = (each.logprobs + log_b).amax(0)
+    logprobs = _merge_logprobs(each.logprobs, each.policy_log_sum, log_b)
     out.entropy.copy_((p * (each.entropy - log_p)).where(p > 0, 0).sum(0))
     out.max_z.copy_(max_z)
     out.log_sum_z.copy_(log_sum_z)
@@ -70,11 +70,23 @@ def merge_stats(stats: Tensor, shard: Shard, divergence: str, known: Tensor, tea
     q = log_q.exp()
     out.max_t.copy_(max_t)
     out.log_sum_t.copy_(log_sum_t)
-    out.teacher_logprobs.copy_((each.teacher_logprobs + log_q).amax(0).where(known, torch.nan))
+    own = _merge_logprobs(each.teacher_logprobs, each.log_sum_t, log_q)
+    out.teacher_logprobs.copy_(own.where(known, torch.nan))
     if divergence == "reverse_kl":
-        out.divergence.copy_((p * (each.divergence + log_p - log_q)).where(p > 0, 0).sum(0))
+        kl = each.divergence + log_p - log_q
+        held = log_p - each.entropy + log_sum_t - FLOOR  # the teacher forbids all of the shard
+        kl = held.where(each.log_sum_t == -torch.inf, kl)
+        out.divergence.copy_((p * kl).where(p > 0, 0).sum(0))
     elif divergence == "forward_kl":
-        out.divergence.copy_((q * (each.divergence + log_q - log_p)).where(q > 0, 0).sum(0))
+        kl = each.divergence + log_q - log_p
+        kl = kl.masked_fill(each.log_sum_z == -torch.inf, torch.inf)  # the student forbids it
+        out.divergence.copy_((q * kl).where(q > 0, 0).sum(0))
+
+
+def _merge_logprobs(each: Tensor, log_sums: Tensor, log_masses: Tensor) -> Tensor:
+    """(W, R) log-probabilities within shards, -inf where the target is elsewhere, into (R,)."""
+    whole = (each + log_masses).masked_fill(log_sums == -torch.inf, -torch.inf)
+    return whole.amax(0)
 
 
 def add_divergence(stats: Tensor, shard: Shard) -> None:

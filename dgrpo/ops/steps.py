@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dgrpo.objectives.context import Context
 from dgrpo.ops.call import Call
+from dgrpo.ops.gradients import row_units
 from dgrpo.ops.measure import measure, put_columns
 from dgrpo.ops.teachers import TopKTeacher
 from dgrpo.ops.topk import TopKRows
@@ -37,6 +38,8 @@ def token_stats(stats: Tensor) -> TokenStats:
 class Score:
     """Statistics only."""
 
+    units = None
+
     def __init__(self, call: Call):
         self.call = call
         self.stats = call.new_stats()
@@ -51,7 +54,9 @@ class _Writer:
     def __init__(self, call: Call, stats: Tensor):
         self.call = call
         self.stats = stats
-        self.grad_scale: Tensor | None = None
+        self.units: Tensor | None = None  # (n,) of G's rows, in fp16
+        if call.dtype == torch.float16:
+            self.units = stats.new_ones(call.count)
 
     def write(
         self,
@@ -63,21 +68,24 @@ class _Writer:
         grad: Tensor,
     ) -> None:
         call, stats = self.call, self.stats[:, part]
-        options = self.options()
-        call.backend.row_grad(z, t, call.targets[part], stats, coef, grad, **options)
+        if self.units is not None:
+            divergence = RowStats(*stats.unbind(0)).divergence
+            reverse_kl = divergence if call.divergence == "reverse_kl" else None
+            units = row_units(coef, reverse_kl, call.logit_scale / call.temperature)
+            self.units[part] = units
+            coef = coef / units
+        call.backend.row_grad(z, t, call.targets[part], stats, coef, grad, **self.options())
         self.put(part, columns, coef, grad)
 
     def put(self, part: slice, columns: TopKRows | None, coef: Tensor, grad: Tensor) -> None:
         if columns is not None:
-            scaled = coef if self.grad_scale is None else coef * self.grad_scale
             entropy = RowStats(*self.stats[:, part].unbind(0)).entropy
-            put_columns(self.call, columns, part, entropy, scaled, grad)
+            put_columns(self.call, columns, part, entropy, coef, grad)
 
     def options(self) -> dict:
         call = self.call
         bucketed = isinstance(call.teacher, TopKTeacher)
         return {
-            "grad_scale": self.grad_scale,
             "divergence": "bucket" if bucketed else call.divergence,
             "divergence_clip": call.divergence_clip,
             "jsd_beta": call.jsd_beta,
@@ -88,11 +96,9 @@ class _Writer:
 class Descend(_Writer):
     """A token-separable objective in PyTorch, differentiated on (R,) vectors."""
 
-    def __init__(self, call: Call, objective: Objective, grad_scale: Tensor | None = None):
+    def __init__(self, call: Call, objective: Objective):
         super().__init__(call, call.new_stats())
         self.objective = objective
-        self.grad_scale = grad_scale
-        self.scale_is_given = grad_scale is not None
         self.losses = self.stats.new_zeros(call.count)
         self.metrics: dict[str, Tensor] = {}
         if not call.count:  # no part will come, but the metrics have their names
@@ -101,17 +107,7 @@ class Descend(_Writer):
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None:
         columns = measure(self.call, z, t, part, self.stats[:, part])
         coef = self.differentiate(part)
-        if self.call.dtype == torch.float16 and not self.scale_is_given:
-            self.find_scale(coef)
         self.write(z, t, part, columns, coef, grad)
-
-    def find_scale(self, coef: Tensor) -> None:
-        """From the first part with a gradient: what comes before it is zero at any scale."""
-        scale, found = power_of_two(coef, self.call.count), (coef != 0).any()
-        if self.grad_scale is not None:
-            scale = torch.where(self.found, self.grad_scale, scale)
-            found = found | self.found
-        self.grad_scale, self.found = scale, found
 
     def differentiate(self, part: slice) -> Tensor:
         """Keep the part's losses and metrics; return (3, R) a, b, c."""
@@ -152,11 +148,10 @@ def unpack(result: object, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 class FusedPolicy(_Writer):
-    """dGRPO with its objective in the gradient kernel's prologue (Triton)."""
+    """dGRPO with its objective in the gradient kernel's prologue (Triton). Not for fp16."""
 
-    def __init__(self, call: Call, context: Context, grad_scale: Tensor | None):
+    def __init__(self, call: Call, context: Context):
         super().__init__(call, call.new_stats())
-        self.grad_scale = grad_scale
         at = context.at(slice(None) if call.dense else call.rows)
         inputs = self.stats.new_zeros(POLICY_INPUTS, call.count)
         given = (
@@ -223,22 +218,7 @@ class Replay(_Writer):
         if call.has_teacher is not None:
             coef[1].masked_fill_(~call.has_teacher, 0)
         self.coef = coef
-        if call.dtype == torch.float16:
-            self.grad_scale = power_of_two(coef, call.count)
 
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None:
         columns = measure(self.call, z, t, part, self.stats[:, part], again=True)
         self.write(z, t, part, columns, self.coef[:, part], grad)
-
-
-def power_of_two(coefficients: Tensor, count: int) -> Tensor:
-    """A (1,) power of two near 1 / max|coefficients|, computed on the device.
-
-    fp16 gradients of tokens that weigh 1/N underflow without it. Where all are zero, 1 / (1 / N).
-    """
-    if not coefficients.numel():
-        return torch.ones(1, device=coefficients.device)
-    top = coefficients.detach().abs().amax().float()
-    usable = (top > 0) & top.isfinite()
-    exponent = torch.floor(torch.log2(top.where(usable, 1.0 / max(count, 1))))
-    return torch.exp2(-exponent.clamp(min=-100)).reshape(1)

@@ -8,30 +8,23 @@ from upstream coefficients (recompute mode). One loop, whatever the loss.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
 from dgrpo.ops.call import Call, Need
-from dgrpo.ops.gemm import accumulate, accumulate_bias, accumulator, grad_hidden
+from dgrpo.ops.gradients import Grads, Sums
 from dgrpo.ops.heads import Head, logits_buffer
 from dgrpo.ops.plan import padded
 from dgrpo_kernels.rows import Logits
 
 
-class Grads(NamedTuple):
-    """Gradients of hidden (N, H), weight (V, H) and bias (V,); None where not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 class Step(Protocol):
     """What is done with the logits of the rows `part`; `grad` is (R, V) or None."""
+
+    units: Tensor | None  # (n,) of the rows of `grad`; None = 1
 
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None: ...
 
@@ -41,12 +34,12 @@ def sweep(
 ) -> Grads:
     """Run `step` over all unmasked rows and multiply its gradients out.
 
-    hidden: (N, H) or (B, T, H); weight: (V, H); bias: (V,). Returned gradients are scaled as `step`
-    scales them: hidden's and weight's in fp32 accumulation, rounded once at the end.
+    hidden: (N, H) or (B, T, H); weight: (V, H); bias: (V,). Gradients are accumulated in fp32 and
+    rounded once at the end.
     """
     with call.heads(hidden, weight, bias) as (student, teacher):
         plan = call.plan(student, teacher, need.any())
-        grads = _new_grads(call, student, hidden, weight, bias, need)
+        sums = Sums(call, hidden, weight, bias, need)
         z_rows = logits_buffer(plan.logit_rows, call.columns, student.weight)
         t_rows = None if teacher is None else torch.empty_like(z_rows)
         g_rows = None
@@ -63,8 +56,9 @@ def sweep(
                     step(z, t, part, None if g_rows is None else g_rows[here, : call.columns])
             if need.any():
                 g = g_rows[: len(h), : call.columns]
-                _multiply_out(call, grads, g, h, student.weight, block, plan.scratch)
-    return _finish(grads, weight, bias)
+                units = None if step.units is None else step.units[block]
+                sums.add(g, h, student.weight, block, units, plan.scratch)
+    return sums.finish()
 
 
 def _teacher_logits(
@@ -74,45 +68,3 @@ def _teacher_logits(
         return None
     rows = call.select(part) if call.teacher_index is None else call.teacher_index[part]
     return teacher.logits(teacher.gather(rows), buffer, scratch)
-
-
-def _new_grads(
-    call: Call, student: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Need
-) -> Grads:
-    total = accumulator(call.dtype)
-    tokens, width = call.shape.numel(), hidden.shape[-1]
-    device = weight.device
-    return Grads(
-        torch.zeros(tokens, width, dtype=hidden.dtype, device=device) if need.hidden else None,
-        torch.zeros(weight.shape, dtype=total, device=device) if need.weight else None,
-        torch.zeros(bias.shape, dtype=total, device=device) if need.bias else None,
-    )
-
-
-def _multiply_out(
-    call: Call, grads: Grads, g: Tensor, h: Tensor, weight: Tensor, block: slice, scratch: int
-) -> None:
-    """dHidden = G W for the block's tokens, dW += G^T h, dbias += sum of G."""
-    if grads.hidden is not None:
-        with record_function("dgrpo::d_hidden"):
-            d = grad_hidden(g, weight, scratch)
-            if call.shard is not None:
-                dist.all_reduce(d, group=call.shard.group)
-            d = d.to(grads.hidden.dtype)
-            if call.dense:
-                grads.hidden[block] = d
-            else:
-                grads.hidden.index_copy_(0, call.rows[block], d)
-    if grads.weight is not None:
-        with record_function("dgrpo::d_weight"):
-            accumulate(grads.weight[: call.columns], g, h, scratch)
-    if grads.bias is not None:
-        accumulate_bias(grads.bias[: call.columns], g, scratch)
-
-
-def _finish(grads: Grads, weight: Tensor, bias: Tensor | None) -> Grads:
-    return Grads(
-        grads.hidden,
-        None if grads.weight is None else grads.weight.to(weight.dtype),
-        None if grads.bias is None else grads.bias.to(bias.dtype),
-    )

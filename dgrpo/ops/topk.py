@@ -2,8 +2,9 @@
 
     u_b = log-mass of bucket b;  D over the buckets' p and q;  dD/dz_v = p_v (r_b(v) - mean r)
 
-A tail that holds no column (or no mass) counts as log-mass -inf. (R, K) arithmetic in torch: the
-kernels see the row with the K columns taken out, and get back one number a row for the tail.
+A bucket without columns takes no part; one whose columns the student forbids has p = 0. (R, K)
+arithmetic in torch: the kernels see the row with the K columns taken out, and get back three
+numbers a row for the tail (see `RowStats`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 from dgrpo_kernels.rows import FLOOR, Logits, RowStats
 
 LEAST_TAIL = 1e-7  # the teacher's tail mass is never taken as less
-MOST_LOG = 80.0  # exp of more would overflow; p_v there is below exp(-80)
 
 
 class TopKRows(NamedTuple):
@@ -64,6 +64,7 @@ def merge_topk(
     target_raw: Tensor,
     targets_known: Tensor,
     teacher_logprobs: Tensor,
+    has_tail: Tensor,
     stats: Tensor,
     *,
     divergence: str,
@@ -75,7 +76,7 @@ def merge_topk(
 
     taken: (R, K) raw student logits of the columns, -inf where absent. target_raw: (R,) raw logit
     of the target. targets_known: (R,) bool, in the vocabulary. teacher_logprobs: (R, K), -inf where
-    absent; the same on all shards.
+    absent; the same on all shards. has_tail: (R,) bool, the vocabulary has more columns.
     """
     out = RowStats(*stats.unbind(0))
     columns, chain = _logits(taken, z)
@@ -83,9 +84,9 @@ def merge_topk(
     tail_entropy = out.entropy.clone()
     top, log_sum, tail, lp = _merge(out.max_z, out.log_sum_z, columns)
     lq = teacher_logprobs.to(lp.dtype)
-    rest = tail_logprob(teacher_logprobs).to(lp.dtype)
+    rest = tail_logprob(teacher_logprobs).to(lp.dtype).masked_fill(~has_tail, -torch.inf)
     buckets = torch.cat([tail[:, None], lp], 1), torch.cat([rest[:, None], lq], 1)
-    value, slope, aux = _bucket_divergence(*buckets, divergence, divergence_clip, jsd_beta)
+    value, slope, aux, log_q = _bucket_divergence(*buckets, divergence, divergence_clip, jsd_beta)
     own = lp.masked_fill(lp == -torch.inf, 0)
     entropy = tail.exp() * (tail_entropy - tail).nan_to_num(posinf=0.0) - (lp.exp() * own).sum(1)
     policy_top, policy_sum, policy, policy_chain = top, log_sum, lp, chain
@@ -94,6 +95,9 @@ def merge_topk(
         columns, policy_chain = _logits(taken.bfloat16().to(taken.dtype), coarse)
         target = _logits(target_raw.bfloat16().to(taken.dtype)[:, None], coarse)[0][:, 0]
         policy_top, policy_sum, _, policy = _merge(out.policy_max, out.policy_log_sum, columns)
+    gone = (log_q == -torch.inf) | (out.log_sum_z == -torch.inf)
+    out.max_t.copy_(out.max_z)
+    out.log_sum_t.copy_((out.log_sum_z - log_q).masked_fill(gone, torch.inf))
     out.max_z.copy_(top)
     out.log_sum_z.copy_(log_sum)
     out.policy_max.copy_(policy_top)
@@ -107,17 +111,29 @@ def merge_topk(
 
 def _bucket_divergence(
     lp: Tensor, lq: Tensor, divergence: str, clip: float | None, jsd_beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """D (R,), dD/dz of the K columns (R, K), and `r_tail - mean r` (R,). Bucket 0 is the tail."""
-    absent = lp == -torch.inf  # padding, or a tail without columns
-    p, q = lp.exp(), lq.masked_fill(absent, -torch.inf).exp()
-    lp = lp.masked_fill(absent, 0)
-    lq = lq.masked_fill(absent, 0).clamp(min=FLOOR)
-    odds = (lq[:, 0] - lp[:, 0]).clamp(max=MOST_LOG).exp()  # of the tail, q / p
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """D (R,), dD/dz of the K columns (R, K), the tail's aux and log q (R,). Bucket 0 is the tail.
+
+    Both masses are -inf where a bucket has no columns, lp alone where the student forbids them.
+    """
+    p, q = lp.exp(), lq.exp()
+    tail, lq = lq[:, 0], lq.clamp(min=FLOOR)
+    nothing = torch.full_like(tail, -torch.inf)
+    if divergence in ("forward_kl", "clipped_forward_kl"):
+        term = (q * (lq - lp)).masked_fill(q == 0, 0)  # inf where p alone is 0
+        kept = torch.ones_like(q, dtype=torch.bool)
+        if divergence == "clipped_forward_kl":
+            kept = term < clip
+            term = term.clamp(max=clip)
+        q = q.where(kept, 0)
+        mass = q.sum(1)
+        slope = p[:, 1:] * mass[:, None] - q[:, 1:]
+        return term.sum(1), slope, mass, tail.where(kept[:, 0], nothing)
+    lp = lp.masked_fill(lp == -torch.inf, 0)  # p is 0 there
     if divergence == "reverse_kl":
         r = lp - lq
         value = (p * r).sum(1)
-        return value, p[:, 1:] * (r[:, 1:] - value[:, None]), r[:, 0] - value
+        return value, p[:, 1:] * (r[:, 1:] - value[:, None]), r[:, 0] - value, nothing
     if divergence == "jsd":
         parts = torch.tensor([1 - jsd_beta, jsd_beta], dtype=torch.float64).log().tolist()
         student = lp.masked_fill(p == 0, -torch.inf) + parts[0]
@@ -128,15 +144,7 @@ def _bucket_divergence(
         to_teacher = (q * (lq - mix)).sum(1)
         value = jsd_beta * to_teacher + (1 - jsd_beta) * to_student
         r = (1 - jsd_beta) * (r - to_student[:, None])
-        return value, p[:, 1:] * r[:, 1:], r[:, 0]
-    term = (q * (lq - lp)).masked_fill(q == 0, 0)
-    kept = torch.ones_like(q)
-    if divergence == "clipped_forward_kl":
-        kept = (term < clip).to(q.dtype)
-        term = term.clamp(max=clip)
-    mass = (q * kept).sum(1)
-    slope = p[:, 1:] * mass[:, None] - (q * kept)[:, 1:]
-    return term.sum(1), slope, mass - kept[:, 0] * odds
+        return value, p[:, 1:] * r[:, 1:], r[:, 0], nothing
 
 
 def topk_grad(rows: TopKRows, targets: Tensor, entropy: Tensor, coef: Tensor) -> Tensor:

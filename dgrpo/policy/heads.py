@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dgrpo.head import FusedHead
 from dgrpo.ops.gemm import accumulator, project
+from dgrpo.ops.heads import transformed
 
 LIFT_BYTES = 2**26  # scratch for lifting a bf16 head on the CPU
 
@@ -77,7 +78,7 @@ def fp32_logits(head: FusedHead, hidden: Tensor) -> Tensor:
     project(hidden.detach().to(weight.dtype), weight, z, LIFT_BYTES)
     if head.bias is not None:
         z += head.bias.detach()
-    return _transformed(z, head.logit_scale, head.logit_softcap)
+    return transformed(z, head.logit_scale, head.logit_softcap)
 
 
 def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
@@ -102,7 +103,7 @@ def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
     with torch.no_grad(), _replaced(head, given.clone()), _replaced(body, states):
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
         got = causal(input_ids=tokens, use_cache=False).logits.float()
-    want = _transformed(given, scale, softcap)
+    want = transformed(given, scale, softcap)
     if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-4, atol=1e-4):
         raise ValueError(
             f"model: {type(causal).__name__} changes its logits in a way that logit_scale, "
@@ -110,11 +111,6 @@ def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
             "fused head would train on other logits"
         )
     return scale, softcap
-
-
-def _transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
-    z = z * scale
-    return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 
 class _Given(BaseModelOutputWithPast):

@@ -15,7 +15,8 @@ from torch import Tensor
 IGNORED = -100  # the target of a token without loss
 LOG_RATIO_LIMIT = 20.0  # nats
 TAIL_FLOOR = 1e-7  # least probability of a top-k teacher's tail bucket
-ABSENT = -1e4  # log-probability of a bucket that is not there: its exp is 0 in fp64
+ABSENT = -1e9  # log-probability of a bucket that is not there: its exp is 0 in fp64
+TEACHER_FLOOR = -1e6  # nats below its peak at which a teacher's logit counts in a divergence
 
 
 class OracleStats(NamedTuple):
@@ -90,6 +91,8 @@ def oracle(
     logp, divergence, entropy = (field[rows] for field in stats[:3])
     advantage = at(advantages)
     delta = logp - (logp.detach() if old_logprobs is None else at(old_logprobs))
+    # A token that the student forbids (-inf) is as on-policy as any, and gets no gradient.
+    delta = torch.where(delta.isnan() & (logp == -math.inf), 0.0, delta)
     ratio = delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     surrogate = torch.minimum(
         ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
@@ -112,8 +115,8 @@ def oracle(
         gap = (at(ref_logprobs) - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         losses = losses + ref_coef * (gap.exp() - gap - 1)
     weights = at(1 / max(len(rows), 1) if token_weights is None else token_weights)
-    loss = (weights * losses).sum() + 0 * sum(leaf.sum() for leaf in leaves)
-    gradients = torch.autograd.grad(loss, leaves)
+    loss = (weights * losses).sum()
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
     def full(values: Tensor) -> Tensor:
         out = values.new_zeros(len(keep)).index_copy(0, rows, values)
@@ -166,10 +169,11 @@ def oracle_stats(
     log_p = _finish(linear, logit_scale, logit_softcap, temperature).log_softmax(-1)
     policy = log_p
     if policy_logits == "bfloat16":
-        rounded = linear.float().bfloat16().double().detach() + (linear - linear.detach())
+        through = torch.where(linear.isinf(), 0.0, linear - linear.detach())
+        rounded = linear.float().bfloat16().double().detach() + through
         policy = _finish(rounded, logit_scale, logit_softcap, temperature).log_softmax(-1)
     logp = policy.gather(1, labels)[:, 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = -_times(log_p.exp(), log_p).sum(-1)
     value, teacher_logp = torch.zeros_like(logp), torch.zeros_like(logp)
     if teacher is not None:
         if hasattr(teacher, "token_ids"):
@@ -182,8 +186,9 @@ def oracle_stats(
             present = source >= 0
             p, q = log_p, _teacher_log_q(teacher, source.clamp(min=0), vocab_size)
             q = _finish(q, teacher.logit_scale, teacher.logit_softcap, teacher_temperature)
-            q = q.log_softmax(-1)
-            teacher_logp = torch.where(present, q.gather(1, labels)[:, 0], 0.0)
+            teacher_logp = q.log_softmax(-1).gather(1, labels)[:, 0]
+            teacher_logp = torch.where(present, teacher_logp, 0.0)
+            q = torch.maximum(q, q.amax(-1, keepdim=True) + TEACHER_FLOOR).log_softmax(-1)
         value = _divergence(p, q, divergence, divergence_clip, jsd_beta)
         value = torch.where(present, value, 0.0)
     empty = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
@@ -192,11 +197,11 @@ def oracle_stats(
 
 
 def _finish(linear: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
-    """Scale, soft cap and temperature, in this order."""
+    """Scale, soft cap and temperature, in this order. A bias of -inf forbids its token."""
     logits = linear * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits / temperature
+    return (logits / temperature).masked_fill(linear == -math.inf, -math.inf)
 
 
 def _teacher_log_q(teacher: Any, source: Tensor, vocab_size: int | None) -> Tensor:
@@ -220,10 +225,12 @@ def _buckets(
     ids = torch.where(there, ids, vocab)
     wide = torch.cat([log_p, torch.full_like(log_p[:, :1], ABSENT)], 1)
     tail_p = wide.scatter(1, ids, ABSENT).logsumexp(-1, keepdim=True)
-    log_q = torch.where(there, given, ABSENT)
+    tail_p = tail_p.masked_fill(tail_p < ABSENT / 2, -math.inf)  # the student forbids all of it
+    log_q = torch.where(there, given.clamp(min=TEACHER_FLOOR), ABSENT)
     tail_q = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR).log()
     # A tail without columns is no bucket.
-    tail_q = torch.where(there.sum(-1, keepdim=True) < vocab, tail_q, ABSENT)
+    has_tail = there.sum(-1, keepdim=True) < vocab
+    tail_p, tail_q = (torch.where(has_tail, x, ABSENT) for x in (tail_p, tail_q))
     if teacher.target_logprobs is not None:
         target = teacher.target_logprobs.reshape(-1)[rows].double()
     else:
@@ -232,18 +239,23 @@ def _buckets(
     return torch.cat([wide.gather(1, ids), tail_p], 1), torch.cat([log_q, tail_q], 1), target
 
 
+def _times(p: Tensor, values: Tensor) -> Tensor:
+    """`p * values`, 0 where p is 0, whatever the value is there; its gradient too."""
+    return p * torch.where(p > 0, values, 0.0)
+
+
 def _divergence(log_p: Tensor, log_q: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
     """D(p, q) over the last axis by its definition; log-probabilities (R, V), fp64."""
     p, q = log_p.exp(), log_q.exp()
     if name == "reverse_kl":
-        return (p * (log_p - log_q)).sum(-1)
+        return _times(p, log_p - log_q).sum(-1)
     if name == "forward_kl":
-        return (q * (log_q - log_p)).sum(-1)
+        return _times(q, log_q - log_p).sum(-1)
     if name == "clipped_forward_kl":
-        return (q * (log_q - log_p)).clamp(max=clip).sum(-1)
+        return _times(q, log_q - log_p).clamp(max=clip).sum(-1)
     if name == "jsd":
         log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
-        return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
+        return (beta * _times(q, log_q - log_m) + (1 - beta) * _times(p, log_p - log_m)).sum(-1)
     raise ValueError(
         f"divergence: got {name!r}, expected reverse_kl, forward_kl, clipped_forward_kl or jsd"
     )

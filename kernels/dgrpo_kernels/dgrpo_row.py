@@ -38,8 +38,10 @@ def dgrpo_row(
     advantage = tl.load(in_ptr + in_row)
     beta = tl.load(in_ptr + 6 * in_row)
     delta = 0.0 * weight
+    forbidden = logp == float("-inf")  # the student cannot say it: nothing to learn from
     if HAS_OLD:
-        delta = logp - tl.load(in_ptr + 2 * in_row)
+        old = tl.load(in_ptr + 2 * in_row)
+        delta = tl.where(forbidden & (old == logp), delta, logp - old)
     clamped = tl.abs(delta) > 20.0
     ratio = tl.exp(_clamp_log(delta))
     low = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), clip_dual)
@@ -47,7 +49,7 @@ def dgrpo_row(
     idle = advantage == 0
     clipped = (bounded != ratio) & (advantage != 0)
     loss = tl.where(idle, 0.0, -advantage * bounded)
-    a = tl.where(idle | clipped | clamped, 0.0, -advantage * ratio)
+    a = tl.where(idle | clipped | clamped | forbidden, 0.0, -advantage * ratio)
     if HAS_WEIGHTS:
         u = tl.load(in_ptr + 4 * in_row)
         loss = tl.where(u == 0, 0.0, u * loss)

@@ -6,7 +6,9 @@
               forward KL          p_v - q_v
               clipped forward KL  p_v S - q_v 1[q_v log(q_v/p_v) < C],  S = sum of the unclipped q
               JSD                 (1 - beta) p_v (log p_v - log M_v - KL(p‖M))
-              bucket              p_v (r_tail - mean r), for the columns that a top-k teacher lacks
+              bucket              p_v aux - q_v, for the columns that a top-k teacher lacks
+
+(`RowStats` says what aux and q are for "bucket").
 
 a = dL/dlogp, b = dL/dD, c = dL/dentropy: given, or computed in the prologue from the clipped dGRPO
 objective (`dgrpo_row`).
@@ -30,7 +32,7 @@ from dgrpo_kernels.rows import DIVERGENCES, NO_POLICY, Logits, PolicyRows, check
 
 @triton.jit
 def _divergence_grad(lp, lq, p, divergence, aux, clip, jsd_beta, DIVERGENCE: tl.constexpr):
-    """dD/dz of a block of columns. `lp` and `lq` are finite."""
+    """dD/dz of a block of columns. `lp` is finite, and `lq` too but for "bucket"."""
     if DIVERGENCE == 1:
         g = p * (lp - lq - divergence)
     elif DIVERGENCE == 2:
@@ -46,7 +48,7 @@ def _divergence_grad(lp, lq, p, divergence, aux, clip, jsd_beta, DIVERGENCE: tl.
         log_mix = top + tl.log(tl.exp(x - top) + tl.exp(y - top))
         g = (1.0 - jsd_beta) * p * (lp - log_mix - aux)
     else:
-        g = p * aux
+        g = p * aux - tl.exp(lq)
     return g
 
 
@@ -63,7 +65,6 @@ def _row_grad_kernel(
     stats_ptr,
     coef_ptr,
     in_ptr,
-    grad_scale_ptr,
     # outputs
     grad_ptr,
     out_ptr,
@@ -119,9 +120,10 @@ def _row_grad_kernel(
         divergence = tl.load(stats_ptr + 6 * stats_row)
     if DIVERGENCE > 2:
         aux = tl.load(stats_ptr + 8 * stats_row)
-    if t_ptr is not None:
+    if DIVERGENCE == 5 or t_ptr is not None:
         max_t = tl.load(stats_ptr + 2 * stats_row)
         log_sum_t = tl.load(stats_ptr + 3 * stats_row)
+    if t_ptr is not None:
         t_ptr += row * t_row
     if ROUND_POLICY:
         max_b = tl.load(stats_ptr + 9 * stats_row)
@@ -158,11 +160,6 @@ def _row_grad_kernel(
         a = tl.load(coef_ptr + row)
         b = tl.load(coef_ptr + row + coef_row)
         c = tl.load(coef_ptr + row + 2 * coef_row)
-    if grad_scale_ptr is not None:
-        grad_scale = tl.load(grad_scale_ptr)
-        a *= grad_scale
-        b *= grad_scale
-        c *= grad_scale
 
     z_ptr += row * z_row
     grad_ptr += row * grad_row
@@ -170,12 +167,13 @@ def _row_grad_kernel(
     for start in range(split * BLOCK, V, SPLITS * BLOCK):
         cols = start + lanes
         x = load_row(z_ptr, z_bias_ptr, cols, z_row, V)
-        u = logits_of(x, z_scale, z_softcap, z_inv_temperature, Z_SOFTCAP) - max_z
+        z = logits_of(x, z_scale, z_softcap, z_inv_temperature, Z_SOFTCAP)
+        u = z - max_z
         p = tl.exp(u - log_sum_z)
         lp = tl.maximum(u - log_sum_z, LOWEST)  # finite: 0 * inf does not arise
         g = -tl.where(c == 0, 0.0, c * p * (lp + entropy))
         if DIVERGENCE > 0:
-            lq = lp
+            lq = z - max_t - log_sum_t
             if t_ptr is not None:
                 y = load_row(t_ptr, t_bias_ptr, cols, t_row, V)
                 v = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_SOFTCAP) - max_t
@@ -221,14 +219,12 @@ def row_grad(
     divergence_clip: float | None = None,
     jsd_beta: float = 0.5,
     round_policy: bool = False,
-    grad_scale: Tensor | None = None,
 ) -> None:
     """Write dL/draw of rows of logits into `out`, (R, V) in the dtype of the matrix products.
 
     coef: (3, R) fp32 rows a, b, c, or None with `policy`, whose objective then gives them in the
-    prologue and fills `policy.outputs`. stats: the finished (11, R) statistics. grad_scale: None or
-    a one-element tensor that multiplies the gradient (fp16). A zero coefficient skips its term; the
-    loss of a row whose log-probability is NaN is NaN.
+    prologue and fills `policy.outputs`. stats: the finished (11, R) statistics. A zero coefficient
+    skips its term; the loss of a row whose log-probability is NaN is NaN.
     """
     for name, block in (("z", z.raw), ("out", out), ("t", z.raw if t is None else t.raw)):
         check_rows(name, block)
@@ -246,7 +242,6 @@ def row_grad(
             stats,
             coef,
             at.inputs,
-            grad_scale,
             out,
             at.outputs,
             V,

@@ -80,7 +80,8 @@ def _row_stats_kernel(
             y = load_row(t_ptr, t_bias_ptr, cols, t_row, V)
             t = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_SOFTCAP)
             new_t = tl.maximum(max_t, tl.max(t, 0))
-            step_t = max_t - new_t
+            # No step from a row so far without a peak: what is held at FLOOR stays there.
+            step_t = tl.where(max_t == LOWEST, 0.0, max_t - new_t)
             decay_t = tl.exp(step_t)
             v = t - new_t
             f = tl.exp(v)
@@ -91,9 +92,9 @@ def _row_stats_kernel(
                     e > 0, e * (u - v), 0.0
                 )
             if DIVERGENCE == 2:
-                cross = decay_t * (cross + (step_t - step_z) * sum_t) + tl.where(
-                    f > 0, f * (v - u), 0.0
-                )
+                # Infinite where the student forbids what the teacher says, until that q underflows.
+                cross = tl.where(decay_t > 0, decay_t * (cross + (step_t - step_z) * sum_t), 0.0)
+                cross += tl.where(f > 0, f * (v - u), 0.0)
             sum_t = decay_t * sum_t + f
         sum_u = decay_z * (sum_u + step_z * sum_z) + tl.where(e > 0, e * u, 0.0)
         sum_z = decay_z * sum_z + e

@@ -11,7 +11,7 @@ ROW_MULTIPLE = 16  # elements; row strides are multiples, so that every load is 
 
 FLOOR = -1e6  # nats below the peak at which a teacher's logit is held: its KLs stay finite
 
-# "bucket" is the gradient of any divergence over a top-k teacher's buckets: p_v (r_tail - mean r).
+# "bucket" is the gradient of any divergence over a top-k teacher's buckets, in the tail's columns.
 DIVERGENCES = {
     "none": 0,
     "reverse_kl": 1,
@@ -28,6 +28,10 @@ class RowStats(NamedTuple):
     With `u = z - max_z` and `v = t - max_t`: `log p = u - log_sum_z`, `log q = v - log_sum_t`. The
     maximum and the rest of a log-sum-exp are kept apart, since their sum loses digits that a
     near-equal teacher's divergence is made of.
+
+    "bucket", D's gradient in the tail's columns, is `p_v aux - q_v`. Reverse KL and JSD: aux =
+    r_tail - mean r and q = 0. Forward KLs: aux = mass of the unclipped q, and q is the teacher's
+    tail in the student's shape, `log q_v = z_v - max_t - log_sum_t`, also where p underflows.
     """
 
     max_z: Tensor
@@ -38,7 +42,7 @@ class RowStats(NamedTuple):
     teacher_logprobs: Tensor
     divergence: Tensor
     entropy: Tensor
-    aux: Tensor  # clipped forward KL: S; JSD: KL(p‖M); bucket: r_tail - mean r
+    aux: Tensor  # clipped forward KL: S; JSD: KL(p‖M); bucket: see above
     policy_max: Tensor  # of the row rounded to bf16, = max_z without rounding
     policy_log_sum: Tensor
 

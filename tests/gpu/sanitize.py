@@ -57,8 +57,7 @@ def launch(columns: int, divergence: str, everything: bool, dtype: torch.dtype) 
     if second:
         kernels.row_divergence(z, t, stats, **options)
     out = block(columns, False, dtype).raw
-    scale = torch.ones(1, device=DEVICE) if dtype == torch.float16 else None
-    options |= {"round_policy": everything, "grad_scale": scale}
+    options["round_policy"] = everything
     kernels.row_grad(z, t, targets, stats, torch.rand(3, ROWS, device=DEVICE), out, **options)
     kernels.row_grad(z, t, targets, stats, None, out, policy=policy_rows(), **options)
 

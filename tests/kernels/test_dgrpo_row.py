@@ -86,7 +86,7 @@ def policy_rows(context: Context) -> PolicyRows:
     )
 
 
-def run(context_options, dtype=torch.float32, scale=None, spoil=None, teacher=True):
+def run(context_options, dtype=torch.float32, spoil=None, teacher=True):
     """Outputs and gradient of the kernel, and the statistics that it read."""
     z, t, targets = block(R, V), block(R, V, seed=1), targets_of(R, V)
     divergence = "reverse_kl" if teacher else "none"
@@ -96,9 +96,8 @@ def run(context_options, dtype=torch.float32, scale=None, spoil=None, teacher=Tr
         spoil(context, fields(stats))
     rows, grad = policy_rows(context), new_grad(R, V, dtype)
     kernels.row_grad(
-        z, t if teacher else None, targets, stats, None, grad, policy=rows, divergence=divergence,
-        grad_scale=scale,
-    )  # fmt: skip
+        z, t if teacher else None, targets, stats, None, grad, policy=rows, divergence=divergence
+    )
     return rows.outputs, grad, stats, context
 
 
@@ -129,13 +128,9 @@ def test_it_equals_the_plain_objective(name):
 
 @pytest.mark.parametrize("name", ["off policy", "everything"])
 def test_its_coefficients_from_outside_give_the_same_bits(name):
-    scale = torch.tensor([64.0], device=DEVICE)
-    outputs, fused, stats, _ = run(SWITCHES[name], torch.float16, scale)
+    outputs, fused, stats, _ = run(SWITCHES[name], torch.float16)
     again = new_grad(R, V, torch.float16)
-    kernels.row_grad(
-        block(R, V), block(R, V, seed=1), targets_of(R, V), stats, outputs[4:7], again,
-        grad_scale=scale,
-    )  # fmt: skip
+    kernels.row_grad(block(R, V), block(R, V, seed=1), targets_of(R, V), stats, outputs[4:7], again)
     assert torch.equal(fused, again)
 
 
@@ -171,3 +166,19 @@ def test_an_undefined_log_probability_shows_in_the_loss():
 
     outputs, *_ = run({"old": True}, spoil=spoil)
     assert outputs[0, :2].isnan().all() and outputs[0, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_token_that_the_student_forbids(old):
+    def spoil(context, stats):
+        stats.logprobs[2:5] = -torch.inf
+        if old:
+            context.old_logprobs[2] = -torch.inf  # as when the same bias forbade it then
+
+    outputs, _, stats, context = run({"old": old}, spoil=spoil)
+    losses, metrics, coef = plain(stats, context)
+    torch.testing.assert_close(outputs[0].double(), losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[4:].double(), coef, rtol=1e-5, atol=1e-6)
+    assert torch.equal(outputs[3].bool(), metrics["clamped"])
+    assert outputs[:, 2:5].isfinite().all() and not outputs[4, 2:5].any()
+    assert outputs[1, 2] == 1

@@ -128,6 +128,32 @@ def test_a_teacher_that_excludes_columns(divergence, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_that_excludes_the_whole_first_block(backend):
+    z, t = block(2, 2100), block(2, 2100, seed=1, bias=True)
+    t.bias[:2050] = -torch.inf
+    got = fields(measured(BACKENDS[backend], z, t, targets_of(2, 2100), "reverse_kl"))
+    held = t._replace(bias=t.bias.clamp(min=-1e6))
+    goal = want(z, held, targets_of(2, 2100)).divergence
+    assert goal.max() > 1e5
+    assert relative_error(got.divergence, goal) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("column", [3, 2060])
+def test_a_student_that_excludes_what_the_teacher_says(column, backend):
+    z, t = block(2, 2100, bias=True), block(2, 2100, seed=1)
+    z.bias[column] = -torch.inf
+    t.raw[0, column] = 20.0
+    t.raw[1, column] = -200.0  # q is 0 in fp32: no part of the sum
+    t.raw[:, 2070] = 5.0
+    got = fields(measured(BACKENDS[backend], z, t, targets_of(2, 2100), "forward_kl"))
+    held = z._replace(bias=z.bias.clamp(min=-100))
+    goal = want(held, t, targets_of(2, 2100), divergence="forward_kl").divergence
+    assert got.divergence[0] == torch.inf
+    assert got.divergence[1].item() == pytest.approx(goal[1].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_neighbours_of_the_view_are_left_alone(backend):
     whole = torch.full((STATS, 9), 5.0, device=DEVICE)
     BACKENDS[backend].row_stats(block(3, 40), None, targets_of(3, 40), whole[:, 3:6])

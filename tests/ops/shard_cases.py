@@ -5,10 +5,8 @@ A case gets a `Ranks`; on every rank it compares the sharded call with that of o
 
 from __future__ import annotations
 
-import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import product
 from typing import Any
 
@@ -277,22 +275,3 @@ CASES = {
         for name in bad_arguments(fp64(case_of(24)))
     },
 }
-
-
-def worker(rank: int, world: int, folder: str) -> None:
-    """Runs every case and saves {case: traceback or None}; the first deadlock ends it."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    ranks = Ranks(dist.group.WORLD, fp64(case_of(24)), rank, BOUNDS[world])
-    found: dict[str, str | None] = {}
-    for name, case in CASES.items():
-        try:
-            case(ranks)
-            found[name] = None
-        except Exception:
-            found[name] = traceback.format_exc()
-        torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()

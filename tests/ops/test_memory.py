@@ -40,8 +40,10 @@ def allowed(tokens, budget, vocab=16384, width=64, size=4) -> int:
         {"mode": "loss"},
         {"mode": "stats", "divergence": "jsd"},
         {"mode": "loss", "dtype": "bfloat16", "bias": True},
+        {"mode": "loss", "dtype": "float16", "bias": True},
+        {"mode": "stats", "dtype": "float16"},
     ],
-    ids=["gradient in forward", "recompute", "bf16 with bias"],
+    ids=["gradient in forward", "recompute", "bf16 with bias", "fp16 with bias", "fp16 recompute"],
 )
 def test_logits_never_exist(sizes):
     tokens, budget = 2048, 32 * MIB

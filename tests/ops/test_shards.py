@@ -1,6 +1,6 @@
 """Vocabulary-parallel heads on 2 and 4 gloo ranks against one process.
 
-All cases of a world size run in one group of processes; `shard_cases.py` is what they run.
+All cases of a world size run in one group of processes; `shard_runs.py` is what they run.
 """
 
 import time
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessException
 
-from tests.ops import shard_cases
+from tests.ops import shard_runs
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 def run(world, folder, limit=240):
     """Each rank's {case: traceback or None}."""
     context = mp.start_processes(
-        shard_cases.worker,
+        shard_runs.worker,
         args=(world, str(folder)),
         nprocs=world,
         join=False,
@@ -43,7 +43,7 @@ def results(request, tmp_path_factory):
     return run(request.param, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", shard_cases.CASES)
+@pytest.mark.parametrize("name", shard_runs.CASES)
 def test_sharded(results, name):
     for rank, found in enumerate(results):
         assert name in found, f"rank {rank} never came to it: an earlier case hung"
