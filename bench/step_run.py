@@ -55,7 +55,7 @@ def make_model(size: Size, folder: Path, width: int = 1, seed: int = 0) -> None:
     """A Qwen3 with random weights, and a tokenizer whose end-of-sequence token is never sampled."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from dgrpo.data import train_tokenizer
+    from dgrpo.longblocks.tasks import train_tokenizer
 
     tokenizer = train_tokenizer(vocab_size=400, names=32)
     hidden = size.hidden * width
@@ -86,7 +86,7 @@ def make_rows(size: Size, folder: Path, count: int) -> list[dict]:
     """Prompts of the wanted length, written as rows.jsonl too."""
     from transformers import AutoTokenizer
 
-    from dgrpo.data import chains
+    from dgrpo.longblocks.tasks import chains
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     task = chains.ChainTask(tokenizer, tokens=size.prompt, chains=2, hops=2, names=32, queries=1)
@@ -119,11 +119,11 @@ def measured(step: Callable[[], dict[str, float]], steps: int) -> dict:
 
 def ours(size: Size, steps: int, folder: Path, preset: str) -> dict:
     """dgrpo's verbs of a step, as its own trainer calls them."""
-    from dgrpo.config import validate
-    from dgrpo.training.build import build
-    from dgrpo.training.collect import collect
-    from dgrpo.training.record import record
-    from dgrpo.training.steps import attach_teacher, backward, micro_batches, update, weigh
+    from dgrpo.trainer.config import validate
+    from dgrpo.trainer.build import build
+    from dgrpo.trainer.collect import collect
+    from dgrpo.trainer.record import record
+    from dgrpo.trainer.update import attach_teacher, backward, micro_batches, update, weigh
 
     micro = size.group * (size.prompt + size.completion)
     run = build(

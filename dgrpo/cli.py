@@ -13,15 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgrpo.config import dump, load, settings_help
-from dgrpo.training.signals import Interrupted, Interruption, listening
+from dgrpo.trainer.config import dump, settings_help
+from dgrpo.trainer.config import load
+from dgrpo.trainer.signals import Interrupted, Interruption, listening
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Bad input is told on stderr, with status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:2] == ["data", "make"]:
-        from dgrpo.data.make import main as make
+        from dgrpo.longblocks.tasks.make import main as make
 
         return make(arguments[2:])
     wanted = parser(arguments[0] if arguments else "")
@@ -86,7 +87,7 @@ def parser(chosen: str = "") -> argparse.ArgumentParser:
         "where nothing could be scored.",
     )
     if chosen == "eval":
-        from dgrpo.evaluation.arguments import add_arguments
+        from dgrpo.longblocks.evaluation.arguments import add_arguments
 
         _model_arguments(command)
         add_arguments(command)
@@ -133,9 +134,9 @@ def _train(options: argparse.Namespace, asked: Interruption) -> int:
     for name, settings in stages.items():
         _tell(f"{name or 'train'}: {settings.method.preset or 'own method'}, in {settings.out}")
     _tell("loading torch and transformers")
-    from dgrpo.checkpoint import CheckpointError
+    from dgrpo.trainer.checkpoint import CheckpointError
     from dgrpo.trainer import Diverged, RewardsFailed, train_stages
-    from dgrpo.training import ranks
+    from dgrpo import distributed as ranks
 
     try:
         outcomes = train_stages(stages, allow_changes=options.allow_changes)
@@ -189,11 +190,11 @@ def evaluate(options: argparse.Namespace) -> int:
             "eval: got nothing to score, expected files of rows, --tasks, --ruler, --benchmark or "
             "--lm-eval"
         )
-    from dgrpo.data.make import length
-    from dgrpo.evaluation import Results, compare, lm_eval_scores
-    from dgrpo.evaluation import evaluate as score
-    from dgrpo.evaluation.sources import rows_of, task_names
-    from dgrpo.rewards.worker import load as load_reward
+    from dgrpo.longblocks.tasks.make import length
+    from dgrpo.longblocks.evaluation import Results, compare, lm_eval_scores
+    from dgrpo.longblocks.evaluation import evaluate as score
+    from dgrpo.longblocks.evaluation.sources import rows_of, task_names
+    from dgrpo.longblocks.rewards.worker import load as load_reward
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
     reward = load_reward(options.reward) if options.reward else None
@@ -246,7 +247,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """`dgrpo report`."""
-    from dgrpo.report import write_report
+    from dgrpo.trainer.report import write_report
 
     written = write_report(*options.folders, out=options.out)
     print(f"curves: {written.curves}\npage:   {written.page}")
@@ -270,7 +271,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _generator(options: argparse.Namespace):
-    from dgrpo.training.generate import Generator
+    from dgrpo.trainer.generate import Generator
 
     return Generator(
         options.model,

@@ -26,13 +26,14 @@ from pathlib import Path
 
 import torch
 
-from dgrpo.config import RunSettings, load
-from dgrpo.data import train_tokenizer
-from dgrpo.evaluation import paired_bootstrap
-from dgrpo.evaluation.statistics import interval
-from dgrpo.report import write_report
+from dgrpo.trainer.config import RunSettings
+from dgrpo.trainer.config import load
+from dgrpo.longblocks.tasks import train_tokenizer
+from dgrpo.longblocks.evaluation import paired_bootstrap
+from dgrpo.longblocks.evaluation.intervals import interval
+from dgrpo.trainer.report import write_report
 from dgrpo.trainer import finished, train_stages
-from dgrpo.training.signals import ENDING, Interrupted, listening
+from dgrpo.trainer.signals import ENDING, Interrupted, listening
 
 SETTINGS = Path(__file__).with_name("tiny.yaml")
 BRANCHES = ("teacher", "cold")  # stages named so, and a number, run side by side

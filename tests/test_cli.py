@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dgrpo.cli import main
-from dgrpo.config import describe, load, parse_file
-from tests.trainer_home import make_home, settings  # noqa: F401
+from dgrpo.trainer.config import describe, parse_file
+from dgrpo.trainer.config import load
+from tests.trainer.home import make_home, settings  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -44,7 +45,7 @@ def test_the_papers_example_has_its_published_values():
     path = ROOT / "examples/qwen3-1.7b-from-32b.yaml"
     sft, dgrpo = load(path).values()
     assert (sft.epochs, dgrpo.epochs) == (2, 1)
-    assert (dgrpo.method.teacher_coef, dgrpo.method.clip_low, dgrpo.rollout.group_size) == (
+    assert (dgrpo.method.teacher_coef, dgrpo.method.clip_low, dgrpo.trainer.rollout.group_size) == (
         0.5,
         0.2,
         8,
@@ -81,7 +82,7 @@ def test_show_prints_the_settings(capsys):
 
 
 def test_train_then_report_and_generate(home, tmp_path, capsys):
-    from dgrpo.config import dump
+    from dgrpo.trainer.config import dump
 
     wanted = settings(home, tmp_path / "run", checkpoint={"every": 100, "export": True})
     (tmp_path / "run.yaml").write_text(dump(wanted))
@@ -109,8 +110,8 @@ def test_eval_scores_rows_and_compares(home, tmp_path, capsys):
 
 
 def test_help_of_eval_names_its_tasks_as_data_make_does(capsys):
-    from dgrpo.data.tasks import TASKS
-    from dgrpo.evaluation import RULER_TASKS
+    from dgrpo.longblocks.tasks.families import TASKS
+    from dgrpo.longblocks.evaluation import RULER_TASKS
 
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
@@ -174,7 +175,7 @@ def test_eval_of_an_empty_file_fails(home, tmp_path, capsys):
 
 
 def test_eval_makes_the_tasks_of_data_make(tmp_path, capsys, monkeypatch):
-    from tests.evaluation.test_made import Oracle
+    from tests.longblocks.evaluation.test_made import Oracle
 
     monkeypatch.setattr("dgrpo.cli._generator", lambda options: Oracle())
     command = ["eval", "model", "--tasks", "relations,quoting", "--lengths", "4k", "--count", "2"]

@@ -89,7 +89,7 @@ def test_every_part_has_its_place():
         ("ops", "import dgrpo.head"),
         ("ops", "from dgrpo import head"),
         ("objectives", "def f():\n    from dgrpo.ops.sweep import sweep"),
-        ("rollout", "import dgrpo.teacher"),
+        ("rollout", "import dgrpo.trainer.teachers.local"),
         ("dgrpo_kernels", "from torch import distributed"),
         ("head", "from transformers import PreTrainedModel"),
         ("testing", "from dgrpo.ops import sweep"),

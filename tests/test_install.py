@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.report.page import SCRIPTS
+from dgrpo.trainer.report.page import SCRIPTS
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -83,7 +83,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel, tree):
         for package in ("dgrpo", "dgrpo_kernels")
         for path in (root / package).rglob("*.py")
     }
-    page = {f"dgrpo/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)}
+    page = {f"dgrpo/trainer/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)}
     assert packed - modules == {"dgrpo/py.typed", "dgrpo_kernels/py.typed", *page}
     assert modules <= packed and "dgrpo/ops/__init__.py" in packed
     assert "dgrpo_kernels/row_stats.py" in packed

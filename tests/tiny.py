@@ -7,8 +7,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dgrpo.batch import Sample, pack
-from dgrpo.policy import PolicyModel
+from dgrpo.trainer.batch import Sample, pack
+from dgrpo.trainer.policy import PolicyModel
 
 VOCAB = 96
 SMALL = {

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from dgrpo.data.problems import BadRow
+from dgrpo.text.problems import BadRow
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 

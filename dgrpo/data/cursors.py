@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dgrpo.data.passes import RowStream
-from dgrpo.data.problems import BadRow, Report
+from dgrpo.text.problems import BadRow, Report
 from dgrpo.data.render import Source
 from dgrpo.data.rows import load_rows
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dgrpo.data.cursors import Pass, Shuffled
-from dgrpo.data.longblocks import Books
-from dgrpo.data.problems import BadRow, Report
+from dgrpo.longblocks.dataset import Books
+from dgrpo.text.problems import BadRow, Report
 from dgrpo.data.render import Prompt, PromptEncoder, Source
 from dgrpo.data.survey import Survey
 
@@ -36,7 +36,7 @@ class PromptStream:
         require_completion: drop rows without a target (SFT, distillation on given texts).
         shuffle: off, rows come in the order of the files.
         rank, world: this process and how many share the stream.
-        log, report_path: see :class:`~dgrpo.data.problems.Report`.
+        log, report_path: see :class:`~dgrpo.text.problems.Report`.
 
     Raises:
         ValueError: no source, a weight that is not positive, or a source of which no row is usable.

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dgrpo.data.problems import BadRow
-from dgrpo.data.text import encode_chat, encode_text
+from dgrpo.text.problems import BadRow
+from dgrpo.text.encode import encode_chat, encode_text
 
 PROMPTS = ("messages", "prompt")  # columns in which a whole prompt is looked for
 
@@ -33,7 +33,7 @@ class Source:
         reward: overrides the row's ``reward`` column.
         where: only rows whose columns have these values; the others do not count as dropped.
         books: a folder with the texts of rows whose ``document`` is null, see
-            :mod:`dgrpo.data.longblocks`.
+            :mod:`dgrpo.longblocks.dataset`.
         rows: the rows themselves, in place of ``path``.
     """
 

@@ -2,7 +2,7 @@
 
 :func:`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded
 memory is :class:`~dgrpo.data.passes.RowStream`. In both a row or a file that cannot be read is a
-:class:`~dgrpo.data.problems.BadRow`, not the end.
+:class:`~dgrpo.text.problems.BadRow`, not the end.
 """
 
 import bisect
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.data.cells import DELIMITERS, Cells
-from dgrpo.data.problems import BadRow, Report
+from dgrpo.text.problems import BadRow, Report
 
 SUFFIXES = (".jsonl", ".json", ".parquet", *DELIMITERS)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dgrpo.data.problems import Report
+from dgrpo.text.problems import Report
 from dgrpo.data.render import Prompt
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
-from dgrpo.config import RunSettings, load
-from dgrpo.config.base import Settings
-from dgrpo.config.help import explain
-from dgrpo.config.load import override, parse_file
+from dgrpo.trainer.config import RunSettings
+from dgrpo.trainer.config import load
+from dgrpo.trainer.config.base import Settings
+from dgrpo.trainer.config.help import explain
+from dgrpo.trainer.config.load import override, parse_file
 
 HERE = Path(__file__).parent
 COLD = "cold"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import machine
-from dgrpo.config import RunSettings
+from dgrpo.trainer.config import RunSettings
 from examples.compare.plan import Plan
 from examples.compare.work import SCORES
 

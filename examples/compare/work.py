@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dgrpo.config import RunSettings
-from dgrpo.data.chains import rows, write
-from dgrpo.evaluation import evaluate
-from dgrpo.rewards import final_number
+from dgrpo.trainer.config import RunSettings
+from dgrpo.longblocks.tasks.chains import rows, write
+from dgrpo.longblocks.evaluation import evaluate
+from dgrpo.longblocks.rewards import final_number
 from dgrpo.trainer import train_stages
-from dgrpo.training.generate import Generator
+from dgrpo.trainer.generate import Generator
 
 BATCH = 256  # prompts completed at once
 SCORES = "scores.json"

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from dgrpo.data import BadRow, PromptStream, Source, encode_text, render_row, train_tokenizer
+from dgrpo.text import BadRow, encode_text
+from dgrpo.data import PromptStream, Source, render_row
+from dgrpo.longblocks.tasks import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dgrpo.data import BadRow, Report, load_rows
+from dgrpo.text import BadRow, Report
+from dgrpo.data import load_rows
 from dgrpo.data.passes import RowStream
 
 

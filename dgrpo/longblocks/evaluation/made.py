@@ -1,0 +1,50 @@
+"""The tasks of ``dgrpo data make`` as an evaluation, from the text that it keeps for tests."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dgrpo.text import BadRow
+from dgrpo.longblocks.tasks.corpus import build_corpus, counter
+from dgrpo.longblocks.tasks.facts import Ground
+from dgrpo.longblocks.tasks.families import CODE, MakeSettings, make_row
+from dgrpo.longblocks.tasks.tracing import code_files
+
+
+def made(
+    tokenizer,
+    tasks: Sequence[str] = (),
+    lengths: Sequence[int] = (4096,),
+    count: int = 100,
+    seed: int = 0,
+    haystack: str | None = None,
+) -> Iterator[dict | BadRow]:
+    """Rows of tasks at lengths, deterministic by seed: those of the split "test".
+
+    Args:
+        tokenizer: measures lengths; ``"bytes"``: one token a byte.
+        tasks: names in :data:`dgrpo.longblocks.tasks.families.TASKS`; empty or "all": all.
+        lengths: tokens of document and question.
+        count: rows of each task and length.
+        seed: of everything.
+        haystack: folder of text or code; None: the standard library.
+
+    Raises:
+        ValueError: an unknown task, or a length under 500 tokens.
+    """
+    settings = MakeSettings("", tuple(tasks) or ("all",), count, tuple(lengths), split="test")
+    settings = replace(settings, count=count * len(settings.named) * len(lengths), seed=seed)
+    return _rows(tokenizer, settings, haystack)
+
+
+def _rows(tokenizer, settings: MakeSettings, haystack: str | None) -> Iterator[dict | BadRow]:
+    corpus = build_corpus(tokenizer, haystack).part(settings.split)
+    files = code_files(corpus) if set(settings.named) & set(CODE) else []
+    ground = Ground(corpus, counter(tokenizer), files)
+    for number in range(settings.count):
+        try:
+            row = make_row(ground, settings, number)
+        except Exception as error:  # whatever goes wrong costs this row alone
+            yield BadRow("cannot be made", str(error))
+            continue
+        length = settings.tokens[number // len(settings.named) % len(settings.tokens)]
+        yield row | {"length": length}

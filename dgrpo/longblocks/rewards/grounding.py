@@ -1,0 +1,202 @@
+"""Answers that must rest on passages of the document, or say that it has none."""
+
+import re
+from collections.abc import Sequence
+
+from dgrpo.longblocks.rewards.text import (
+    answers,
+    column,
+    f1,
+    final_answer,
+    guarded,
+    normalise,
+    overlap,
+    passages_of,
+    squeeze,
+    without_thinking,
+)
+
+_CITED = re.compile(r"\[([A-Za-z]*\d+)\]")
+_QUOTE = re.compile(
+    r'^[ \t*>-]*quote[ \t]*:[ \t]*["“](.+)["”][ \t]*\[([A-Za-z]*\d+)\][ \t.]*$', re.I | re.M
+)
+_QUOTE_LINE = re.compile(r"^[ \t*>-]*quote[ \t]*:.*$", re.I | re.M)
+_BLOCK = re.compile(r"</?RETRIEVAL>", re.I)
+_ENTRY = re.compile(r"^[ \t]*\[([A-Za-z]*\d+)\](.*?)(?=^[ \t]*\[[A-Za-z]*\d+\]|\Z)", re.S | re.M)
+_ABSTENTIONS = (
+    "not answerable",
+    "unanswerable",
+    "cannot be answered",
+    "not in document",
+    "not stated in document",
+)
+_MIN_QUOTE = 5  # words
+
+
+def abstains(completion: str, phrases: Sequence[str] = _ABSTENTIONS) -> bool:
+    """Whether the final answer says that the document has none, and nothing else."""
+    return _answer(completion) in {normalise(phrase) for phrase in phrases}
+
+
+def abstention(
+    prompts,
+    completions,
+    *,
+    answerable,
+    answer=None,
+    aliases=None,
+    phrases: Sequence[str] = _ABSTENTIONS,
+    **columns,
+) -> dict:
+    """1 for the right answer to what is answerable, and for abstaining from what is not.
+
+    To abstain is to give one of the phrases as the final answer, without an answer beside it. The
+    part ``abstained`` is its rate.
+
+    Columns: ``answerable`` (bool), ``aliases`` (list of str) or ``answer`` (str).
+    """
+    n = len(completions)
+    rows = zip(completions, answerable, column(answer, n), column(aliases, n), strict=True)
+    values, abstained = [], []
+    for completion, can, one, many in rows:
+        silent = abstains(completion, phrases)
+        abstained.append(float(silent))
+        values.append(
+            _right(completion, one, many) if can and not silent else float(silent and not can)
+        )
+    return {"reward": values, "abstained": abstained}
+
+
+def citation(prompts, completions, *, passage_ids, **columns) -> dict:
+    """F1 of the cited labels ("[P12]") against the supporting ones, times their precision.
+
+    Each label counts once. Parts: ``precision``, ``recall``.
+
+    Columns: ``passage_ids`` (list of str).
+    """
+    values, precisions, recalls = [], [], []
+    for completion, gold in zip(completions, passage_ids, strict=True):
+        cited = sorted(set(_CITED.findall(without_thinking(completion))))
+        precision, recall = overlap(cited, list(gold or []))
+        values.append(guarded(precision, recall))
+        precisions.append(precision)
+        recalls.append(recall)
+    return {"reward": values, "precision": precisions, "recall": recalls}
+
+
+def grounded(
+    prompts,
+    completions,
+    *,
+    passage_ids,
+    answerable=None,
+    answer=None,
+    aliases=None,
+    passages=None,
+    document=None,
+    phrases: Sequence[str] = _ABSTENTIONS,
+    **columns,
+) -> dict:
+    """A right answer with exact quotations of the supporting passages.
+
+    The completion is ``Answer: value`` and lines ``Quote: "sentence" [P12]``. The reward is 0 for a
+    wrong answer, else half of it for the answer and half for the evidence: F1 of the cited labels
+    times their precision (a label that is cited twice counts twice) times the share of quotations
+    that are exact, that is, stand in the passage of their label but for white space and have five
+    words or are the whole passage. What the document does not answer is to be answered by an
+    abstention without quotations.
+
+    Parts: ``answer``, ``citation_precision``, ``citation_recall``, ``quote``, ``abstained``.
+
+    Columns: ``passage_ids``, ``passages``, ``aliases`` (lists of str), ``answerable`` (bool),
+    ``document`` (str) with passages labelled "[P12]" at line starts.
+    """
+    names = ("reward", "answer", "citation_precision", "citation_recall", "quote", "abstained")
+    parts: dict[str, list[float | None]] = {name: [] for name in names}
+    n = len(completions)
+    optional = (answerable, answer, aliases, passages, document)
+    rows = zip(completions, passage_ids, *(column(x, n) for x in optional), strict=True)
+    for completion, ids, can, one, many, texts, source in rows:
+        silent = abstains(completion, phrases)
+        quotes = _QUOTE.findall(without_thinking(completion))
+        lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
+        if can is False:
+            right = float(silent)
+            values = (float(silent and not lines), right, None, None, None, float(silent))
+        else:
+            right = 0.0 if silent else _right(completion, one, many)
+            ids = [str(i) for i in ids or []]
+            precision, recall = overlap([label for _, label in quotes], ids)
+            known = _known(source, ids, texts, [label for _, label in quotes])
+            exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
+            exact = exact / lines if lines else 0.0
+            evidence = guarded(precision, recall) * exact
+            value = right * (0.5 + 0.5 * evidence)
+            values = (value, right, precision, recall, exact, float(silent))
+        for name, value in zip(names, values, strict=True):
+            parts[name].append(value)
+    return parts
+
+
+def retrieval(
+    prompts, completions, *, passage_ids, passages, answer=None, aliases=None, **columns
+) -> dict:
+    """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
+
+    The completion is ``<RETRIEVAL>``, a line "[P3] text" for each passage, ``</RETRIEVAL>``, then
+    the answer. The reward is 0 for a wrong answer, else half for the answer and half for the block:
+    F1 of its entries times their precision, an entry being right if its label is a supporting one,
+    not given before, and its words have F1 of at least 0.9 with the passage's. More than one block,
+    or none, is an empty one.
+
+    Parts: ``answer``, ``retrieval_precision``, ``retrieval_recall``.
+
+    Columns: ``passage_ids``, ``passages``, ``aliases`` (lists of str).
+    """
+    names = ("reward", "answer", "retrieval_precision", "retrieval_recall")
+    parts: dict[str, list[float]] = {name: [] for name in names}
+    n = len(completions)
+    rows = zip(
+        completions, passage_ids, passages, column(answer, n), column(aliases, n), strict=True
+    )
+    for completion, ids, texts, one, many in rows:
+        text = without_thinking(completion)
+        pieces, marks = _BLOCK.split(text), _BLOCK.findall(text)
+        whole = [mark.upper() for mark in marks] == ["<RETRIEVAL>", "</RETRIEVAL>"]
+        entries = _ENTRY.findall(pieces[1]) if whole else []
+        gold = dict(zip(map(str, ids), texts, strict=True))
+        hits = set()
+        for label, copy in entries:
+            words, right = normalise(copy).split(), normalise(gold.get(label, "")).split()
+            if f1(*overlap(words, right)) >= 0.9:
+                hits.add(label)
+        precision = len(hits) / len(entries) if entries else 0.0
+        recall = len(hits) / len(gold) if gold else 0.0
+        right = _right(pieces[-1], one, many)
+        value = right * (0.5 + 0.5 * guarded(precision, recall))
+        for name, v in zip(names, (value, right, precision, recall), strict=True):
+            parts[name].append(v)
+    return parts
+
+
+def _right(completion: str, answer, aliases) -> float:
+    return float(_answer(completion) in answers(answer, aliases))
+
+
+def _answer(completion: str) -> str:
+    """The final answer in normal form, where quotations may follow it."""
+    return normalise(final_answer(_QUOTE_LINE.sub("", completion)))
+
+
+def _known(document, ids, texts, cited) -> dict[str, str]:
+    """Text of each cited label, single-spaced: from the document, else the supporting passages."""
+    known = dict(passages_of(document, sorted(set(cited)))) if document else {}
+    given = dict(zip(ids, texts or [], strict=False))
+    return {label: squeeze(text) for label, text in {**given, **known}.items()}
+
+
+def _is_exact(quote: str, passage: str | None) -> bool:
+    quote = squeeze(quote)
+    if passage is None or quote not in passage:
+        return False
+    return len(quote.split()) >= _MIN_QUOTE or quote == passage

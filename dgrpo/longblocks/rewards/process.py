@@ -1,0 +1,107 @@
+"""The host's end of the worker process: JSON lines, time limits, killing."""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_START = 300.0  # seconds in which the rewards have to be imported
+TELL = 10.0  # seconds without a reply before one is told; then whenever they have doubled
+_SCRIPT = Path(__file__).with_name("worker.py").resolve()
+
+
+class Hung(Exception):
+    """No reply in time."""
+
+
+class Died(Exception):
+    """The process ended."""
+
+
+class WorkerProcess:
+    """A process of :mod:`dgrpo.longblocks.rewards.worker` and its two pipes.
+
+    Args:
+        start: its first message, the rewards to import.
+
+    Raises:
+        ValueError: a reward that cannot be imported.
+    """
+
+    def __init__(self, start: dict):
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # own process group: killed with its children, spared by Ctrl-C
+        )
+        self.buffer = bytearray()
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.process.stdout, selectors.EVENT_READ)
+        try:
+            self.send(start)
+            reply = self.receive(_START)
+        except (Hung, Died) as error:
+            self.kill()
+            raise ValueError(f"rewards: got {error} while importing them") from error
+        if "error" in reply:
+            self.kill()
+            raise ValueError(reply["error"])
+
+    def send(self, message: dict) -> None:
+        """Write a message; raises :class:`Died`."""
+        line = json.dumps(message, default=_plain) + "\n"
+        try:
+            self.process.stdin.write(line.encode())
+            self.process.stdin.flush()
+        except OSError as error:
+            raise Died(f"worker ended ({self.process.poll()})") from error
+
+    def receive(self, limit: float, tell: Callable[[float], None] | None = None) -> dict:
+        """Wait ``limit`` seconds for a message, and ``tell`` now and then how many it has been.
+
+        Raises :class:`Hung` and :class:`Died`.
+        """
+        start, told, scanned = time.monotonic(), TELL, 0
+        while (newline := self.buffer.find(b"\n", scanned)) < 0:
+            scanned = len(self.buffer)
+            until = min(limit, told)
+            if not self.selector.select(max(0.0, start + until - time.monotonic())):
+                if until == limit:
+                    raise Hung(f"no reply in {limit:.3g} s")
+                if tell is not None:
+                    tell(told)
+                told *= 2
+                continue
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not data:
+                raise Died(f"worker ended with exit code {self.process.wait()}")
+            self.buffer += data
+        line = bytes(self.buffer[:newline])
+        del self.buffer[: newline + 1]
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        self.selector.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            try:
+                pipe.close()
+            except OSError:
+                pass
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no type for: arrays as lists, the rest as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,303 @@
+"""Runs rewards so that a bad one costs a sample and never the run.
+
+:class:`Scorer` keeps one worker process (:mod:`dgrpo.longblocks.rewards.worker`). A reward is first called on
+the whole batch. If that raises, hangs or kills the process, it is called again sample by sample,
+and the samples that fail by themselves are marked, counted and logged. A worker that hangs is
+killed with all that it started, and replaced. Time limits are those of a batch: the second pass has
+as long again for all of its samples together, each at most half of what is left.
+
+Left out: several workers (each rank has its own already), rewards that see a group at once (they
+would change value when called sample by sample).
+"""
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgrpo.longblocks.rewards import worker
+from dgrpo.longblocks.rewards.process import Died, Hung, WorkerProcess
+
+logger = logging.getLogger("dgrpo.longblocks.rewards")
+
+_GIVE_UP = 8  # samples of a batch on which a reward may hang or die before the rest is left out
+_LOGGED = 3  # different errors of a reward that are logged a batch
+_REST = 16  # the second pass ends when less than this part of its time is left
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward, its weight in the sum and its arguments."""
+
+    path: str
+    """Name in dgrpo.longblocks.rewards, "package.module:name" or "file.py:name"."""
+    name: str = ""
+    """Name in metrics; empty: the function's."""
+    weight: float = 1.0
+    """Factor in the sum."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the function."""
+    timeout: float | None = None
+    """Seconds as in Scorer, for this reward; None: the Scorer's."""
+
+    @property
+    def title(self) -> str:
+        """The name in metrics."""
+        return self.name or self.path.rpartition(":")[2]
+
+
+class RewardError(NamedTuple):
+    """Why a sample has no reward."""
+
+    reward: str
+    row: int
+    message: str
+
+
+class RewardResult(NamedTuple):
+    """The scores of n samples, on the CPU."""
+
+    total: Tensor  # (n,) fp32 weighted sum, 0 where a reward failed
+    parts: dict[str, Tensor]  # (n,) fp32 each: "name" and "name/part"; NaN where there is none
+    failed: Tensor  # (n,) bool: leave out of the group's statistics, advantage 0
+    errors: list[RewardError]
+
+
+class Scorer:
+    """Calls rewards in a worker process.
+
+    Args:
+        rewards: one or more.
+        timeout: seconds that a reward may take on a batch, and again on its samples one by one
+            where the first call fails. None: call in this process, which a hanging reward stops.
+        seed: of the worker's generators of Python and NumPy while it imports rewards; None: random.
+
+    Attributes:
+        failures: samples lost so far, by reward.
+        last_error: the last reason why a sample was lost, and the reward's name.
+
+    Raises:
+        ValueError: no rewards, two of one name, one that cannot be imported.
+    """
+
+    def __init__(
+        self, rewards: Sequence[Reward], timeout: float | None = 30.0, seed: int | None = None
+    ):
+        titles = [reward.title for reward in rewards]
+        if not titles or len(set(titles)) < len(titles):
+            raise ValueError(
+                f"rewards: got {titles}, expected one or more with different names; set Reward.name"
+            )
+        self.rewards, self.seed = list(rewards), seed
+        self.failures: Counter[str] = Counter()
+        self.last_error: str | None = None
+        self._limits = [r.timeout or timeout for r in rewards]
+        self._waited = 0.0  # seconds for the reward at hand on this batch, in the worker
+        self._worker: WorkerProcess | None = None
+        self._data: dict = {}
+        self._functions = []
+        if timeout is None:
+            self._functions = [worker.load(reward.path) for reward in rewards]
+        else:
+            self._restart()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker process."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: dict[str, Sequence],
+        seed: int | None = None,
+    ) -> RewardResult:
+        """Score n samples.
+
+        Args:
+            prompts: n prompts, text or chat messages.
+            completions: n texts.
+            columns: n values each, of the types that JSON knows (arrays become lists, all else
+                text). Samples of a group should hold the same object, which is then sent once.
+            seed: of the worker's generators of Python and NumPy for this call; None: they go on.
+
+        Raises:
+            ValueError: lists of different lengths.
+        """
+        n = len(completions)
+        for name, values in {"prompts": prompts, **columns}.items():
+            if len(values) != n:
+                raise ValueError(f"{name}: got {len(values)} values for {n} completions")
+        self._data = {"prompts": prompts, "completions": completions, "columns": columns}
+        self._data["seed"] = seed
+        if self._worker is not None and n:
+            self._send_data()
+        total, failed = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+        parts: dict[str, Tensor] = {}
+        errors = []
+        for i, reward in enumerate(self.rewards):
+            values, messages = self._score(i, n) if n else ({"reward": []}, {})
+            for name, column in values.items():
+                title = reward.title if name == "reward" else f"{reward.title}/{name}"
+                parts[title] = torch.tensor(
+                    [float("nan") if v is None else v for v in column], dtype=torch.float32
+                )
+            errors += [RewardError(reward.title, row, messages[row]) for row in sorted(messages)]
+            bad = parts[reward.title].isnan()
+            failed |= bad
+            total += reward.weight * parts[reward.title].nan_to_num(0.0)
+            self._report(reward.title, messages, n)
+        return RewardResult(total.masked_fill(failed, 0.0), parts, failed, errors)
+
+    def _score(self, i: int, n: int) -> tuple[dict[str, list], dict[int, str]]:
+        """Values by part, None where there is none, and the message of each failed row."""
+        limit, self._waited = self._limits[i], 0.0
+        reply = self._ask(i, {"call": i}, limit)
+        if "error" not in reply:
+            return reply["values"], dict(reply["errors"])
+        if reply.get("wrong") or n == 1:
+            return {"reward": [None] * n}, dict.fromkeys(range(n), reply["error"])
+        whole = reply["error"]
+        values: dict[str, list] = {"reward": [None] * n}
+        messages: dict[int, str] = {}
+        for row, reply in self._one_by_one(i, n):
+            if "error" in reply:
+                also = reply.get("broken") and reply["error"] != whole
+                messages[row] = reply["error"] + (f" (the whole batch: {whole})" if also else "")
+                continue
+            messages |= dict(reply["errors"])
+            for name, column in reply["values"].items():
+                values.setdefault(name, [None] * n)[row] = column[0]
+        if limit is not None and self._waited > limit:
+            logger.warning(
+                "reward %s took %.1f s for a batch of %d and its samples one by one, over the "
+                "limit of %g s; %d have no score; if it is only slow, raise rewards.timeout",
+                *(self.rewards[i].title, self._waited, n, limit, len(messages)),
+            )
+        return values, messages
+
+    def _one_by_one(self, i: int, n: int):
+        """(row, reply) of a call on each row; the worker is replaced where it hangs or dies.
+
+        The calls have the reward's limit together. A row may take half of what is left of it, so
+        that one that hangs leaves time for those behind it.
+        """
+        limit, row, broken = self._limits[i], 0, 0
+        end = None if limit is None else self._waited + limit
+        under_way = False
+        while row < n:
+            left = None if end is None else end - self._waited
+            rest = None
+            if left is not None and left < limit / _REST:
+                rest = "not scored: the batch's time was up"
+            elif broken >= _GIVE_UP:
+                rest = f"not scored: the reward hung or died on {broken} samples before"
+            if rest is not None:
+                if under_way:  # what is still to come would be taken for another batch's
+                    self._restart()
+                yield from ((r, {"error": rest}) for r in range(row, n))
+                return
+            request = None if under_way else {"call": i, "rows": list(range(row, n))}
+            reply = self._ask(i, request, None if left is None else left / 2)
+            yield row, reply
+            row += 1
+            under_way = not reply.get("broken")
+            broken += not under_way
+
+    def _ask(self, i: int, request: dict | None, limit: float | None) -> dict:
+        """Send a request (None: one is under way) and wait for one reply of reward i."""
+        if self._worker is None:
+            return self._call_here(request)
+
+        def tell(seconds: float) -> None:
+            title = self.rewards[i].title
+            logger.warning("reward %s: no reply for %g s (limit %g s)", title, seconds, limit)
+
+        start, failed = time.monotonic(), None
+        try:
+            if request is not None:
+                self._worker.send(request)
+            return self._worker.receive(limit, tell)
+        except (Hung, Died) as error:
+            failed = error
+        finally:
+            self._waited += time.monotonic() - start
+        self._restart()
+        self._send_data()
+        return {"error": str(failed), "broken": True}
+
+    def _call_here(self, request: dict | None) -> dict:
+        if request is not None:
+            self._here = request["call"], iter(request.get("rows") or [None])
+        call, rows = self._here
+        row = next(rows)
+        options = self.rewards[call].options
+        try:
+            return worker.invoke(
+                self._functions[call], options, self._data, None if row is None else [row]
+            )
+        except (Exception, SystemExit) as error:
+            return worker.failure(error)
+
+    def _restart(self) -> None:
+        self.close()
+        self._worker = WorkerProcess(
+            {
+                "sys_path": sys.path,
+                "rewards": [asdict(reward) for reward in self.rewards],
+                "seed": self.seed,
+            }
+        )
+
+    def _send_data(self) -> None:
+        packed = {name: worker.pack(self._data[name]) for name in ("prompts", "completions")}
+        columns = self._data["columns"]
+        packed["columns"] = {name: worker.pack(values) for name, values in columns.items()}
+        packed["seed"] = self._data["seed"]
+        try:
+            self._worker.send({"data": packed})
+        except Died:  # since the last batch
+            self._restart()
+            self._worker.send({"data": packed})
+
+    def _report(self, title: str, messages: dict[int, str], n: int) -> None:
+        """Count and log the samples that a reward lost, the same reason once."""
+        if not messages:
+            return
+        self.failures[title] += len(messages)
+        self.last_error = f"reward {title}: {messages[min(messages)]}"
+        rows_of: dict[str, list[int]] = {}
+        for row in sorted(messages):
+            rows_of.setdefault(messages[row], []).append(row)
+        for message, rows in list(rows_of.items())[:_LOGGED]:
+            many = f"all {n} samples" if len(rows) == n else f"{len(rows)} of {n} samples"
+            where = f"sample {rows[0]}" if len(rows) == 1 else many
+            logger.warning("reward %s failed on %s: %s", title, where, message)
+        if len(rows_of) > _LOGGED:
+            logger.warning("reward %s failed on %d samples of this batch", title, len(messages))
+
+
+def score(
+    rewards: Sequence[Reward],
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    columns: dict[str, Sequence],
+    timeout: float | None = 30.0,
+) -> RewardResult:
+    """Score once, with a worker process for this call alone; see :class:`Scorer`."""
+    with Scorer(rewards, timeout) as scorer:
+        return scorer(prompts, completions, columns)

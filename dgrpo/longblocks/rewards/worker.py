@@ -1,0 +1,230 @@
+"""The process that calls rewards: JSON lines in, JSON lines out.
+
+It is started by its path, so that it imports the standard library, the rewards asked for, what they
+import, and NumPy to seed it, but neither torch nor the host's main module. It gets the rewards
+first and answers when they are imported. Then, any number of times, ``{"data": ...}`` (no reply)
+and::
+
+    {"call": i}                    -> {"values": {part: [...]}, "errors": [[row, text], ...]}
+                                      or {"error": text}: the call as a whole failed; with
+                                      "wrong": true for what is no list of n numbers
+    {"call": i, "rows": [r, ...]}  -> one such reply a row, each from a call on this row alone
+
+What rewards print goes to the standard error of the host. The process ends with its host.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HOME = "dgrpo.longblocks.rewards"
+_SHOWN = 300  # characters of a wrong value in a message
+
+
+class WrongResult(Exception):
+    """A reward returned something else than one value a sample."""
+
+
+def load(path: str) -> Callable:
+    """The function that a path names.
+
+    Args:
+        path: "name" of :mod:`dgrpo.longblocks.rewards`, "package.module:name" or "folder/file.py:name".
+
+    Raises:
+        ValueError: no such module, file or function; an error during its import.
+    """
+    where, _, name = path.rpartition(":")
+    where = where or HOME
+    try:
+        if where.endswith(".py"):
+            module = _from_file(Path(where))
+        else:
+            module = importlib.import_module(where)
+    except Exception as error:
+        text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
+        raise ValueError(f"reward {path!r}: importing {where} failed: {error}{text}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
+        known = sorted(getattr(module, "__all__", known))
+        raise ValueError(
+            f"reward {path!r}: {where} has no function {name!r}, expected one of {known}"
+        )
+    return function
+
+
+def invoke(function: Callable, options: dict, data: dict, rows: Sequence[int] | None) -> dict:
+    """Call a reward on some rows (None: all): ``{"values": ..., "errors": ...}``, JSON-able.
+
+    Raises:
+        WrongResult: a result that is not one value a sample.
+        Exception: whatever the reward raises.
+    """
+    keep = list(range(len(data["completions"]))) if rows is None else list(rows)
+    columns = {name: [values[r] for r in keep] for name, values in data["columns"].items()}
+    prompts = [data["prompts"][r] for r in keep]
+    result = function(prompts, [data["completions"][r] for r in keep], **{**columns, **options})
+    values: dict[str, list] = {}
+    errors = []
+    for name, part in columns_of(result, len(keep)).items():
+        values[name] = [_number(value) for value in part]
+        if name == "reward":
+            for row, number, value in zip(keep, values[name], part, strict=True):
+                if number is None:
+                    errors.append([row, f"got {_shown(value)}, expected a number"])
+    return {"values": values, "errors": errors}
+
+
+def columns_of(result: Any, n: int) -> dict[str, list]:
+    """What a reward returned for n completions as {part: n values}, "reward" among them.
+
+    Raises:
+        WrongResult: it is neither n values nor a dict of them.
+    """
+    parts = dict(result) if isinstance(result, dict) else {"reward": result}
+    if "reward" not in parts:
+        names = sorted(map(str, parts))
+        raise WrongResult(f'got a dict of {names}, expected the key "reward" in it')
+    columns = {}
+    for name, part in parts.items():
+        part = part.tolist() if hasattr(part, "tolist") else part
+        where = "" if name == "reward" else f"part {name!r}: "
+        if not isinstance(part, list | tuple):
+            wanted = f"expected a list of {n} numbers, one per completion"
+            raise WrongResult(f"{where}got {_shown(part)}, {wanted}")
+        if len(part) != n:
+            raise WrongResult(f"{where}got {len(part)} values for {n} completions")
+        columns[str(name)] = list(part)
+    return columns
+
+
+def failure(error: BaseException) -> dict:
+    """The reply to a call that raised: one line, with the place where it was raised."""
+    if isinstance(error, WrongResult):
+        return {"error": str(error), "wrong": True}
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}{place}"}
+
+
+def pack(values: Sequence) -> dict:
+    """A column as its different objects and which one each row has: a group shares its own."""
+    places: dict[int, int] = {}
+    different, index = [], []
+    for value in values:
+        if id(value) not in places:
+            places[id(value)] = len(different)
+            different.append(value)
+        index.append(places[id(value)])
+    return {"values": different, "index": index}
+
+
+def unpack(column: dict) -> list:
+    """The column that :func:`pack` packed."""
+    return [column["values"][i] for i in column["index"]]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, on one line and not too long."""
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    kind = "text" if isinstance(value, str) else type(value).__name__
+    text = repr(value)
+    return f"the {kind} {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"
+
+
+def _absent(error: Exception, where: str) -> bool:
+    """Whether the module or file itself is what is not there: its text is all one needs."""
+    if where.endswith(".py"):
+        return isinstance(error, OSError) and Path(error.filename or "") == Path(where).resolve()
+    return isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
+
+
+def _from_file(path: Path):
+    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def seed(number: int | None) -> None:
+    """Seed Python's generator and NumPy's, which rewards may draw from; None leaves them."""
+    if number is None:
+        return
+    random.seed(number)
+    if find_spec("numpy"):
+        import numpy
+
+        numpy.random.seed(number % 2**32)
+
+
+def _watch(parent: int) -> None:
+    """End with the host, even while a reward hangs."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve one host until it closes the pipe."""
+    source = os.fdopen(os.dup(0), encoding="utf-8")
+    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+    def reply(message: dict) -> None:
+        sink.write(json.dumps(message) + "\n")
+        sink.flush()
+
+    start = json.loads(source.readline())
+    sys.path[:] = start["sys_path"]
+    seed(start["seed"])
+    try:
+        functions = [(load(r["path"]), r["options"]) for r in start["rewards"]]
+    except ValueError as error:
+        reply({"error": str(error)})
+        return
+    reply({"ready": True})
+    data: dict = {}
+    for line in source:
+        request = json.loads(line)
+        if "data" in request:
+            packed = request["data"]
+            seed(packed["seed"])
+            data = {name: unpack(packed[name]) for name in ("prompts", "completions")}
+            data["columns"] = {name: unpack(column) for name, column in packed["columns"].items()}
+            continue
+        function, options = functions[request["call"]]
+        rows = request.get("rows")
+        for some in [None] if rows is None else [[row] for row in rows]:
+            try:
+                reply(invoke(function, options, data, some))
+            except (Exception, SystemExit) as error:
+                reply(failure(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What a model is asked when it makes questions, and how its answers are checked."""
+
+import re
+
+from dgrpo.endpoint import Endpoint, parse_object
+from dgrpo.text.problems import BadRow
+
+FORMAT = (
+    "Answer with one JSON object and nothing else, with the keys: "
+    '"question"; "answer"; "aliases", a list of other right ways to write the answer; "evidence", '
+    "a list of 1 to 8 sentences copied word for word from the document that together prove the "
+    "answer"
+)
+KINDS = {
+    "multi_hop": (
+        "Ask one question whose answer needs at least two facts from places of the document that "
+        "lie far apart. The answer is a name, a number or a short phrase of at most 12 words, and "
+        "cannot be known without the document. " + FORMAT + "."
+    ),
+    "grounding": (
+        "Ask one question about one detail that only a reader of this document can know. The "
+        "answer is a name, a number or a short phrase of at most 12 words. " + FORMAT + "."
+    ),
+    "long_form": (
+        "Ask for a list of what the document says about one topic in several places, 4 to 12 "
+        "facts. Give the list as the answer, one fact a line, each line beginning with '- '. "
+        + FORMAT
+        + '; "points", as many lists of 1 to 3 short key phrases as the answer has lines, in its '
+        "order: all phrases of a list stand in the line, and each of them word for word in the "
+        "document."
+    ),
+}
+JUDGE = (
+    "You check exam questions. By the document alone: can the question be answered, is the "
+    "proposed answer right and complete, and is no other answer right as well? Answer with one "
+    'JSON object and nothing else: {"verdict": "supported", "unsupported" or "ambiguous", '
+    '"reason": "..."}.'
+)
+FAMILY = {"multi_hop": "token_f1", "grounding": "token_f1", "long_form": "coverage"}
+
+
+def question_prompt(kind: str, document: str) -> list[dict]:
+    """The chat that asks for a question about a document."""
+    return [
+        {"role": "system", "content": KINDS[kind]},
+        {"role": "user", "content": f"<document>\n{document}\n</document>"},
+    ]
+
+
+def checked(kind: str, reply: str, document: str) -> dict:
+    """Question, answer, aliases, evidence and points of a model's reply.
+
+    Raises:
+        BadRow: something is missing, or what should stand in the document does not.
+    """
+    found = parse_object(reply)
+    question, answer = (_text(found, name) for name in ("question", "answer"))
+    evidence = _texts(found, "evidence")
+    squeezed = _squeeze(document)
+    for sentence in evidence:
+        if len(sentence.split()) < 3 or _squeeze(sentence) not in squeezed:
+            raise BadRow("evidence not in the document", repr(sentence[:80]))
+    asked = {"question": question, "answer": answer, "evidence": evidence, "points": []}
+    if kind != "long_form":
+        if len(answer.split()) > 12:
+            raise BadRow("answer too long", f"{len(answer.split())} words")
+        extra = found.get("aliases")
+        extra = [a for a in extra if isinstance(a, str) and a] if isinstance(extra, list) else []
+        return asked | {"aliases": list(dict.fromkeys([answer, *extra]))}
+    return asked | {"aliases": [answer], "points": _points(found, answer, document)}
+
+
+def _points(found: dict, answer: str, document: str) -> list[list[str]]:
+    """The points of a list, one a line, so that the answer covers them all."""
+    points, lines = found.get("points"), answer.split("\n")
+    if not isinstance(points, list) or len(points) < 3:
+        raise BadRow("too few points", repr(points)[:80])
+    if len(points) != len(lines) or not all(line.startswith("- ") for line in lines):
+        raise BadRow("not one line a point", f"{len(points)} points, {len(lines)} lines")
+    for point, line in zip(points, lines, strict=True):
+        phrases = _texts({"point": point}, "point")
+        if not all(_contains(document, phrase) for phrase in phrases):
+            raise BadRow("point not in the document", repr(phrases)[:80])
+        if not all(_contains(line, phrase) for phrase in phrases):
+            raise BadRow("point not in its line", repr(phrases)[:80])
+    return points
+
+
+def judged(judge: Endpoint, asked: dict, document: str, seed: int) -> None:
+    """Have a question judged. Raises BadRow unless the verdict is "supported"."""
+    task = f"Question: {asked['question']}\nProposed answer: {asked['answer']}"
+    reply = judge.ask(
+        [
+            {"role": "system", "content": JUDGE},
+            {"role": "user", "content": f"<document>\n{document}\n</document>\n\n{task}"},
+        ],
+        seed=seed,
+    )
+    found = parse_object(reply)
+    verdict = found.get("verdict")
+    if verdict not in ("supported", "unsupported", "ambiguous"):
+        raise BadRow("no verdict", repr(verdict)[:80])
+    if verdict != "supported":
+        raise BadRow(f"judged {verdict}", str(found.get("reason", ""))[:200])
+
+
+def row_of(entry: dict, document: str) -> dict:
+    """A row like those that are made without a model."""
+    long, words = entry["kind"] == "long_form", len(entry["answer"].split())
+    rule = 'End with a line that says "Answer: " and then the answer alone.'
+    if long:
+        rule = (
+            'Write a list, one fact a line, each line beginning with "- ", of between '
+            f"{words // 3} and {3 * words} words, and nothing else."
+        )
+    answer = entry["answer"] if long else f"Answer: {entry['answer']}"
+    return {
+        "id": f"asked-{entry['kind']}-{entry['number']}",
+        "document": document,
+        "source": entry["name"],
+        "language": "",
+        "question": f"{entry['question']} {rule}",
+        "answer": entry["answer"],
+        "response_reference": "\n".join([*([] if long else entry["evidence"]), answer]),
+        "family": entry["kind"],
+        "task": "asked",
+        "reward": f"dgrpo.rewards:{FAMILY[entry['kind']]}",
+        "aliases": entry["aliases"],
+        "items": [],
+        "distractors": [],
+        "passages": entry["evidence"],
+        "passage_ids": [],
+        "answerable": True,
+        "points": entry["points"],
+        "form": "bullets" if long else "",
+        "headings": [],
+        "min_words": words // 3 if long else 0,
+        "max_words": 3 * words if long else 0,
+        "hops": len(entry["evidence"]),
+        "evidence": "\n".join(entry["evidence"]),
+        "privileged": answer,
+        "depths": [],
+        "tokens": 0,
+        "seed": 0,
+    }
+
+
+def _text(found: dict, name: str) -> str:
+    value = found.get(name)
+    value = str(value) if isinstance(value, int | float) else value
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"no {name}", repr(value)[:80])
+    return value.strip()
+
+
+def _texts(found: dict, name: str) -> list[str]:
+    values = found.get(name)
+    if not isinstance(values, list) or not values:
+        raise BadRow(f"no {name}", repr(values)[:80])
+    return [_text({name: value}, name) for value in values]
+
+
+def _contains(text: str, phrase: str) -> bool:
+    """Whether a phrase stands in a text as whole words, white space and case aside."""
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    return re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.split())

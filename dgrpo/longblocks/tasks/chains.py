@@ -1,0 +1,250 @@
+"""A small long-context task: chains of facts among lines of real text.
+
+A document is lines of source code, in which ``chains`` chains are scattered as lines of their own::
+
+    LeraxMivax        hop 1 of the chain that starts at Lerax
+    Mivax42           hop 2, the last one, ends in a number
+
+and the query ``?Lerax`` asks for the number. The completion names the chain on the way. There is
+nothing between key and value, so that a model can follow a chain by looking up the token that it
+has just written: small models learn it from scratch in minutes on a CPU.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from dgrpo.longblocks.tasks.haystack import source_lines
+from dgrpo.text.encode import encode_text
+from dgrpo.longblocks.tasks.tokenizers import invented_names, train_tokenizer
+
+__all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
+
+SPLITS = {"train": 0, "test": 1, "validation": 2}
+
+
+@dataclass(frozen=True)
+class ChainDocument:
+    """One document and its queries.
+
+    Attributes:
+        text: the lines.
+        chains: per chain, its names from the first on, then the number's text.
+        depths: per chain, the place of each hop's line, as a share of the lines, in [0, 1).
+    """
+
+    text: str
+    chains: list[list[str]]
+    depths: list[list[float]]
+
+
+@dataclass
+class ChainTask:
+    """Documents with chains, deterministic in (seed, split, number).
+
+    The test split takes its text from the last tenth of the lines, the validation split from the
+    tenth before, training from the rest.
+
+    Args:
+        tokenizer: measures the length.
+        tokens: most tokens of a document (without the query); None: the chains alone.
+        chains: chains in a document, each asked for by a query.
+        hops: lines of a chain.
+        steps: what a completion says: ``"path"``, every name on the way and the number
+            (``Mivax42``); ``"links"``, every line of the chain; ``"answer"``, the number.
+        queries: how many of the chains are asked for; None: all.
+        digits: digits of a number.
+        names: how many names exist.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        seed: of everything.
+        haystack: folder of the text; None: the standard library.
+
+    Raises:
+        ValueError: an unknown split or way of steps, more names or numbers needed than exist, or
+            chains that do not fit into ``tokens``.
+    """
+
+    tokenizer: object
+    tokens: int | None = 256
+    chains: int = 4
+    hops: int = 2
+    steps: str = "path"
+    queries: int | None = None
+    digits: int = 2
+    names: int = 64
+    split: str = "train"
+    seed: int = 0
+    haystack: str | None = None
+    lengths: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"split: got {self.split!r}, expected one of {', '.join(SPLITS)}")
+        if self.steps not in ("path", "links", "answer"):
+            raise ValueError(f'steps: got {self.steps!r}, expected "path", "links" or "answer"')
+        if self.chains < 1 or self.hops < 1 or self.chains * self.hops > self.names:
+            raise ValueError(
+                f"names: got {self.names}, expected at least chains x hops = "
+                f"{self.chains} x {self.hops}, both at least 1"
+            )
+        if self.chains > 9 * 10 ** (self.digits - 1):
+            raise ValueError(f"digits: got {self.digits}, too few for {self.chains} numbers")
+        self.queries = self.chains if self.queries is None else min(self.queries, self.chains)
+        self.lines = _lines(self.haystack, self.split, self.names) if self.tokens else []
+        if self.tokens:
+            longest = max(self._cost(s) for s in invented_names(self.names))
+            needed = self.chains * self.hops * 2 * longest
+            if needed > self.tokens:
+                raise ValueError(f"tokens: got {self.tokens}, the chains alone may take {needed}")
+
+    def document(self, number: int) -> ChainDocument:
+        """Document ``number``, any integer from 0 on."""
+        rng = np.random.default_rng([self.seed, SPLITS[self.split], number])
+        names = rng.choice(invented_names(self.names), self.chains * self.hops, replace=False)
+        low = 10 ** (self.digits - 1)
+        numbers = low + rng.choice(9 * low, self.chains, replace=False)
+        chains = [
+            [*map(str, names[i * self.hops : (i + 1) * self.hops]), str(number)]
+            for i, number in enumerate(numbers)
+        ]
+        facts = [a + b for chain in chains for a, b in zip(chain[:-1], chain[1:], strict=True)]
+        text = self._text(rng, self.tokens - sum(map(self._cost, facts))) if self.tokens else []
+        slots = np.sort(rng.choice(len(text) + len(facts), len(facts), replace=False))
+        places = rng.permutation(slots)  # the hops of a chain come in any order
+        total = len(text) + len(facts)
+        fact_at = dict(zip(places.tolist(), facts, strict=True))
+        rest = iter(text)
+        lines = [fact_at[i] if i in fact_at else next(rest) for i in range(total)]
+        depths = (places / total).reshape(self.chains, self.hops).tolist()
+        return ChainDocument("".join(line + "\n" for line in lines), chains, depths)
+
+    def row(self, number: int) -> dict:
+        """Row ``number``: query ``number % queries`` of document ``number // queries``."""
+        document = self.document(number // self.queries)
+        which = number % self.queries
+        chain = document.chains[which]
+        facts = [a + b for a, b in zip(chain[:-1], chain[1:], strict=True)]
+        identifier = f"chains-{self.split}-{self.seed}-{number // self.queries}"
+        return {
+            "id": f"{identifier}-{which}",
+            "document_id": identifier,
+            "document": document.text,
+            "source": "chains",
+            "language": "code",
+            "question": f"?{chain[0]}",
+            "prompt": f"{document.text}?{chain[0]}",
+            "completion": self.completion(chain),
+            "answer": chain[-1],
+            "family": "chains",
+            "task": f"chain_{self.hops}",
+            "reward": "dgrpo.rewards:final_number",
+            "aliases": [chain[-1]],
+            "distractors": [c[-1] for c in document.chains if c is not chain],
+            "evidence": "".join(fact + "\n" for fact in facts),
+            "privileged": "".join(fact + "\n" for fact in facts),
+            "hops": self.hops,
+            "tokens": self.tokens or 0,
+            "depths": document.depths[which],
+            "chance": 1 / self.chains,
+        }
+
+    def segments(self, number: int) -> dict:
+        """Document ``number`` with all its queries answered, loss on the answers."""
+        document = self.document(number)
+        pieces = [{"text": document.text, "loss": False}]
+        for chain in document.chains[: self.queries]:
+            pieces.append({"text": f"?{chain[0]}", "loss": False})
+            pieces.append({"text": self.completion(chain), "loss": True})
+        identifier = f"chains-{self.split}-{self.seed}-{number}"
+        return {"id": identifier, "document_id": identifier, "segments": pieces}
+
+    def completion(self, chain: list[str]) -> str:
+        """The right completion for a chain, without the end-of-sequence token."""
+        if self.steps == "answer":
+            return chain[-1]
+        if self.steps == "path":
+            return "".join(chain[1:])
+        return "\n".join(a + b for a, b in zip(chain[:-1], chain[1:], strict=True))
+
+    def _text(self, rng: np.random.Generator, room: int) -> list[str]:
+        """Consecutive lines, from a random one on, of at most ``room`` tokens."""
+        index, used, lines = int(rng.integers(len(self.lines))), 0, []
+        while used + (cost := self._line_cost(index)) <= room:
+            lines.append(self.lines[index])
+            used, index = used + cost, (index + 1) % len(self.lines)
+        return lines
+
+    def _line_cost(self, index: int) -> int:
+        if index not in self.lengths:
+            self.lengths[index] = self._cost(self.lines[index])
+        return self.lengths[index]
+
+    def _cost(self, line: str) -> int:
+        return len(encode_text(self.tokenizer, line + "\n"))
+
+
+@lru_cache(maxsize=8)
+def _lines(haystack: str | None, split: str, names: int) -> list[str]:
+    """The lines of a split in which no name occurs: 8, 1 and 1 tenths of the text, in order."""
+    lines = source_lines(haystack)
+    tenth = len(lines) // 10
+    bounds = {"train": (0, 8 * tenth), "validation": (8 * tenth, 9 * tenth)}
+    start, end = bounds.get(split, (9 * tenth, len(lines)))
+    known = re.compile("|".join(invented_names(names)))
+    return [line for line in lines[start:end] if not known.search(line)]
+
+
+class ChainRows(Sequence):
+    """The first ``count`` rows of a task, made as they are read; see :func:`rows`."""
+
+    def __init__(self, task: ChainTask, count: int, start: int, segments: bool):
+        self.task, self.count, self.start = task, count, start
+        self.make = task.segments if segments else task.row
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.count))]
+        if not -self.count <= index < self.count:
+            raise IndexError(f"index: got {index}, expected one below {self.count} rows")
+        return self.make(self.start + index % self.count)
+
+
+def rows(
+    tokenizer, count: int = 1000, start: int = 0, segments: bool = False, **options
+) -> ChainRows:
+    """Rows of a :class:`ChainTask`, as a data source ``dgrpo.longblocks.tasks.chains:rows``.
+
+    Args:
+        tokenizer: a tokenizer, or the folder of one.
+        count: number of rows.
+        start: number of the first.
+        segments: one row a document, with loss on all its answers, in place of one a query.
+        options: of :class:`ChainTask`.
+    """
+    if isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    return ChainRows(ChainTask(tokenizer, **options), count, start, segments)
+
+
+def write(path: str | Path, rows: Sequence[dict]) -> None:
+    """Write rows as JSONL or, by the file's name, parquet."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

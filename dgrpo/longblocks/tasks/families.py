@@ -1,0 +1,88 @@
+"""The tasks by name, what to make of them, and one row of it."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dgrpo.longblocks.tasks import grounding, longform, multihop, retrieval, tracing
+from dgrpo.longblocks.tasks.corpus import SPLITS
+from dgrpo.longblocks.tasks.facts import Ground
+
+TASKS: dict[str, Callable[[Ground, np.random.Generator, int], dict]] = {
+    "variable_tracing": multihop.variable_tracing,
+    "relations": multihop.relations,
+    "counting": multihop.counting,
+    "comparison": multihop.comparison,
+    "quoting": grounding.quoting,
+    "contradicting": grounding.contradicting,
+    "superseded": grounding.superseded,
+    "unanswerable": grounding.unanswerable,
+    "report": longform.report,
+    "definition": tracing.definition,
+    "call_chain": tracing.call_chain,
+    "retrieval": retrieval.retrieval,
+}
+CODE = ("definition", "call_chain")
+
+
+@dataclass(frozen=True)
+class MakeSettings:
+    """What to make.
+
+    Attributes:
+        out: folder for the files ``part-00000.parquet`` and on.
+        tasks: names in :data:`TASKS`, or ``("all",)``.
+        count: rows in all, dealt out to tasks and lengths in turn.
+        tokens: lengths of document and question, by the tokenizer.
+        tokenizer: folder or hub name, or ``"bytes"``: one token a byte.
+        haystack: folder of text or code; None: the standard library.
+        split: ``"train"``, or ``"test"``: from text that no training row has.
+        seed: of everything.
+        processes: how many to use.
+        file_tokens: about how many tokens of text a file holds.
+    """
+
+    out: str
+    tasks: tuple[str, ...] = ("all",)
+    count: int = 1000
+    tokens: tuple[int, ...] = (32_768,)
+    tokenizer: str = "bytes"
+    haystack: str | None = None
+    split: str = "train"
+    seed: int = 0
+    processes: int = 1
+    file_tokens: int = 2_000_000
+
+    def __post_init__(self):
+        unknown = [name for name in self.tasks if name not in TASKS and name != "all"]
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks: got {unknown or 'none'}, expected all or {', '.join(TASKS)}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split: got {self.split!r}, expected one of {', '.join(SPLITS)}")
+        if self.count < 1 or self.processes < 1:
+            raise ValueError(f"count: got {self.count}, expected at least 1; processes as well")
+        if not self.tokens or min(self.tokens) < 500:
+            raise ValueError(f"tokens: got {self.tokens}, expected lengths of at least 500")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The tasks by name."""
+        return tuple(TASKS) if "all" in self.tasks else self.tasks
+
+    @property
+    def file_rows(self) -> int:
+        """Rows of a file."""
+        return int(np.clip(self.file_tokens // max(self.tokens), 1, 256))
+
+
+def make_row(ground: Ground, settings: MakeSettings, number: int) -> dict:
+    """Row ``number`` of the settings; deterministic. Raises ValueError where it cannot be made."""
+    names = settings.named
+    task = names[number % len(names)]
+    tokens = settings.tokens[number // len(names) % len(settings.tokens)]
+    key = [settings.seed, zlib.crc32(settings.split.encode()), number]
+    made = TASKS[task](ground, np.random.default_rng(key), tokens)
+    identifier = f"{task}-{tokens}-{settings.split}-{settings.seed}-{number}"
+    return {"id": identifier, **made, "seed": settings.seed}

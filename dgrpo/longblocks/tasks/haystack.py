@@ -1,0 +1,96 @@
+"""Real text to hide things in: any folder, or by default what every Python installation carries.
+
+The default is the standard library: its sources (without tests and installed packages) and its
+language reference (``pydoc_data.topics``). It differs between Python versions, so data made from it
+is the same only on the same version.
+"""
+
+import os
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from dgrpo.text.problems import BadRow, Report
+
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", ".git"}
+LARGEST = 64 * 2**20  # bytes of one file
+
+
+def text_files(folder: str | Path | None = None, suffixes: tuple[str, ...] = ()) -> list[Path]:
+    """All files of a folder, sorted by their relative path.
+
+    Args:
+        folder: where to look; None: the standard library's sources.
+        suffixes: only these; empty: ``.py`` of the standard library, everything of a folder.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+    root = Path(folder or sysconfig.get_paths()["stdlib"])
+    if not root.is_dir():
+        raise ValueError(f"haystack: got {str(folder)!r}, expected a folder of text files")
+    suffixes = suffixes or (() if folder else (".py",))
+    found = []
+    for place, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in SKIPPED and not f.startswith("config-")]
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found += [p for p in paths if not suffixes or p.suffix in suffixes]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def read_text(file: Path) -> str:
+    """A file's text. Raises BadRow for one that is not UTF-8 text, is empty or cannot be read."""
+    try:
+        if file.stat().st_size > LARGEST:
+            raise BadRow("file too large", f"over {LARGEST >> 20} MiB; split it", str(file))
+        text = file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRow("unreadable file", str(error), str(file)) from None
+    if "\0" in text:
+        raise BadRow("not text", "holds NUL bytes", str(file))
+    if not text.strip():
+        raise BadRow("empty file", "", str(file))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def texts(folder: str | Path | None = None, report: Report | None = None) -> Iterator[tuple]:
+    """``(name, text)`` of every readable file; the others are counted in ``report``.
+
+    With no folder, the standard library's sources and then its language reference.
+    """
+    report = report or Report(lambda line: None)
+    root = Path(folder or sysconfig.get_paths()["stdlib"])
+    for file in text_files(folder):
+        try:
+            yield file.relative_to(root).as_posix(), read_text(file)
+        except BadRow as problem:
+            if problem.reason != "empty file":  # there is nothing in it to lose
+                report.drop(problem)
+    if folder is None:
+        yield from _reference()
+
+
+def _reference() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return
+    for name in sorted(topics):
+        yield f"reference/{name}.txt", topics[name]
+
+
+@lru_cache(maxsize=2)
+def source_lines(folder: str | None = None) -> list[str]:
+    """Lines of 4 to 80 printable ASCII characters, without indentation, in file order."""
+    lines = []
+    for name, text in texts(folder):
+        if folder is None and not name.endswith(".py"):
+            continue
+        for line in text.split("\n"):
+            line = line.strip()
+            if 4 <= len(line) <= 80 and line.isascii() and line.isprintable():
+                lines.append(line)
+    if not lines:
+        raise ValueError(f"haystack: got {folder!r}, which holds no usable line of text")
+    return lines

@@ -1,0 +1,140 @@
+"""What can be told about an invented lighthouse, for tasks with quotes and for reports."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dgrpo.longblocks.tasks.facts import Names
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One property.
+
+    Attributes:
+        key: a word of the sentence that stands for the property.
+        section: heading under which a report tells it.
+        sentence: with ``{x}`` for the lighthouse and ``{v}`` for the value.
+        question: with ``{x}``.
+        low, high: range of a number; both 0: the value is a name.
+    """
+
+    key: str
+    section: str
+    sentence: str
+    question: str
+    low: int = 0
+    high: int = 0
+
+
+ATTRIBUTES = (
+    Attribute(
+        "tall",
+        "Building",
+        "The tower of the {x} lighthouse is {v} feet tall.",
+        "How many feet tall is the tower of the {x} lighthouse?",
+        31,
+        400,
+    ),
+    Attribute(
+        "days",
+        "Building",
+        "The building of the {x} lighthouse took {v} days.",
+        "How many days did the building of the {x} lighthouse take?",
+        401,
+        900,
+    ),
+    Attribute(
+        "steps",
+        "Building",
+        "The stair of the {x} lighthouse has {v} steps.",
+        "How many steps does the stair of the {x} lighthouse have?",
+        901,
+        1400,
+    ),
+    Attribute(
+        "crowns",
+        "Building",
+        "The work on the {x} lighthouse cost {v} crowns.",
+        "How many crowns did the work on the {x} lighthouse cost?",
+        10_000,
+        99_999,
+    ),
+    Attribute(
+        "candles",
+        "Light",
+        "The lamp of the {x} lighthouse is as bright as {v} candles.",
+        "As bright as how many candles is the lamp of the {x} lighthouse?",
+        500_000,
+        999_999,
+    ),
+    Attribute(
+        "barrels",
+        "Light",
+        "The lamp of the {x} lighthouse burns {v} barrels of oil in a year.",
+        "How many barrels of oil does the lamp of the {x} lighthouse burn in a year?",
+        1401,
+        2400,
+    ),
+    Attribute(
+        "hours",
+        "Light",
+        "The lamp of the {x} lighthouse was lit for {v} hours last year.",
+        "For how many hours was the lamp of the {x} lighthouse lit last year?",
+        2401,
+        4000,
+    ),
+    Attribute(
+        "kilograms",
+        "Light",
+        "The fog bell of the {x} lighthouse weighs {v} kilograms.",
+        "How many kilograms does the fog bell of the {x} lighthouse weigh?",
+        4001,
+        8000,
+    ),
+    Attribute(
+        "keeper",
+        "People",
+        "The keeper of the {x} lighthouse is called {v}.",
+        "What is the keeper of the {x} lighthouse called?",
+    ),
+    Attribute(
+        "inspector",
+        "People",
+        "The inspector of the {x} lighthouse is called {v}.",
+        "What is the inspector of the {x} lighthouse called?",
+    ),
+    Attribute(
+        "boat",
+        "People",
+        "The boat of the {x} lighthouse is called the {v}.",
+        "What is the boat of the {x} lighthouse called?",
+    ),
+    Attribute(
+        "visitors",
+        "People",
+        "The {x} lighthouse had {v} visitors in its best year.",
+        "How many visitors did the {x} lighthouse have in its best year?",
+        100_000,
+        400_000,
+    ),
+)
+
+INTROS = (
+    "The {x} lighthouse stands on a rock before the coast.",
+    "Sailors have known the {x} lighthouse for a long time.",
+    "Some things about the {x} lighthouse were written down.",
+    "The {x} lighthouse has a file of its own in the archive.",
+)
+
+
+def value(attribute: Attribute, names: Names) -> str:
+    """A value that no other attribute of the document has."""
+    if attribute.high:
+        return str(names.number(attribute.low, attribute.high))
+    return names.place() if attribute.key == "boat" else names.person()
+
+
+def intro(place: str, rng: np.random.Generator) -> str:
+    """A first sentence that says nothing of use."""
+    return INTROS[int(rng.integers(len(INTROS)))].format(x=place)

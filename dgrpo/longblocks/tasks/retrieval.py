@@ -1,0 +1,110 @@
+"""Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
+
+The completion first copies every passage that it needs, with its label, between ``<RETRIEVAL>``
+and ``</RETRIEVAL>``, then gives the answer on a line of its own. As a row: the column
+``response_reference`` is the completion to train on (SFT), ``passages`` and ``passage_ids`` are
+what the reward ``dgrpo.rewards:retrieval`` compares with.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, Woven, distractor_count, pick, row, weave_passages
+from dgrpo.longblocks.tasks.multihop import RELATIONS, called, described, relation_chain
+from dgrpo.text.problems import BadRow
+from dgrpo.data.render import Source
+
+FAMILY = "retrieval"
+RULES = (
+    "First copy every passage that the answer needs, word for word, each on a line of its own "
+    "after its label in brackets, between a line <RETRIEVAL> and a line </RETRIEVAL>. Then write "
+    'a line "Answer: " with the answer alone.'
+)
+ASIDES = (
+    "Little else is known about this.",
+    "The archive has no picture of it.",
+    "A copy of this note was sent to the county.",
+    "This was confirmed twice in the same year.",
+)
+
+
+def icr_source(path: str, **options) -> Source:
+    """A training source of rows in this format: SFT on the copied passages and the answer."""
+    where = {"family": FAMILY}
+    return Source(path=path, completion="response_reference", where=where, **options)
+
+
+def retrieval(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+    """A question over 2 to 4 relations, each told by a passage, among passages that look alike."""
+    names, hops = Names(rng), pick(rng, 2, 4)
+    start = pick(rng, 0, len(RELATIONS) - 1 - hops)
+    texts, entities = relation_chain(names, start, hops)
+    gold = [f"{text} {ASIDES[pick(rng, 0, len(ASIDES) - 1)]}" for text in texts]
+    others = [f"Much has been written about {name}, and most of it is lost." for name in entities]
+    wrong = entities[:-1]
+    cost = ground.count(gold[0])
+    for _ in range(max(1, distractor_count(tokens, cost) // hops)):
+        more, passed = relation_chain(names, start, hops)
+        others += [f"{text} {ASIDES[pick(rng, 0, len(ASIDES) - 1)]}" for text in more]
+        wrong.append(passed[-1])
+    question = f"By what these passages say, name {described(start, hops, entities[0])}. {RULES}"
+    facts = [Fact(text, True) for text in gold] + [Fact(text) for text in others]
+    woven = weave_passages(ground, rng, facts, tokens, question)
+    right = called(start + hops, entities[-1])
+    return _row(woven, question, gold, woven.labels[: len(gold)], right, wrong)
+
+
+def from_passages(
+    question: str,
+    answers: Sequence[str],
+    supporting: Sequence[str],
+    others: Sequence[str],
+    rng: np.random.Generator,
+) -> dict:
+    """A row of this format from passages of any data set with supporting ones marked.
+
+    Args:
+        question: the bare question; the rules of the format are added.
+        answers: what counts as right; the first one is the reference.
+        supporting: the passages that the answer needs.
+        others: passages to confound, best those that a retriever finds for the question.
+        rng: of the passages' order.
+
+    Raises:
+        BadRow: no answer, no supporting passage, or one among the others.
+    """
+    if not answers or not supporting:
+        raise BadRow("no answer or no supporting passage", question[:80])
+    flat = [re.sub(r"\s+", " ", text).strip() for text in [*supporting, *others]]
+    if set(flat[: len(supporting)]) & set(flat[len(supporting) :]):
+        raise BadRow("a supporting passage among the others", question[:80])
+    order = rng.permutation(len(flat)).tolist()
+    labels = {i: f"P{number}" for number, i in enumerate(order, 1)}
+    document = "\n\n".join(f"[{labels[i]}] {flat[i]}" for i in order)
+    n = len(supporting)
+    depths = [order.index(i) / len(order) for i in range(n)]
+    woven = Woven(document, 0, depths, [labels[i] for i in range(n)])
+    return _row(woven, f"{question} {RULES}", flat[:n], woven.labels, list(answers), [])
+
+
+def _row(woven: Woven, question, gold, labels, answers, wrong) -> dict:
+    copied = [f"[{label}] {text}" for label, text in zip(labels, gold, strict=True)]
+    answer = "\n".join(["<RETRIEVAL>", *copied, "</RETRIEVAL>", f"Answer: {answers[0]}"])
+    return row(
+        woven,
+        family=FAMILY,
+        task="retrieval",
+        question=question,
+        answer=answer,
+        reward="retrieval",
+        reference=answer,
+        gold=list(range(len(gold))),
+        evidence="\n\n".join(copied),
+        aliases=answers,
+        distractors=wrong,
+        passages=gold,
+        passage_ids=labels,
+        hops=len(gold),
+    )

@@ -1,0 +1,73 @@
+"""A small byte-level BPE tokenizer, trained on local text, for models trained from scratch."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from dgrpo.longblocks.tasks.haystack import source_lines
+
+END, PAD = "<|end|>", "<|pad|>"
+
+
+@lru_cache
+def invented_names(n: int) -> tuple[str, ...]:
+    """``n`` distinct invented names such as ``Lerax``; the first ones of a fixed sequence."""
+    if n > 20_000:
+        raise ValueError(f"names: got {n}, expected at most 20000")
+    rng = np.random.default_rng(20605)
+    found: dict[str, None] = {}
+    while len(found) < n:
+        first, second = rng.choice(list("BDFGKLMNPRSTVZ"), 2)
+        vowels, last = rng.choice(list("aeiou"), 2), rng.choice(list("gkqvxz"))
+        found[f"{first}{vowels[0]}{second.lower()}{vowels[1]}{last}"] = None
+    return tuple(found)
+
+
+def train_tokenizer(
+    vocab_size: int = 512, names: int = 64, folder: str | None = None, seed: int = 0
+):
+    """A byte-level BPE tokenizer: digits alone, line ends alone, no special token at the start.
+
+    Because a line end is always a token of its own, lines can be tokenised one by one and put
+    together in any order. Deterministic for one text.
+
+    Args:
+        vocab_size: size of the vocabulary with the 256 bytes and 2 special tokens, without names.
+        names: this many of :func:`invented_names` become tokens of their own.
+        folder: text to train on; None: the standard library's sources. The last tenth of the lines
+            (the held-out ones) is left out.
+        seed: of the sample of lines that is used (about 1 MB).
+
+    Returns:
+        PreTrainedTokenizerFast with ``eos_token`` and ``pad_token``.
+
+    Raises:
+        ValueError: fewer than 258 tokens.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least 258 (bytes, 2 special)")
+    lines = source_lines(folder)
+    lines = lines[: len(lines) * 9 // 10]
+    chosen = np.random.default_rng(seed).permutation(len(lines))[:30_000]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n|\d"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator((lines[i] + "\n" for i in sorted(chosen)), trainer)
+    backend.add_tokens([AddedToken(n, normalized=False) for n in invented_names(names)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )

@@ -1,6 +1,0 @@
-"""Completions sampled from the policy: the protocol, and the sampler that needs nothing else."""
-
-from dgrpo.rollout.hf import HFSampler
-from dgrpo.rollout.sampling import Rollout, Sampler, Sampling
-
-__all__ = ["HFSampler", "Rollout", "Sampler", "Sampling"]

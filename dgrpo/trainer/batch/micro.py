@@ -1,0 +1,101 @@
+"""A packed micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgrpo.trainer.batch.sample import Sample
+from dgrpo.head import HeadInputs
+from dgrpo.objectives.context import Context
+from dgrpo.trainer.attention.packed import Prefixes
+
+
+@dataclass(frozen=True)
+class Micro:
+    """S sequences laid end to end, ready for one forward pass. Made by `pack`.
+
+    A sequence is a sample, or of samples that share their prompt P: first their prefix, P without
+    its last token, then a branch for each, that token and its completion.
+    """
+
+    input_ids: Tensor  # (1, T) int64
+    position_ids: Tensor  # (1, T) int64, from 0 in each sequence, from P - 1 in a branch
+    cu_seqlens: Tensor  # (S + 1,) int32
+    lengths: tuple[int, ...]  # of the S sequences
+    sequence_ids: Tensor  # (T,) int64, 0 ... S - 1
+    targets: Tensor  # (T,) int64, -100 = no loss
+    rows: Tensor  # (n,) int64, the tokens with loss
+    context: Context | None  # (T,) tensors; None where the samples have no token weights
+    teacher_rows: Tensor  # (T,) int64: row of the teacher's hidden states, -1 = none
+    prefixes: Prefixes | None  # which sequences are prefixes; None where there is none
+    samples: tuple[Sample, ...]  # () for a filler
+    starts: tuple[int, ...]  # of each sample: the token that predicts its completion's first one
+    indices: tuple[int, ...]  # of the samples in the list given to `pack`
+
+    def to(self, device: torch.device | str) -> Micro:
+        """The same micro with its own tensors on `device`; the samples stay where they are."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | Context | Prefixes)
+        }
+        return replace(self, **moved)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first token, C) of each sample: tokens whose hidden states predict its completion."""
+        return [
+            (start, sample.completion_ids.numel())
+            for start, sample in zip(self.starts, self.samples, strict=True)
+        ]
+
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of `PolicyModel.forward` and `.hidden_states`."""
+        names = ("input_ids", "position_ids", "cu_seqlens", "lengths", "prefixes")
+        return {name: getattr(self, name) for name in names}
+
+    def head_inputs(
+        self,
+        mode: str = "loss",
+        *,
+        teacher: Any = None,
+        objective: Callable | None = None,
+        sequence_objective: Callable | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> HeadInputs:
+        """What the loss head needs for this micro; `teacher` comes from `Teacher.head(micro)`.
+
+        Raises:
+            ValueError: a loss is asked for and the samples have no token weights.
+        """
+        if self.context is None and mode != "logprobs":
+            raise ValueError(
+                f"token_weights: got None in a sample, expected (C,) weights for mode {mode!r}; "
+                "compute them from the masks of the whole batch before packing"
+            )
+        return HeadInputs(
+            targets=self.targets,
+            mode=mode,
+            context=self.context,
+            objective=objective,
+            sequence_objective=sequence_objective,
+            teacher=teacher,
+            rows=self.rows,
+            options=dict(options or {}),
+        )
+
+    def per_sample(self, values: Tensor) -> list[tuple[int, Tensor]]:
+        """Split `values` (T,): (index in the list given to `pack`, (C,) values on the CPU) each."""
+        if values.numel() != self.targets.numel():
+            raise ValueError(
+                f"values: got {values.numel()} elements, expected {self.targets.numel()}, "
+                "one a token of the micro"
+            )
+        values = values.detach().reshape(-1).cpu()
+        pieces = [values[start : start + tokens].clone() for start, tokens in self.spans]
+        return list(zip(self.indices, pieces, strict=True))

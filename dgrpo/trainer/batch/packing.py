@@ -1,0 +1,240 @@
+"""From samples to packed micro-batches, as many on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dgrpo.trainer.batch.micro import Micro
+from dgrpo.trainer.batch.sample import IGNORED, SHARED, Sample
+from dgrpo.objectives.context import Context
+from dgrpo.trainer.attention.packed import Prefixes
+
+
+def pack(
+    samples: Sequence[Sample], max_tokens: int, *, share_prompts: bool = True, **coefficients: Any
+) -> list[Micro]:
+    """Pack samples into micros of at most `max_tokens` tokens, by first-fit decreasing.
+
+    Samples of one group with the same prompt go together and share it; where they are more than
+    `max_tokens`, they are first split into several such units, again by first-fit decreasing. A
+    longer sample gets a micro of its own. The result depends on the samples' order and lengths,
+    and on which share a prompt.
+
+    Args:
+        samples: those of one call either all carry `token_weights` (`old_logprobs`, `ref_logprobs`,
+            `sampler_logprobs`, `policy_weights`) or none does.
+        max_tokens: tokens in a micro, at least 1; a shared prompt counts once.
+        share_prompts: lay a prompt out once for all of its samples in a micro.
+        coefficients: scalar fields of `Context`, e.g. `teacher_coef=0.5, clip_low=0.2`.
+
+    Raises:
+        ValueError: `max_tokens` below 1, or a field given for some samples only.
+        TypeError: a coefficient that `Context` does not have.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
+    fields = shared_fields(samples)
+    alike = _alike(samples) if share_prompts else [[i] for i in range(len(samples))]
+    units = [unit for same in alike for unit in _split(samples, same, max_tokens)]
+    costs = [_prefix(samples, unit) + _branches(samples, unit) for unit in units]
+    return [
+        _micro(samples, [units[n] for n in chosen], fields, coefficients)
+        for chosen in _first_fit(costs, max_tokens)
+    ]
+
+
+def _alike(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of the samples of each group that have the same prompt."""
+    found: dict[tuple[int, bytes], list[int]] = {}
+    for i, sample in enumerate(samples):
+        found.setdefault((sample.group, sample.prompt_ids.numpy().tobytes()), []).append(i)
+    return list(found.values())
+
+
+def _split(samples: Sequence[Sample], same: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Samples with one prompt in units of at most `max_tokens`, each with the prefix once."""
+    costs = [_branches(samples, [i]) for i in same]
+    bins = _first_fit(costs, max_tokens - _prefix(samples, same))
+    return [[same[n] for n in chosen] for chosen in bins]
+
+
+def _prefix(samples: Sequence[Sample], unit: Sequence[int]) -> int:
+    return samples[unit[0]].prompt_ids.numel() - 1
+
+
+def _branches(samples: Sequence[Sample], unit: Sequence[int]) -> int:
+    return sum(samples[i].completion_ids.numel() for i in unit)
+
+
+def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
+    """Bins of items by first-fit decreasing, ascending in each; a dearer item has its own."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):  # stable: ties in order
+        place = next((b for b, free in enumerate(room) if costs[i] <= free), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(limit)
+        bins[place].append(i)
+        room[place] -= costs[i]
+    return [sorted(chosen) for chosen in bins]
+
+
+def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """Names of the fields that all samples of a call must have alike and that these have.
+
+    Raises:
+        ValueError: a field that some samples have and others lack.
+    """
+    names = []
+    for name in SHARED:
+        have = sum(getattr(sample, name) is not None for sample in samples)
+        if 0 < have < len(samples):
+            raise ValueError(
+                f"{name}: got it for {have} of {len(samples)} samples, expected all or none"
+            )
+        if have:
+            names.append(name)
+    return tuple(names)
+
+
+def split_evenly(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Assign items to `parts` (ranks, say) with sums of costs that are close.
+
+    The dearest item first, each to the cheapest part so far. Deterministic; the indices within a
+    part ascend.
+
+    Raises:
+        ValueError: `parts` below 1.
+    """
+    if parts < 1:
+        raise ValueError(f"parts: got {parts}, expected at least 1")
+    sums = [0.0] * parts
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        part = min(range(parts), key=lambda p: (sums[p], len(chosen[p]), p))
+        chosen[part].append(i)
+        sums[part] += costs[i]
+    return [sorted(part) for part in chosen]
+
+
+def balanced_count(
+    micros: list[Micro], group: dist.ProcessGroup | None = None, **coefficients: Any
+) -> list[Micro]:
+    """Fill up with masked one-token micros to the largest count of any rank. Collective.
+
+    A filler has a context with the same fields as the micros of the other ranks, so that all run
+    the same code. Without a process group the list is returned as it is.
+
+    Args:
+        micros: of this rank, possibly none.
+        group: of the ranks, None = all.
+        coefficients: those given to `pack`.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return micros
+    context = micros[0].context if micros else None
+    have = [context is not None and getattr(context, name) is not None for name in SHARED]
+    device = "cpu" if "gloo" in str(dist.get_backend_config(group)) else "cuda"
+    counts = torch.tensor([len(micros), *have], dtype=torch.int64, device=device)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=group)
+    most, *present = counts.tolist()
+    fields = [name for name, there in zip(SHARED, present, strict=True) if there]
+    return micros + [filler(fields, **coefficients) for _ in range(most - len(micros))]
+
+
+def filler(fields: Sequence[str] = ("token_weights",), **coefficients: Any) -> Micro:
+    """A micro of one masked token: its loss is 0, and still connected to the model."""
+    one = Sample(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    one.loss_mask = torch.zeros(1, dtype=torch.bool)
+    for name in fields:
+        setattr(one, name, torch.zeros(1))
+    return replace(_micro([one], [[0]], fields, coefficients), samples=(), starts=(), indices=())
+
+
+def _micro(
+    samples: Sequence[Sample],
+    units: Sequence[Sequence[int]],  # indices of samples; those of a unit share their prompt
+    fields: Sequence[str],
+    coefficients: Mapping[str, Any],
+) -> Micro:
+    members = [i for unit in units for i in unit]
+    chosen = tuple(samples[i] for i in members)
+    ids, positions, branches, starts = _lay_out([[samples[i] for i in unit] for unit in units])
+    lengths = tuple(map(len, ids))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    where = torch.cat(
+        [torch.arange(t, t + len(s.completion_ids)) for s, t in zip(chosen, starts, strict=True)]
+    )
+
+    def spread(pieces: list[Tensor], dtype: torch.dtype, empty: float = 0) -> Tensor:
+        """(C,) pieces to the (T,) tokens whose hidden states predict them."""
+        values = torch.full((int(ends[-1]),), empty, dtype=dtype)
+        values[where] = torch.cat([piece.to(dtype) for piece in pieces])
+        return values
+
+    def column(name: str, default: float, dtype: torch.dtype, empty: float = 0) -> Tensor:
+        given = [getattr(sample, name) for sample in chosen]
+        sizes = [len(sample.completion_ids) for sample in chosen]
+        full = [torch.full((c,), default, dtype=dtype) for c in sizes]
+        return spread(
+            [f if g is None else g for f, g in zip(full, given, strict=True)], dtype, empty
+        )
+
+    masked = [torch.where(s.mask, s.completion_ids, IGNORED) for s in chosen]
+    targets = spread(masked, torch.int64, IGNORED)
+    context = None
+    if "token_weights" in fields:
+        tensors = {name: column(name, 0, torch.float32) for name in ("advantages", *fields)}
+        scalars = dict(coefficients)
+        if any(sample.teacher_coef is not None for sample in chosen):
+            beta = float(scalars.pop("teacher_coef", Context.teacher_coef))
+            tensors["teacher_coef"] = column("teacher_coef", beta, torch.float32)
+        context = Context(**tensors, **scalars)
+    return Micro(
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions)[None],
+        cu_seqlens=ends.to(torch.int32),
+        lengths=lengths,
+        sequence_ids=torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths)),
+        targets=targets,
+        rows=torch.nonzero(targets != IGNORED).reshape(-1),
+        context=context,
+        teacher_rows=column("teacher_rows", -1, torch.int64, -1),
+        prefixes=Prefixes.of(lengths, branches) if any(branches) else None,
+        samples=chosen,
+        starts=tuple(starts),
+        indices=tuple(members),
+    )
+
+
+def _lay_out(
+    units: Sequence[Sequence[Sample]],
+) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
+    """The sequences: their ids, positions and numbers of branches; and the samples' starts.
+
+    A start is the token that predicts the completion's first one.
+    """
+    ids, positions, branches, starts, end = [], [], [], [], 0
+    for unit in units:
+        size = len(unit[0].prompt_ids) - 1  # of the prefix
+        shared = size if len(unit) > 1 else 0
+        if shared:
+            ids.append(unit[0].prompt_ids[:size])
+            positions.append(torch.arange(size))
+            branches.append(len(unit))
+            end += size
+        for sample in unit:
+            own = torch.cat([sample.prompt_ids[shared:], sample.completion_ids[:-1]])
+            ids.append(own)
+            positions.append(torch.arange(shared, shared + len(own)))
+            branches.append(0)
+            starts.append(end + size - shared)
+            end += len(own)
+    return ids, positions, branches, starts

@@ -1,0 +1,288 @@
+"""Everything of a run made from its settings, and continued from its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dgrpo.trainer.policy import fsdp
+from dgrpo.trainer.checkpoint import Checkpointer
+from dgrpo.trainer.config import DataSource, RunSettings
+from dgrpo.data import Prompt, PromptStream, Source
+from dgrpo.trainer.metrics import RunLog
+from dgrpo.trainer.policy import PolicyModel
+from dgrpo.longblocks.rewards.runner import Reward, Scorer
+from dgrpo.trainer.rollout import HFSampler
+from dgrpo import distributed as ranks
+from dgrpo.trainer.attempts import gate, teacher_context
+from dgrpo.trainer.columns import check_columns
+from dgrpo.trainer.history import CHECKPOINTS, History
+from dgrpo.trainer.length import Length
+from dgrpo.trainer.loading import load_tokenizer
+from dgrpo.trainer.lock import FolderLock
+from dgrpo.trainer.models import (
+    load_objective,
+    load_policy,
+    load_reference,
+    load_teacher,
+    place,
+    shard,
+)
+from dgrpo.trainer.optim import make_optimizers
+from dgrpo.trainer.run import Run, unpack_pending
+from dgrpo.trainer.seeds import seed_all
+from dgrpo.trainer.signals import Interruption
+from dgrpo.trainer.start import loading_model, parameters, say, summary
+
+log = logging.getLogger(__name__)
+
+
+def build(
+    settings: RunSettings, *, allow_changes: bool = False, asked: Interruption | None = None
+) -> Run:
+    """Everything of a run, continued from its folder's last checkpoint where it has one.
+
+    Holds the folder until `Run.close`. Starts torch.distributed under torchrun.
+
+    Args:
+        allow_changes: go on in a folder that was trained with another method, teacher or data.
+        asked: tells the run whether a signal asks for its end.
+
+    Raises:
+        ValueError: the folder is another run's, or settings do not fit it, the model or the data.
+    """
+    transformers.logging.disable_progress_bar()
+    seed_all(settings.seed)  # rows from a function are the same on every rank
+    device, mesh = place(settings)
+    folder = ranks.first(lambda: _open_folder(settings, allow_changes))
+    try:
+        return _build(settings, folder, device, mesh, asked or Interruption())
+    except BaseException:
+        if folder is not None:
+            folder[0].release()
+        raise
+
+
+def _open_folder(settings: RunSettings, allow_changes: bool) -> tuple[FolderLock, History]:
+    """Takes hold of the run's folder, and compares its settings with those that it has."""
+    lock = FolderLock(Path(settings.out))
+    try:
+        history = History(settings)
+        if not allow_changes:
+            history.check()
+    except BaseException:
+        lock.release()
+        raise
+    return lock, history
+
+
+def _build(
+    settings: RunSettings,
+    folder: tuple[FolderLock, History] | None,
+    device: torch.device,
+    mesh: Any,
+    asked: Interruption,
+) -> Run:
+    tokenizer = load_tokenizer(settings.model)
+    say(loading_model(settings, device))
+    model = shard(load_policy(settings.model, settings.seed), settings, mesh, device)
+    say(f"model: {parameters(model)}")
+    asked.check()
+    if len(tokenizer) > model.vocab_size:
+        raise ValueError(
+            f"model.tokenizer: got {len(tokenizer)} tokens for a head of {model.vocab_size} rows, "
+            "expected at most as many; set vocab_size in model.config, or another tokenizer"
+        )
+    method, lora = settings.method, settings.model.lora
+    options = {
+        "divergence": method.divergence,
+        "divergence_clip": method.divergence_clip,
+        "jsd_beta": method.jsd_beta,
+        "temperature": settings.rollout.temperature if method.sequences == "rollout" else 1.0,
+        "teacher_temperature": settings.teacher.temperature,
+        "policy_logits": settings.head.policy_logits,
+        "memory_budget": settings.head.memory_budget,
+        "backend": settings.head.backend,
+    }
+    if method.teaches() and method.teacher == "model":
+        say(f"teacher: loading {settings.teacher.name}")
+    teacher = load_teacher(settings, model, tokenizer, mesh, device, options)
+    asked.check()
+    say("data: reading rows")
+    objective, per_sequence = load_objective(method.objective)
+    optimizer = settings.optimizer
+    stream = _stream(
+        settings,
+        settings.data.sources,
+        tokenizer,
+        epochs=settings.epochs if settings.steps is None else None,  # rows come round again
+        context=_context(settings, model, getattr(teacher, "model", None)),
+        reserve=settings.rollout.max_tokens if method.sequences == "rollout" else None,
+    )
+    context = teacher_context(method.teacher_context, method.teacher_template)
+    check_columns(method.teacher_context, context, stream)
+    run = Run(
+        settings=settings,
+        device=device,
+        model=model,
+        tokenizer=tokenizer,
+        stream=stream,
+        held_out=_held_out(settings, model, tokenizer),
+        teacher=teacher,
+        reference=load_reference(settings, mesh, device),
+        sampler=HFSampler(
+            model,
+            tokenizer,
+            vocab_size=options.get("vocab_size"),
+            batch_tokens=settings.rollout.batch_tokens,
+        ),
+        scorer=_scorer(settings),
+        context=context,
+        gate=gate(method.gate),
+        objective=objective,
+        per_sequence=per_sequence,
+        options=options,
+        optimizers=make_optimizers(
+            model,
+            optimizer.kind,
+            lr=optimizer.lr,
+            muon_lr=optimizer.muon_lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+        ),
+        checkpointer=Checkpointer(
+            Path(settings.out) / CHECKPOINTS,
+            keep=settings.checkpoint.keep,
+            asynchronous=settings.checkpoint.asynchronous,
+            frozen=lora is None,
+        ),
+        log=None,  # type: ignore[arg-type]  # after the checkpoint: it cuts the metrics back to it
+        gradient_scale=1 if mesh is None else fsdp.gradient_scale(mesh),
+        asked=asked,
+    )
+    if folder is not None:
+        run.lock, run.history = folder
+        run.length = Length(settings, stream)
+    asked.check()
+    seed_all(settings.seed + ranks.rank())
+    _resume(run)
+    asked.check()
+    return run
+
+
+def _scorer(settings: RunSettings) -> Scorer | None:
+    """The rewards in their worker; None where no completion is ever scored."""
+    if settings.method.sequences == "given" and not settings.evaluate.sources:
+        return None
+    functions = [Reward(**reward.model_dump()) for reward in settings.rewards.functions]
+    if not functions:
+        # Rows may name the library's rewards only; what the settings name may be called too.
+        sources = [*settings.data.sources, *settings.evaluate.sources]
+        allow = sorted({source.reward for source in sources if source.reward})
+        functions = [Reward("by_row", options={"allow": allow})]
+    return Scorer(functions, timeout=settings.rewards.timeout, seed=settings.seed)
+
+
+def _stream(
+    settings: RunSettings, sources: list[DataSource], tokenizer: Any, **options: Any
+) -> PromptStream:
+    data = settings.data
+    defaults = {
+        "seed": settings.seed,
+        "shuffle": data.shuffle,
+        "min_prompt_tokens": data.min_prompt_tokens,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "max_completion_tokens": data.max_completion_tokens,
+        "require_completion": settings.method.sequences == "given",
+    }
+    return PromptStream(
+        [Source(**source.model_dump()) for source in sources],
+        tokenizer,
+        chat=data.chat,
+        chat_options=data.chat_options,
+        system=data.system,
+        rank=ranks.rank(),
+        world=ranks.world(),
+        **{**defaults, **options},
+    )
+
+
+def _context(settings: RunSettings, *models: PolicyModel | None) -> int | None:
+    """Most tokens of a training row: what the policy and its teacher can read; None: no limit."""
+    limits = [model.context for model in models if model is not None]
+    context = min(filter(None, limits), default=None)
+    if settings.method.sequences == "rollout":
+        _check_room("rollout.max_tokens", settings.rollout.max_tokens, context)
+    return context
+
+
+def _check_room(setting: str, tokens: int, context: int | None) -> None:
+    if context is not None and tokens >= context:
+        raise ValueError(
+            f"{setting}: got {tokens}, expected less than the {context} tokens of the model's "
+            "context (max_position_embeddings); the prompt is part of them"
+        )
+
+
+def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list[Prompt]:
+    """This rank's prompts of the evaluation."""
+    if not settings.evaluate.sources:
+        return []
+    own = settings.evaluate.max_tokens
+    reserve = own or settings.rollout.max_tokens
+    _check_room("evaluate.max_tokens" if own else "rollout.max_tokens", reserve, model.context)
+    stream = _stream(
+        settings,
+        settings.evaluate.sources,
+        tokenizer,
+        shuffle=False,
+        require_completion=False,
+        max_completion_tokens=None,
+        context=model.context,
+        reserve=reserve,
+    )
+    prompts = stream.batch(settings.evaluate.count)
+    if stream.report.dropped and ranks.rank() == 0:
+        log.warning("evaluation: %s", stream.report.summary())
+    return prompts
+
+
+def _resume(run: Run) -> None:
+    """Continues from the newest checkpoint, or starts the folder's files."""
+    settings, history, state = run.settings, run.history, None
+    if settings.resume:
+        optimizers = [rated.optimizer for rated in run.optimizers]
+        state = run.checkpointer.restore(run.model, optimizers)
+    if state is not None:
+        run.state = state
+        run.stream.load_state_dict(state.data)
+        run.pending = unpack_pending(state)
+        run.saved_step = state.step
+        run.look_at_until()
+    changes = [] if history is None else history.changes
+    if history is not None:
+        for line in [*run.lock.notes, *summary(run)]:
+            say(line)
+        history.begin()
+    run.log = RunLog(
+        run.folder,
+        total_steps=run.expected_steps(),
+        tensorboard=settings.log.tensorboard,
+        wandb=settings.log.wandb,
+        settings=settings.model_dump(),
+        resume_step=run.state.step if settings.resume else None,
+        live=None if settings.log.progress else False,
+    )
+    run.show_warnings()
+    if state is not None:
+        run.log.message(f"going on from the checkpoint of step {state.step}")
+        for change in changes:
+            run.log.message(f"changed since the last start: {change}")
+        if run.finished():
+            run.log.message("no step is left; for a run of its own, set another `out`")

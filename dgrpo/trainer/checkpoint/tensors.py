@@ -1,0 +1,171 @@
+"""Every tensor of a model and its optimisers under one flat name, sharded or not.
+
+torch's `get_optimizer_state_dict` is not used: on an optimiser that has no state yet it takes a
+step to make some, so that a checkpoint before the first step would change the run (Adam's step
+count starts at 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dgrpo.trainer.checkpoint.errors import CheckpointError
+
+# What torch.compile and activation-checkpoint wrappers put into a parameter's name.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def _clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tensor]:
+    """`{"model.<name>": tensor}`: parameters and saved buffers, a shared one once, not copied.
+
+    `frozen=False` leaves out parameters that need no gradient, and all buffers.
+    """
+    tensors, seen = {}, set()
+    # state_dict() and not named_parameters(): its hooks reshard what FSDP2 has left gathered.
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor) or id(value) in seen:
+            continue
+        if frozen or value.requires_grad:
+            seen.add(id(value))
+            tensors[f"model.{_clean(name)}"] = value.detach()
+    return tensors
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: _clean(name) for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizers: Iterable[Optimizer]
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
+
+    The rest, one dict an optimiser: `kind` (its class), `groups` (each group's settings, `params`
+    as names) and `state` (`{name: {key: value, or None where the value is a tensor}}`).
+    """
+    tensors, rest = {}, []
+    names = _names(model)
+    for i, optimizer in enumerate(optimizers):
+        groups = [
+            {**group, "params": [_name(names, parameter) for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        state: dict[str, dict] = {}
+        for parameter, values in optimizer.state.items():
+            name = _name(names, parameter)
+            state[name] = {}
+            for key, value in values.items():
+                state[name][key] = None if isinstance(value, torch.Tensor) else {"value": value}
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{i}.{name}.{key}"] = value.detach()
+        rest.append({"kind": type(optimizer).__name__, "groups": groups, "state": state})
+    return tensors, rest
+
+
+def _name(names: dict[nn.Parameter, str], parameter: nn.Parameter) -> str:
+    if parameter not in names:
+        raise ValueError(
+            f"optimizer: got a parameter of shape {tuple(parameter.shape)}, expected the model's; "
+            "make the optimizer after the model is sharded"
+        )
+    return names[parameter]
+
+
+def optimizer_templates(
+    model: nn.Module, rest: list[dict], saved: dict[str, tuple[torch.dtype, torch.Size]]
+) -> dict[str, torch.Tensor]:
+    """Empty tensors to load the saved optimiser state into, sharded like its parameter.
+
+    `saved` gives the dtype and the whole shape under each name. What is not shaped like its
+    parameter (a step count) is whole on every rank, on the CPU; `load_optimizers` moves it to where
+    the optimiser wants it.
+    """
+    parameters = {name: parameter for parameter, name in _names(model).items()}
+    templates = {}
+    for i, part in enumerate(rest):
+        for name, values in part["state"].items():
+            for key, value in values.items():
+                full = f"optimizer.{i}.{name}.{key}"
+                if value is not None or full not in saved:
+                    continue
+                dtype, shape = saved[full]
+                parameter = parameters.get(name)
+                if parameter is not None and parameter.shape == shape and shape:
+                    templates[full] = torch.empty_like(
+                        parameter.detach(), dtype=dtype, requires_grad=False
+                    )
+                else:
+                    templates[full] = torch.empty(shape, dtype=dtype)
+    return templates
+
+
+def load_optimizers(
+    model: nn.Module,
+    optimizers: Iterable[Optimizer],
+    rest: list[dict],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Gives the optimisers the saved state and learning rate.
+
+    Other options (betas, weight decay) stay those that they were made with. Raises CheckpointError
+    where kind, number or parameters differ.
+    """
+    names = _names(model)
+    optimizers = list(optimizers)
+    if len(optimizers) != len(rest):
+        raise CheckpointError(
+            f"optimizer: got {len(optimizers)} of them, the checkpoint has {len(rest)}"
+        )
+    for i, (optimizer, part) in enumerate(zip(optimizers, rest, strict=True)):
+        kind = type(optimizer).__name__
+        if part["kind"] != kind:
+            raise CheckpointError(f"optimizer {i}: got {kind}, the checkpoint has {part['kind']}")
+        here = [[_name(names, p) for p in group["params"]] for group in optimizer.param_groups]
+        there = [group["params"] for group in part["groups"]]
+        if here != there:
+            raise CheckpointError(f"optimizer {i}: {_difference(here, there)}")
+        index = {name: n for n, name in enumerate(name for group in here for name in group)}
+        state = {
+            index[name]: {
+                key: tensors[f"optimizer.{i}.{name}.{key}"] if value is None else value["value"]
+                for key, value in values.items()
+            }
+            for name, values in part["state"].items()
+        }
+        groups, first = [], 0
+        for group, saved in zip(optimizer.param_groups, part["groups"], strict=True):
+            ids = list(range(first, first + len(saved["params"])))
+            moving = {key: saved[key] for key in ("lr", "initial_lr") if key in saved}
+            groups.append({**group, **moving, "params": ids})
+            first += len(ids)
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _difference(here: list[list[str]], there: list[list[str]]) -> str:
+    """Says in one line how the parameter groups of a run and of a checkpoint differ."""
+    if len(here) != len(there):
+        return f"got {len(here)} parameter groups, the checkpoint has {len(there)}"
+    for number, (mine, saved) in enumerate(zip(here, there, strict=True)):
+        for name in mine:
+            if name not in saved:
+                return f"parameter group {number} has {name}, the checkpoint's has not"
+        for name in saved:
+            if name not in mine:
+                return f"parameter group {number} lacks {name}, which the checkpoint's has"
+    return "the parameters of its groups are in another order than in the checkpoint"
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor: the tensor itself, or a DTensor's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

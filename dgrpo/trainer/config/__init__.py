@@ -1,0 +1,27 @@
+"""Settings: their tree, the method presets, and how they are read from YAML and overrides."""
+
+from dgrpo.trainer.config.help import describe, settings_help
+from dgrpo.trainer.config.load import dump, load, parse_file, validate
+from dgrpo.trainer.config.method import PRESETS, Coefficient, Method, Schedule
+from dgrpo.trainer.config.run import RunSettings
+from dgrpo.trainer.config.settings import Data, DataSource, Evaluate, Model, Optimizer, Reward
+
+__all__ = [
+    "PRESETS",
+    "Coefficient",
+    "Data",
+    "DataSource",
+    "Evaluate",
+    "Method",
+    "Model",
+    "Optimizer",
+    "Reward",
+    "RunSettings",
+    "Schedule",
+    "describe",
+    "dump",
+    "load",
+    "parse_file",
+    "settings_help",
+    "validate",
+]

@@ -1,0 +1,256 @@
+"""The trainer: one loop for every method.
+
+    from dgrpo.trainer.config import load
+    from dgrpo.trainer import train_stages
+
+    train_stages(load("examples/qwen3-1.7b-from-32b.yaml"))
+
+A method is configuration: where the sequences come from, which coefficients, which teacher. Every
+verb of the loop is a function elsewhere (dgrpo/training), and every normaliser is a token weight
+that is computed before the forward pass, over all ranks and micro-batches.
+
+What is left out: asynchronous rollouts (the batch is sampled from the weights that it updates),
+sequence parallelism, a critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from dgrpo.trainer.checkpoint import export
+from dgrpo.trainer.config import RunSettings
+from dgrpo import distributed as ranks
+from dgrpo.trainer.build import build
+from dgrpo.trainer.collect import collect
+from dgrpo.trainer.history import DONE, History, finished, last_step
+from dgrpo.trainer.record import evaluate, evaluated, profiled, record
+from dgrpo.trainer.run import Run, pack_pending
+from dgrpo.trainer.signals import ENDING, Interrupted, listening
+from dgrpo.trainer.update import (
+    attach_teacher,
+    backward,
+    micro_batches,
+    parameters_finite,
+    update,
+    weigh,
+)
+
+
+class Outcome(NamedTuple):
+    """How a run ended, and the signal that asked for its end, if one did.
+
+    A signal may come too late to stop a run, but not too late for what would come after it.
+    """
+
+    status: Literal["finished", "stopped", "already done"]
+    step: int
+    folder: Path
+    signal: int | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether nothing should be run after this."""
+        return self.signal is not None
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class RewardsFailed(RuntimeError):
+    """Every sample's reward failed in too many batches in a row."""
+
+
+def train_stages(
+    stages: Mapping[str, RunSettings], *, allow_changes: bool = False
+) -> dict[str, Outcome]:
+    """Each stage in order; one that is finished is not run again. Ends early on a signal.
+
+    With `allow_changes` a stage goes on although its folder was trained with another method,
+    teacher or data. Without it that raises ValueError, before anything is trained.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for settings in stages.values() if not allow_changes else ():
+        History(settings).check()
+    with listening() as asked:
+        for name, settings in stages.items():
+            try:
+                outcomes[name] = already_done(settings) or train(
+                    settings, allow_changes=allow_changes
+                )
+            except Interrupted:  # between two runs
+                outcomes[name] = stopped_at_start(settings, asked.number)
+            if outcomes[name].interrupted:
+                break
+    return outcomes
+
+
+def already_done(settings: RunSettings) -> Outcome | None:
+    """The outcome of a run that is finished; None where it is not."""
+    folder = Path(settings.out)
+    return Outcome("already done", last_step(folder), folder) if finished(settings) else None
+
+
+def train(settings: RunSettings, *, allow_changes: bool = False) -> Outcome:
+    """One run, continued from its folder's last checkpoint where it has one.
+
+    SIGINT, SIGTERM and SIGHUP end it after the step at hand with a checkpoint, or at once while it
+    still starts; the outcome is "stopped". Raises `Diverged` after `optimizer.max_skipped` steps
+    without a finite loss and gradient, and `RewardsFailed` after `rewards.max_failed` batches
+    without a single reward, the last good state saved.
+
+    Args:
+        settings: of the run.
+        allow_changes: go on although the folder was trained with another method, teacher or data;
+            else that raises ValueError.
+
+    Raises:
+        FolderInUse: another run is under way in the folder.
+    """
+    with listening() as asked:
+        try:
+            run = build(settings, allow_changes=allow_changes, asked=asked)
+            asked.deferred = True
+            return loop(run)
+        except Exception:
+            if asked.number is None or asked.deferred:
+                raise
+            # Other ranks that the signal ended first are missed in a collective of the start.
+            return stopped_at_start(settings, asked.number)
+        except Interrupted:
+            return stopped_at_start(settings, asked.number)
+        finally:
+            asked.deferred = False
+
+
+def stopped_at_start(settings: RunSettings, number: int | None) -> Outcome:
+    """The outcome of a run that a signal ended before it trained."""
+    folder = Path(settings.out)
+    return Outcome("stopped", last_step(folder), folder, number)
+
+
+def loop(run: Run) -> Outcome:
+    """Trains to the end, and closes the run. COLLECTIVE."""
+    try:
+        with profiled(run) as profile:
+            if run.state.step == 0:
+                evaluate_once(run)
+            while (batch := collect(run)) is not None:
+                attach_teacher(run, batch)  # hidden states
+                weigh(run, batch)  # global token weights, before forward
+                for micro in micro_batches(run, batch):
+                    backward(run, batch, micro)
+                update(run, batch)
+                record(run, batch)
+                save_if_due(run)
+                if profile is not None:
+                    profile.step()
+        return finish(run)
+    finally:
+        run.close()
+
+
+def evaluate_once(run: Run) -> None:
+    """The held-out scores of this step, unless the metrics hold them already. COLLECTIVE."""
+    if run.settings.evaluate.sources and not evaluated(run):
+        run.log.log(run.state.step, evaluate(run))
+
+
+def save_if_due(run: Run) -> None:
+    """A checkpoint every so many steps; raises when too many steps or rewards failed. COLLECTIVE.
+
+    A skipped step leaves nothing to save, and parameters that are not finite must not push the
+    last good checkpoint out.
+    """
+    skipped = run.state.counters["skipped_in_row"]
+    if skipped >= run.settings.optimizer.max_skipped:
+        give_up(run)
+    if run.failed_in_row >= run.settings.rewards.max_failed:
+        stop_without_rewards(run)
+    if run.state.step % run.settings.checkpoint.every == 0 and not skipped:
+        if parameters_finite(run):
+            save(run)
+        else:
+            run.log.message(f"step {run.state.step}: parameters not finite, no checkpoint")
+
+
+def save(run: Run) -> None:
+    """A checkpoint of this step, unless there is one. COLLECTIVE."""
+    run.log.sync()
+    if run.saved_step != run.state.step:
+        optimizers = [rated.optimizer for rated in run.optimizers]
+        run.checkpointer.save(run.model, optimizers, pack_pending(run))
+        run.state.rollouts = []
+        run.saved_step = run.state.step
+
+
+def give_up(run: Run) -> None:
+    """Saves the state, which the skipped steps left as it was, and raises. COLLECTIVE."""
+    count, good, where = run.state.counters["skipped_in_row"], *save_if_finite(run)
+    raise Diverged(
+        f"loss or gradient not finite in {count} steps in a row (optimizer.max_skipped); "
+        f"{'the parameters are good' if good else 'the parameters are not finite either'}, "
+        f"{where}; try a lower optimizer.lr or method.clip_high"
+    )
+
+
+def stop_without_rewards(run: Run) -> None:
+    """Saves the state and raises, with the last error of a reward. COLLECTIVE."""
+    count, (_, where) = run.failed_in_row, save_if_finite(run)
+    batches = f"{count} batches in a row" if count > 1 else "1 batch"
+    raise RewardsFailed(
+        f"rewards: every sample failed in {batches} (rewards.max_failed), last error: "
+        f"{run.scorer.last_error or 'on another rank'}; {where}; fix the reward and start the "
+        "same command again"
+    )
+
+
+def save_if_finite(run: Run) -> tuple[bool, str]:
+    """Whether the parameters are finite and thus saved, and where the last good state is.
+
+    COLLECTIVE.
+    """
+    good = parameters_finite(run)
+    if good:
+        save(run)
+        run.checkpointer.wait()
+    where = f"step {run.state.step}" if good else f"steps {run.checkpointer.steps()}"
+    return good, f"checkpoint: {where} in {run.folder}"
+
+
+def finish(run: Run) -> Outcome:
+    """The last checkpoint, scores and exported model. COLLECTIVE."""
+    if run.state.step or not run.stopping:
+        save(run)
+        run.checkpointer.wait()
+    if not run.stopping:
+        evaluate_once(run)
+    if run.stopping:
+        run.log.message(f"stopped after step {run.state.step}; the same command goes on from there")
+        return Outcome("stopped", run.state.step, run.folder, asked_by(run))
+    # On the folder of a finished run, of which nothing was left to train.
+    done = run.history is not None and (run.folder / DONE).exists()
+    kept = done and (run.folder / "export").exists()
+    done, kept = (total > 0 for total in ranks.totals([done, kept], run.device))
+    if run.stream.report.dropped and not done:
+        run.log.message(f"data: {run.stream.report.summary()}")
+    if run.settings.checkpoint.export and not kept:
+        name = run.settings.checkpoint.export_dtype
+        dtype = getattr(torch, name) if name else None
+        export(run.model, run.folder / "export", tokenizer=run.tokenizer, dtype=dtype)
+        if run.settings.model.lora is not None:
+            export(run.model, run.folder / "adapter", dtype=dtype, merge=False)
+    if run.history is not None and not done:
+        run.history.end()
+    status = "already done" if done else "finished"
+    return Outcome(status, run.state.step, run.folder, asked_by(run))
+
+
+def asked_by(run: Run) -> int | None:
+    """The signal that asked any rank to end; None where none did. COLLECTIVE."""
+    counts = ranks.totals([run.asked.number == number for number in ENDING], run.device)
+    return next((int(n) for n, count in zip(ENDING, counts, strict=True) if count), None)

@@ -1,0 +1,154 @@
+"""The log of a run: `metrics.jsonl`, the display, and if asked TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dgrpo.trainer.metrics.display import Display
+from dgrpo.trainer.metrics.lines import cut, plain
+from dgrpo.trainer.metrics.rollouts import cut_rollouts
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes what a run measures. Rank 0 does it all; on the other ranks every method does nothing.
+
+    Args:
+        folder: of the run.
+        resume_step: the step of the checkpoint that the run goes on from: later lines of
+            `metrics.jsonl` and later rollouts are removed. None for a run that starts: a folder
+            that has metrics is refused.
+        total_steps: for the display's time left, if known.
+        tensorboard: also write event files to `folder/tensorboard`.
+        wandb: a W&B project to log to as well; the run's id is kept in `folder/wandb.json` and
+            resumed.
+        settings: what W&B shows as the run's configuration.
+        live: a live display; None shows one where the output is a terminal, else plain lines.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume_step: int | None = None,
+        total_steps: int | None = None,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        live: bool | None = None,
+    ):
+        self.folder = Path(folder)
+        self.active = not dist.is_initialized() or dist.get_rank() == 0
+        if not self.active:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / METRICS
+        if resume_step is not None:
+            cut(path, resume_step)
+            cut_rollouts(self.folder, resume_step)
+        elif path.exists() and path.stat().st_size:
+            raise ValueError(
+                f"folder: got {self.folder}, which has the metrics of another run, expected a new "
+                "one; resume that run, name another folder, or delete it"
+            )
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(self.folder, resume_step) if tensorboard else None
+        self._wandb = _wandb(self.folder, wandb, settings) if wandb else None
+        self.display = Display(total_steps, done=resume_step or 0, live=live)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One step's line. Values are numbers, strings or None; what is not finite becomes null."""
+        if not self.active:
+            return
+        record = {"step": step} | {name: plain(value) for name, value in metrics.items()}
+        # One write of a whole line: a kill leaves at most an unfinished last line, which `cut`
+        # drops.
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        self.display.update(record)
+
+    def expect(self, total_steps: int | None) -> None:
+        """Says anew how many steps the run has in all."""
+        if self.active:
+            self.display.total = total_steps
+
+    def message(self, text: str) -> None:
+        """Prints above the display."""
+        if self.active:
+            self.display.message(text)
+
+    def sync(self) -> None:
+        """Puts what was logged on the disk; call it before a checkpoint."""
+        if self.active:
+            os.fsync(self._file.fileno())
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Ends the display and every sink; may be called again."""
+        if not self.active:
+            return
+        self.active = False
+        self.display.close()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _require(module: str, setting: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{setting}: {package} cannot be imported ({error}); "
+            f"pip install {package}, or turn {setting} off"
+        ) from error
+
+
+def _tensorboard(folder: Path, resume_step: int | None) -> Any:
+    module = _require("torch.utils.tensorboard", "tensorboard", "tensorboard")
+    purge = None if resume_step is None else resume_step + 1
+    return module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+
+def _wandb(folder: Path, project: str, settings: Mapping[str, Any] | None) -> Any:
+    wandb = _require("wandb", "wandb", "wandb")
+    known = folder / "wandb.json"
+    run_id = json.loads(known.read_text())["id"] if known.exists() else None
+    run = wandb.init(
+        project=project,
+        name=folder.name,
+        dir=str(folder),
+        id=run_id,
+        resume="allow",
+        config=dict(settings or {}),
+    )
+    known.write_text(json.dumps({"id": run.id}))
+    return run

@@ -1,0 +1,292 @@
+"""Sharded training with FSDP2: process group, mesh, what is sharded how, gradients, full tensors.
+
+How it composes, from the inside: activation checkpointing of each decoder layer, then `fully_shard`
+of each layer, of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the head
+where it is tied or has LoRA), which is the root. Mixed precision never casts the inputs of a
+forward: it would round the log-probabilities and weights of the loss to bf16, also inside
+dataclasses.
+
+FSDP averages gradients over the mesh, so token weights are multiplied by `gradient_scale(mesh)`.
+Everything here also takes a model that is not sharded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from dgrpo.trainer.policy import PolicyModel
+
+
+def start(device: str = "auto") -> torch.device:
+    """Join the process group of torchrun's environment, or make one of this process alone.
+
+    Returns the device of this rank. Calling it again changes nothing.
+
+    Args:
+        device: "cpu", "cuda" or "auto" (a GPU where there is one).
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch finds no GPU; expected 'auto' or 'cpu'")
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    here = torch.device("cpu")
+    if cuda:
+        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return here
+
+
+def make_mesh(device: torch.device | str, replicas: int = 1) -> DeviceMesh:
+    """All ranks as a mesh: ("shard",), or with `replicas` > 1 ("replicate", "shard") for HSDP.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of `replicas`.
+    """
+    world, kind = dist.get_world_size(), torch.device(device).type
+    if replicas < 1 or world % replicas:
+        raise ValueError(f"replicas: got {replicas}, expected a divisor of the {world} ranks")
+    if replicas == 1:
+        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    shape = (replicas, world // replicas)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    model: PolicyModel,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = torch.float32,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+    checkpoint_activations: bool = False,
+) -> PolicyModel:
+    """Shard `model` over `mesh`, in place. Every rank holds the same full model on the CPU before.
+
+    A model to be trained is loaded in fp32, so that its optimiser keeps fp32 master weights, and
+    given `compute_dtype=torch.bfloat16` on GPUs. A frozen one (`requires_grad_(False)` before) is
+    loaded in bf16 and needs no `compute_dtype`.
+
+    Args:
+        model: on the CPU; its parameters become DTensors on the mesh's device.
+        mesh: of one or two dimensions, see `make_mesh`.
+        compute_dtype: dtype of gathered parameters and activations; None = the parameters' own.
+        reduce_dtype: dtype in which gradients are summed over ranks; None = `compute_dtype`.
+        reshard_after_forward: free a layer's gathered parameters after its forward and gather them
+            again in backward.
+        cpu_offload: keep shards, gradients and optimiser state in host memory (GPU only).
+        checkpoint_activations: keep only the input of each decoder layer, and compute the layer
+            again in backward.
+
+    Raises:
+        ValueError: `cpu_offload` without an accelerator, or a model that is sharded already.
+    """
+    if isinstance(model, FSDPModule):
+        raise ValueError("model: got one that is sharded already, expected a full model")
+    if cpu_offload and mesh.device_type == "cpu":
+        raise ValueError(
+            "cpu_offload: got True on a CPU mesh, expected False; torch needs a GPU for it"
+        )
+    reset_rotary(model)
+    if checkpoint_activations:
+        checkpoint_layers(model)
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
+    sharded: list[tuple[nn.Module, bool]] = []
+    for layer in model.layers:
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+        sharded.append((layer, reshard_after_forward))
+    # Backward starts with the head: what it gathered in forward stays. A frozen one has none.
+    again = not any(parameter.requires_grad for parameter in model.parameters())
+    if not model.tied and not model.adapted_head:
+        fully_shard(model.head, reshard_after_forward=again, **options)
+        sharded.append((model.head, again))
+    fully_shard(model, reshard_after_forward=again, **options)
+    sharded.append((model, again))
+    model.sharded = sharded
+    cuda = mesh.device_type == "cuda"
+    model.mesh_device = (
+        torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    )
+    for method in ("hidden_states", "next_logits"):
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def checkpoint_layers(model: PolicyModel) -> None:
+    """Recompute each decoder layer in backward, in place; FSDP's hooks stay outside of it."""
+    for layer in model.layers:
+        layer.forward = MethodType(_recomputed, layer)
+
+
+def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def reset_rotary(model: nn.Module) -> None:
+    """Compute the buffers of rotary embeddings again, in fp32.
+
+    They are not in checkpoints: `model.to(torch.bfloat16)` rounds them, `to_empty` leaves garbage,
+    and the loss barely shows either.
+    """
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
+            fresh = type(module)(module.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                old = getattr(module, name)
+                setattr(module, name, buffer.to("cpu" if old.is_meta else old.device))
+
+
+def gradient_scale(mesh: DeviceMesh | None) -> int:
+    """Over how many ranks gradients are averaged: token weights are multiplied by it."""
+    return 1 if mesh is None else mesh.size()
+
+
+def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> None:
+    """Say, before a micro-batch's forward, whether its gradients are reduced over ranks.
+
+    Args:
+        model: nothing happens to one that is not sharded.
+        last: this is the last micro-batch of the optimiser step.
+        every_micro: reduce-scatter after each micro-batch (replicas of HSDP sum at the last alone).
+            False accumulates gradients of the full size on every rank and reduces them at the last.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(last or every_micro)
+    model.set_requires_all_reduce(last)
+    model.set_is_last_backward(last)
+
+
+def grad_norm(model: nn.Module) -> Tensor:
+    """2-norm of all gradients, fp32 scalar, the same on all ranks. Collective if sharded."""
+    local = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in local if g.numel()]
+    total = torch.stack(norms).square().sum() if norms else torch.zeros(())
+    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    if mesh is not None:
+        total = total.to(mesh.device_type)
+        dist.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))
+    return total.sqrt()
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients to a norm of at most `max_norm`; returns the norm before. Collective.
+
+    A norm that is not finite leaves the gradients as they are: the caller skips the step.
+    """
+    norm = grad_norm(model)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    scale = torch.where(torch.isfinite(norm), scale, torch.ones_like(scale))
+    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    for grad in grads:
+        grad.mul_(scale.to(grad.device, non_blocking=True))
+    return norm
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters and put the shards in their place. Nothing without FSDP."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def full_tensors(
+    model: PolicyModel, merge: bool = True, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Full parameters (and saved buffers) under Hugging Face's names, one at a time. Collective.
+
+    Every rank must run through the whole iterator; each tensor may be dropped before the next is
+    gathered. A tied head comes once, as the embedding; one with LoRA comes as well, since merging
+    unties it.
+
+    Args:
+        model: sharded or not.
+        merge: add LoRA's products to the weights that they adapt and leave its own matrices out, as
+            a sampler or `from_pretrained` wants it. False yields peft's own names and tensors.
+        dtype: convert before gathering; None = as stored.
+
+    Raises:
+        ValueError: an adapter that is not LoRA on a linear layer.
+    """
+    reshard(model)
+    root = model.causal if merge else model.model
+    seen: set[int] = set()
+    for name, value in root.state_dict(keep_vars=True).items():
+        path, _, leaf = name.rpartition(".")
+        owner, _, last = path.rpartition(".")
+        adapted = merge and last == "base_layer"
+        if (id(value) in seen and not adapted) or (merge and ".lora_" in f".{name}"):
+            continue
+        seen.add(id(value))
+        if not adapted:
+            yield name, _full(value, dtype)
+            continue
+        full = _full(value, None)
+        if leaf == "weight":
+            full = _merged(root.get_submodule(owner), full)
+        yield f"{owner}.{leaf}", full if dtype is None else full.to(dtype)
+
+
+def _merged(layer: nn.Module, weight: Tensor) -> Tensor:
+    if type(layer).__name__ != "Linear" or getattr(layer, "lora_variant", None):
+        raise ValueError(
+            f"model: got an adapter on {type(layer).__name__}, expected plain LoRA on nn.Linear; "
+            "merge=False gives the adapters as they are"
+        )
+    for adapter in layer.active_adapters:
+        a = _full(layer.lora_A[adapter].weight, torch.float32)
+        b = _full(layer.lora_B[adapter].weight, torch.float32)
+        delta = (b @ a) * layer.scaling[adapter]
+        weight = (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
+    return weight
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _full(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.device.type != tensor.device_mesh.device_type:  # offloaded to the host
+        tensor = tensor.to(tensor.device_mesh.device_type)
+    return tensor.full_tensor()

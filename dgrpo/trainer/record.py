@@ -1,0 +1,265 @@
+"""What a step is told of: metrics, samples to read, held-out scores, a profile."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dgrpo.trainer.batch import Sample
+from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
+from dgrpo.trainer.teachers.local import ServedTeacher
+from dgrpo import distributed as ranks
+from dgrpo.trainer.collect import decode, reward, sampling, timed
+from dgrpo.trainer.run import Batch, Run
+from dgrpo.trainer.update import coefficients
+
+HALF = math.log(0.5)
+SCORE = "evaluation/reward"
+
+
+def record(run: Run, batch: Batch) -> None:
+    """One line of metrics, samples now and then, held-out scores when due. COLLECTIVE."""
+    state, settings = run.state, run.settings
+    if run.history is not None:
+        run.history.keep(state.step - 1)
+    means = StepMetrics()
+    measure_tokens(run, batch, means)
+    measure_samples(run, batch, means)
+    seconds, run.clock = time.perf_counter() - run.clock, time.perf_counter()
+    for verb, value in batch.seconds.items():
+        means.mean(f"time/{verb}", value)
+    means.mean("time/step", seconds)
+    means.sum("tokens", batch.tokens)
+    means.max("memory/peak_gib", peak_bytes(run.device) / 2**30)
+    if isinstance(run.teacher, ServedTeacher):
+        means.sum("teacher_missing", run.teacher.missing)
+    metrics = {
+        "loss": batch.loss,
+        "grad_norm": batch.norm,
+        "lr": batch.lr,
+        "skipped": state.counters["skipped"],
+        **means.reduce(),
+    }
+    metrics["time/tokens_per_second"] = metrics["tokens"] / max(seconds, 1e-9)
+    if run.teacher is not None:
+        metrics["teacher_coef"] = coefficients(run, state.step - 1)["teacher_coef"]
+    bounds = metrics.pop("reward_min", None), metrics.pop("reward_max", None)
+    watch(run, metrics)
+    for warning in run.standstill.warnings(batch.loss, batch.norm, *bounds):
+        run.log.message(f"step {state.step}: warning: {warning}")
+    every = settings.evaluate.every
+    if every and state.step % every == 0:
+        metrics |= evaluate(run)
+    run.log.expect(run.expected_steps())
+    run.log.log(state.step, metrics)
+    if settings.log.samples and (state.step - 1) % settings.log.samples_every == 0:
+        write_samples(run, batch)
+
+
+def measure_tokens(run: Run, batch: Batch, means: StepMetrics) -> None:
+    """Means over the tokens with loss of all ranks, from what the loss head returned."""
+    for micro, out in batch.outputs:
+        rows = micro.rows
+
+        def mean(name: str, values: Tensor, rows: Tensor = rows) -> None:
+            means.mean(name, values.reshape(-1)[rows].float())
+
+        mean("nll", -out.logprobs)
+        # More than half of the mass is surely the likeliest token: a lower bound of the accuracy.
+        mean("token_accuracy", out.logprobs > HALF)
+        mean("entropy", out.entropy)
+        if run.teacher is not None:
+            mean("divergence", out.divergence)
+        for name, values in out.metrics.items():
+            mean(name, values)
+        if run.sampled:
+            for place, values in micro.per_sample(out.logprobs):
+                measure_mismatch(batch.samples[place], values, means)
+
+
+def measure_mismatch(sample: Sample, logprobs: Tensor, means: StepMetrics) -> None:
+    """How far the sampler's log-probabilities are from the trainer's of the same weights."""
+    ours = logprobs if sample.old_logprobs is None else sample.old_logprobs
+    gap = (ours - sample.tags["sampler_logprobs"]).abs()[sample.mask]
+    means.mean("sampler_mismatch", gap)
+    means.max("sampler_mismatch_max", gap.max() if gap.numel() else 0.0)
+
+
+def measure_samples(run: Run, batch: Batch, means: StepMetrics) -> None:
+    """Rewards, lengths and cuts of the step's completions."""
+    for sample in batch.samples:
+        means.mean("completion_length", float(len(sample.completion_ids)))
+        means.mean("prompt_length", float(len(sample.prompt_ids)))
+        if not run.sampled:
+            continue
+        tags, scored = sample.tags, float(not sample.tags["failed"])
+        means.mean("reward", tags["reward"], scored)
+        if scored:  # for the warnings
+            means.min("reward_min", tags["reward"])
+            means.max("reward_max", tags["reward"])
+        for name, value in tags["parts"].items():
+            known = not math.isnan(value)
+            means.mean(f"reward/{name}", value if known else 0.0, float(known))
+        means.mean("reward_failed", 1.0 - scored)
+        means.mean("truncated", float(tags["truncated"]))
+        means.mean("advantage", float(sample.advantages.abs().mean()))
+
+
+def watch(run: Run, metrics: dict[str, float]) -> None:
+    """Moves the average that `until` looks at, and notes when it is there."""
+    until, counters = run.settings.until, run.state.counters
+    if until is None:
+        return
+    if until.metric not in metrics:
+        raise ValueError(
+            f"until.metric: got {until.metric!r}, expected a logged one: {sorted(metrics)}"
+        )
+    value = metrics[until.metric]
+    average = counters.get("average", value) * until.smoothing + value * (1 - until.smoothing)
+    counters["average"] = average
+    run.look_at_until()
+
+
+def write_samples(run: Run, batch: Batch) -> None:
+    """The step's first completions, with the values of each token, for the report."""
+    wanted = -(-run.settings.log.samples // ranks.world())
+    values: dict[int, dict[str, Tensor]] = {}
+    for micro, out in batch.outputs:
+        fields = {
+            name: getattr(out, name)
+            for name in ("logprobs", "teacher_logprobs", "divergence", "entropy")
+        } | {name: out.metrics[name] for name in ("ratio", "clipped") if name in out.metrics}
+        for name, tensor in fields.items():
+            if tensor is None:
+                continue
+            for place, own in micro.per_sample(tensor):
+                values.setdefault(place, {})[name] = own
+    records = []
+    for place, sample in enumerate(batch.samples[:wanted]):
+        own, tags = values[place], sample.tags
+        zeros = torch.zeros(len(sample.completion_ids))
+        records.append(
+            rollout_record(
+                run.tokenizer,
+                step=run.state.step,
+                group=sample.group,
+                index=sample.index,
+                prompt_ids=sample.prompt_ids,
+                completion_ids=sample.completion_ids,
+                reward=tags.get("reward"),
+                rewards=tags.get("parts"),
+                advantages=zeros if sample.advantages is None else sample.advantages,
+                loss_mask=sample.mask,
+                finish_reason="length" if tags.get("truncated") else "stop",
+                tags={"source": tags["source"], "id": tags["id"]},
+                **{"clipped": zeros.bool(), **own},
+            )
+        )
+    write_rollouts(run.folder, run.state.step, records)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Scores of the held-out prompts, and each one's in a file of the run. COLLECTIVE."""
+    settings, step = run.settings.evaluate, run.state.step
+    if not settings.sources:
+        return {}
+    changes = {"step": 0, "max_tokens": settings.max_tokens or run.settings.rollout.max_tokens}
+    if settings.greedy:
+        changes["temperature"] = 0.0
+    prompts, means, seconds = run.held_out, StepMetrics(), {}
+    with timed(seconds, "evaluation"):
+        drawn = run.sampler.generate(
+            [prompt.ids for prompt in prompts],
+            1,
+            sampling(run, **changes),
+            keys=[f"held-out {prompt.index}" for prompt in prompts],
+        )
+        texts = decode(run, drawn)
+        result = reward(run, prompts, drawn, texts, 1)
+    lines = []
+    for i, prompt in enumerate(prompts):
+        scored = float(not result.failed[i])
+        means.mean(SCORE, float(result.total[i]), scored)
+        means.mean("evaluation/completion_length", float(len(drawn[i].completion_ids)))
+        row = {"index": prompt.index, "id": prompt.id, "source": prompt.source}
+        row |= {"reward": float(result.total[i]) if scored else None, "completion": texts[i]}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    means.mean("time/evaluation", seconds["evaluation"])
+    run.clock += seconds["evaluation"]  # no part of the next step's time
+    path = run.folder / "evaluation" / f"step-{step:08d}-{ranks.rank():05d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines))
+    os.replace(temporary, path)
+    found = means.reduce()
+    if SCORE not in found:
+        run.log.message(
+            f"step {step}: warning: no held-out completion has a reward, last error: "
+            f"{run.scorer.last_error or 'on another rank'}"
+        )
+    if ranks.totals([run.interrupted], run.device)[0] > 0:
+        run.stopping = True  # an evaluation is long: not one more step
+    return found
+
+
+def evaluated(run: Run) -> bool:
+    """Whether the metrics already hold the held-out scores of this step. COLLECTIVE."""
+    found = False
+    path = run.folder / "metrics.jsonl"
+    if ranks.rank() == 0 and path.exists():
+        lines = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
+        found = any(line["step"] == run.state.step and SCORE in line for line in lines)
+    return ranks.totals([found], run.device)[0] > 0
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
+    """A profiler over the steps of `log.profile_steps`, to be stepped once a step.
+
+    Writes a trace, the operators by memory, and on a GPU a memory snapshot into `profile/`.
+    """
+    steps = run.settings.log.profile_steps
+    if steps is None or run.state.step >= steps[1]:
+        yield None
+        return
+    folder: Path = run.folder / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+    first, last = steps
+    cuda, rank = run.device.type == "cuda", ranks.rank()
+
+    def write(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(folder / f"trace-{rank:05d}.json"))
+        key = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
+        table = profile.key_averages().table(sort_by=key, row_limit=50)
+        (folder / f"memory-{rank:05d}.txt").write_text(table)
+        if cuda:
+            torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank:05d}.snapshot"))
+
+    start = max(first, run.state.step + 1)
+    before = start - 1 - run.state.step
+    warmup = min(1, before)
+    schedule = torch.profiler.schedule(
+        wait=before - warmup, warmup=warmup, active=last - start + 1, repeat=1
+    )
+    if cuda:
+        torch.cuda.memory._record_memory_history()
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=write, profile_memory=True, record_shapes=True
+    ) as profile:
+        yield profile

@@ -1,0 +1,76 @@
+"""`dgrpo report RUN [RUN ...]`: the curves of runs as a PNG, and one page to read them on.
+
+The page is a single file without any outside resource: it opens from a disk, offline. It shows the
+settings, how the runs went, the curves of all of them in the same charts, and the rollouts that
+they wrote, every token coloured by its KL to the teacher, its advantage, its clipping and whatever
+else was recorded of it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from dgrpo.trainer.report.curves import draw
+from dgrpo.trainer.report.page import make_page
+from dgrpo.trainer.report.read import Stage, read_run
+
+
+class Report(NamedTuple):
+    """The files of a report."""
+
+    curves: Path
+    page: Path
+
+
+def write_report(
+    *run_dirs: str | Path, out: str | Path | None = None, page_bytes: int = 24 * 2**20
+) -> Report:
+    """Writes `curves.png` and `report.html` of one or several runs, finished or not.
+
+    Args:
+        run_dirs: folders of runs, each with `metrics.jsonl`; or with sub-folders that are the
+            stages of a run.
+        out: the folder to write to; None: that of the first run.
+        page_bytes: about how many bytes of rollouts the page holds; of more, an even choice over
+            the steps.
+
+    Raises:
+        ValueError: there is no run in a folder.
+    """
+    if not run_dirs:
+        raise ValueError("run_dirs: got none, expected the folder of at least one run")
+    folders: dict[Path, Path] = {}
+    for folder in map(Path, run_dirs):
+        folders.setdefault(folder.resolve(), folder)
+    names = distinct(list(folders))
+    stages: list[Stage] = []
+    shown: list[bool] = []
+    for folder, name in zip(folders, names, strict=True):
+        found = read_run(folder)
+        for stage in found if len(folders) > 1 else ():
+            stage.name = name if len(found) == 1 else f"{name}/{stage.name}"
+        stages += found
+        shown += [stage is found[-1] for stage in found]
+    target = next(iter(folders.values())) if out is None else Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    curves, page = target / "curves.png", target / "report.html"
+    draw(stages, curves)
+    temporary = page.with_name(page.name + ".tmp")
+    title = " · ".join(names) if len(names) < 5 else f"{len(names)} runs"
+    temporary.write_text(make_page(title, stages, shown, page_bytes), encoding="utf-8")
+    os.replace(temporary, page)
+    return Report(curves, page)
+
+
+def distinct(folders: list[Path]) -> list[str]:
+    """The last part of each path; of paths that end alike as many parts as tell them apart."""
+    names = []
+    for folder in folders:
+        parts, length = folder.parts, 1
+        others = [other.parts for other in folders if other != folder]
+        while length < len(parts) and any(o[-length:] == parts[-length:] for o in others):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names

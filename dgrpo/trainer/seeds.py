@@ -1,0 +1,42 @@
+"""What `settings.seed` fixes beside data order and sampling: the generators that hooks draw from.
+
+A reward may draw from Python's or NumPy's global generator. Each of its calls has a seed of its
+own, of the run's seed, the rank and the step, so that its numbers depend on no other hook, on no
+evaluation in between, and not on whether it runs in this process or in the worker.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+from dgrpo import distributed as ranks
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def call_seed(seed: int, step: int) -> int:
+    """The seed of this rank's calls of a step, below 2**32."""
+    return int(numpy.random.SeedSequence([seed, ranks.rank(), step]).generate_state(1)[0])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's and NumPy's generators start from `seed` within, and go on as before after it."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
