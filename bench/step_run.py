@@ -119,9 +119,9 @@ def measured(step: Callable[[], dict[str, float]], steps: int) -> dict:
 
 def ours(size: Size, steps: int, folder: Path, preset: str) -> dict:
     """dgrpo's verbs of a step, as its own trainer calls them."""
-    from dgrpo.trainer.config import validate
     from dgrpo.trainer.build import build
     from dgrpo.trainer.collect import collect
+    from dgrpo.trainer.config import validate
     from dgrpo.trainer.record import record
     from dgrpo.trainer.update import attach_teacher, backward, micro_batches, update, weigh
 

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgrpo.trainer.config import dump, settings_help
-from dgrpo.trainer.config import load
+from dgrpo.trainer.config import dump, load, settings_help
 from dgrpo.trainer.signals import Interrupted, Interruption, listening
 
 
@@ -134,9 +133,9 @@ def _train(options: argparse.Namespace, asked: Interruption) -> int:
     for name, settings in stages.items():
         _tell(f"{name or 'train'}: {settings.method.preset or 'own method'}, in {settings.out}")
     _tell("loading torch and transformers")
-    from dgrpo.trainer.checkpoint import CheckpointError
-    from dgrpo.trainer import Diverged, RewardsFailed, train_stages
     from dgrpo import distributed as ranks
+    from dgrpo.trainer import Diverged, RewardsFailed, train_stages
+    from dgrpo.trainer.checkpoint import CheckpointError
 
     try:
         outcomes = train_stages(stages, allow_changes=options.allow_changes)
@@ -190,11 +189,11 @@ def evaluate(options: argparse.Namespace) -> int:
             "eval: got nothing to score, expected files of rows, --tasks, --ruler, --benchmark or "
             "--lm-eval"
         )
-    from dgrpo.longblocks.tasks.make import length
     from dgrpo.longblocks.evaluation import Results, compare, lm_eval_scores
     from dgrpo.longblocks.evaluation import evaluate as score
     from dgrpo.longblocks.evaluation.sources import rows_of, task_names
     from dgrpo.longblocks.rewards.worker import load as load_reward
+    from dgrpo.longblocks.tasks.make import length
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
     reward = load_reward(options.reward) if options.reward else None

@@ -26,13 +26,12 @@ from pathlib import Path
 
 import torch
 
-from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.config import load
-from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.longblocks.evaluation import paired_bootstrap
 from dgrpo.longblocks.evaluation.intervals import interval
-from dgrpo.trainer.report import write_report
+from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.trainer import finished, train_stages
+from dgrpo.trainer.config import RunSettings, load
+from dgrpo.trainer.report import write_report
 from dgrpo.trainer.signals import ENDING, Interrupted, listening
 
 SETTINGS = Path(__file__).with_name("tiny.yaml")

@@ -18,11 +18,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 import dgrpo
-from dgrpo.trainer.config import PRESETS
 from dgrpo.trainer import train
-from tests.trainer import test_ranks
+from dgrpo.trainer.config import PRESETS
 from tests.interpreter import mend_interpreter
 from tests.ops.cases import DIVERGENCES, TEACHERS, case_of, teacher_of
+from tests.trainer import test_ranks
 from tests.trainer.home import make_home, metrics, settings
 
 LORA = {"model": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"], "head": True}}}

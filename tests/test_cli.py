@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dgrpo.cli import main
-from dgrpo.trainer.config import describe, parse_file
-from dgrpo.trainer.config import load
+from dgrpo.trainer.config import describe, load, parse_file
 from tests.trainer.home import make_home, settings  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +44,7 @@ def test_the_papers_example_has_its_published_values():
     path = ROOT / "examples/qwen3-1.7b-from-32b.yaml"
     sft, dgrpo = load(path).values()
     assert (sft.epochs, dgrpo.epochs) == (2, 1)
-    assert (dgrpo.method.teacher_coef, dgrpo.method.clip_low, dgrpo.trainer.rollout.group_size) == (
+    assert (dgrpo.method.teacher_coef, dgrpo.method.clip_low, dgrpo.rollout.group_size) == (
         0.5,
         0.2,
         8,
@@ -110,8 +109,8 @@ def test_eval_scores_rows_and_compares(home, tmp_path, capsys):
 
 
 def test_help_of_eval_names_its_tasks_as_data_make_does(capsys):
-    from dgrpo.longblocks.tasks.families import TASKS
     from dgrpo.longblocks.evaluation import RULER_TASKS
+    from dgrpo.longblocks.tasks.families import TASKS
 
     with pytest.raises(SystemExit):
         main(["eval", "--help"])

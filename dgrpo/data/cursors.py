@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dgrpo.data.passes import RowStream
-from dgrpo.text.problems import BadRow, Report
 from dgrpo.data.render import Source
 from dgrpo.data.rows import load_rows
+from dgrpo.text.problems import BadRow, Report
 
 BLOCK = 256  # rows shuffled together while streaming
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dgrpo.text.problems import BadRow, Report
 from dgrpo.data.rows import is_function, looks_local, open_table, parse_line, renamed, row_files
+from dgrpo.text.problems import BadRow, Report
 
 
 class RowStream:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dgrpo.data.books import Books
 from dgrpo.data.cursors import Pass, Shuffled
-from dgrpo.longblocks.dataset import Books
-from dgrpo.text.problems import BadRow, Report
 from dgrpo.data.render import Prompt, PromptEncoder, Source
 from dgrpo.data.survey import Survey
+from dgrpo.text.problems import BadRow, Report
 
 
 class PromptStream:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dgrpo.text.problems import BadRow
 from dgrpo.text.encode import encode_chat, encode_text
+from dgrpo.text.problems import BadRow
 
 PROMPTS = ("messages", "prompt")  # columns in which a whole prompt is looked for
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dgrpo.text.problems import Report
 from dgrpo.data.render import Prompt
+from dgrpo.text.problems import Report
 
 
 @dataclass

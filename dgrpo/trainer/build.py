@@ -9,21 +9,18 @@ from typing import Any
 import torch
 import transformers
 
-from dgrpo.trainer.policy import fsdp
-from dgrpo.trainer.checkpoint import Checkpointer
-from dgrpo.trainer.config import DataSource, RunSettings
-from dgrpo.data import Prompt, PromptStream, Source
-from dgrpo.trainer.metrics import RunLog
-from dgrpo.trainer.policy import PolicyModel
-from dgrpo.longblocks.rewards.runner import Reward, Scorer
-from dgrpo.trainer.rollout import HFSampler
 from dgrpo import distributed as ranks
+from dgrpo.data import Prompt, PromptStream, Source
+from dgrpo.longblocks.rewards.runner import Reward, Scorer
 from dgrpo.trainer.attempts import gate, teacher_context
+from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.trainer.columns import check_columns
+from dgrpo.trainer.config import DataSource, RunSettings
 from dgrpo.trainer.history import CHECKPOINTS, History
 from dgrpo.trainer.length import Length
 from dgrpo.trainer.loading import load_tokenizer
 from dgrpo.trainer.lock import FolderLock
+from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.models import (
     load_objective,
     load_policy,
@@ -33,6 +30,8 @@ from dgrpo.trainer.models import (
     shard,
 )
 from dgrpo.trainer.optim import make_optimizers
+from dgrpo.trainer.policy import PolicyModel, fsdp
+from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.run import Run, unpack_pending
 from dgrpo.trainer.seeds import seed_all
 from dgrpo.trainer.signals import Interruption

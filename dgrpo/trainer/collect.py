@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dgrpo.trainer.policy import fsdp
-from dgrpo.trainer.batch import Sample, balanced_count, pack
+from dgrpo import distributed as ranks
 from dgrpo.data import Prompt, Source
+from dgrpo.longblocks.rewards.runner import RewardResult
 from dgrpo.objectives import (
     group_advantages,
     masked_importance_weights,
     truncated_importance_weights,
 )
-from dgrpo.trainer.policy import PolicyModel
-from dgrpo.longblocks.rewards.runner import RewardResult
-from dgrpo.trainer.rollout import Rollout, Sampling
-from dgrpo import distributed as ranks
 from dgrpo.trainer.attempts import Attempt
+from dgrpo.trainer.batch import Sample, balanced_count, pack
+from dgrpo.trainer.policy import PolicyModel, fsdp
+from dgrpo.trainer.rollout import Rollout, Sampling
 from dgrpo.trainer.run import Batch, Run
 from dgrpo.trainer.seeds import call_seed, seeded
 

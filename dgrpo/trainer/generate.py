@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import transformers
 
-from dgrpo.trainer.policy import fsdp
-from dgrpo.trainer.config import Model
 from dgrpo.data import Source
 from dgrpo.data.render import PromptEncoder
-from dgrpo.trainer.rollout import HFSampler, Sampling
+from dgrpo.trainer.config import Model
 from dgrpo.trainer.loading import load_tokenizer
 from dgrpo.trainer.models import load_policy
+from dgrpo.trainer.policy import fsdp
+from dgrpo.trainer.rollout import HFSampler, Sampling
 
 
 class Generator:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dgrpo.trainer.config import RunSettings
 from dgrpo.data import PromptStream
 from dgrpo.data.survey import Survey
+from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.seeds import seeded
 
 COUNT, GLANCE = 3.0, 1.0  # seconds of reading rows: where they end the run, and where not

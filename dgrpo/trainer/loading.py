@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from dgrpo.trainer.config import Model
 from dgrpo import distributed as ranks
+from dgrpo.trainer.config import Model
 
 log = logging.getLogger(__name__)
 

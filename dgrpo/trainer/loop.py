@@ -21,11 +21,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dgrpo.trainer.checkpoint import export
-from dgrpo.trainer.config import RunSettings
 from dgrpo import distributed as ranks
 from dgrpo.trainer.build import build
+from dgrpo.trainer.checkpoint import export
 from dgrpo.trainer.collect import collect
+from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.history import DONE, History, finished, last_step
 from dgrpo.trainer.record import evaluate, evaluated, profiled, record
 from dgrpo.trainer.run import Run, pack_pending

@@ -12,16 +12,14 @@ import torch
 from peft import LoraConfig
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from dgrpo.trainer.policy import fsdp
 from dgrpo import objectives
+from dgrpo.trainer.attempts import load_function
 from dgrpo.trainer.config import Model, RunSettings
 from dgrpo.trainer.config.settings import Teacher as TeacherSettings
-from dgrpo.trainer.policy import PolicyModel
-from dgrpo.trainer.policy import load
-from dgrpo.trainer.teachers.served import HttpTopK
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
-from dgrpo.trainer.attempts import load_function
 from dgrpo.trainer.loading import loading
+from dgrpo.trainer.policy import PolicyModel, fsdp, load
+from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
+from dgrpo.trainer.teachers.served import HttpTopK
 from dgrpo.trainer.vocabulary import common_vocab, teacher_tokenizer
 
 OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them

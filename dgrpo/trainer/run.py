@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
+from dgrpo import distributed as ranks
+from dgrpo.data import Prompt, PromptStream
+from dgrpo.head import HeadOutput
+from dgrpo.longblocks.rewards.runner import Scorer
+from dgrpo.trainer.attempts import Gate, TeacherContext
 from dgrpo.trainer.batch import Micro, Sample
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
-from dgrpo.data import Prompt, PromptStream
-from dgrpo.head import HeadOutput
-from dgrpo.trainer.metrics import RunLog
-from dgrpo.trainer.policy import PolicyModel
-from dgrpo.longblocks.rewards.runner import Scorer
-from dgrpo.trainer.rollout import Sampler
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
-from dgrpo import distributed as ranks
-from dgrpo.trainer.attempts import Gate, TeacherContext
 from dgrpo.trainer.history import History
 from dgrpo.trainer.length import Length
 from dgrpo.trainer.lock import FolderLock
+from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.optim import Rated
+from dgrpo.trainer.policy import PolicyModel
+from dgrpo.trainer.rollout import Sampler
 from dgrpo.trainer.signals import Interruption
 from dgrpo.trainer.standstill import Standstill
+from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
 
 
 @dataclass

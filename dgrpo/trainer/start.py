@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.teachers.local import SelfTeacher, Teacher
 from dgrpo import distributed as ranks
+from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.length import Length
 from dgrpo.trainer.run import Run
+from dgrpo.trainer.teachers.local import SelfTeacher, Teacher
 
 
 def say(text: str) -> None:

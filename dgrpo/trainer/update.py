@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch.profiler import record_function
 
-from dgrpo.trainer.policy import fsdp
-from dgrpo.trainer.batch import IGNORED, Micro, balanced_count, pack
-from dgrpo.objectives import BatchCounts, token_weights
 from dgrpo import distributed as ranks
+from dgrpo.objectives import BatchCounts, token_weights
+from dgrpo.trainer.batch import IGNORED, Micro, balanced_count, pack
 from dgrpo.trainer.collect import timed
 from dgrpo.trainer.optim import all_finite, set_lr
+from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.run import Batch, Run
 from dgrpo.trainer.schedule import coefficient, lr_factor
 

@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dgrpo.trainer.config import RunSettings
 from dgrpo import distributed as ranks
+from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.loading import read_tokenizer
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgrpo.trainer.config import RunSettings, dump
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.trainer import finished
+from dgrpo.trainer.config import RunSettings, dump
 from examples.compare import figures, pool, raw, tables, work
 from examples.compare.plan import HERE, Plan
 

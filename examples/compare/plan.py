@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
-from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.config import load
+from dgrpo.trainer.config import RunSettings, load
 from dgrpo.trainer.config.base import Settings
 from dgrpo.trainer.config.help import explain
 from dgrpo.trainer.config.load import override, parse_file

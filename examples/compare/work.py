@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dgrpo.trainer.config import RunSettings
-from dgrpo.longblocks.tasks.chains import rows, write
 from dgrpo.longblocks.evaluation import evaluate
 from dgrpo.longblocks.rewards import final_number
+from dgrpo.longblocks.tasks.chains import rows, write
 from dgrpo.trainer import train_stages
+from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.generate import Generator
 
 BATCH = 256  # prompts completed at once

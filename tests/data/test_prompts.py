@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from dgrpo.text import BadRow, encode_text
 from dgrpo.data import PromptStream, Source, render_row
 from dgrpo.longblocks.tasks import train_tokenizer
+from dgrpo.text import BadRow, encode_text
 
 
 @pytest.fixture(scope="module")

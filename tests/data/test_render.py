@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from dgrpo.text import BadRow
 from dgrpo.data import PromptStream, Source, render_row
 from dgrpo.longblocks.tasks import train_tokenizer
+from dgrpo.text import BadRow
 
 ASK = {"role": "user", "content": "u"}
 SAY = {"role": "assistant", "content": "t"}

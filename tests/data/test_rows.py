@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dgrpo.text import BadRow, Report
 from dgrpo.data import load_rows
 from dgrpo.data.passes import RowStream
+from dgrpo.text import BadRow, Report
 
 
 def make_rows(n=5, start=0):

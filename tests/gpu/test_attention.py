@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from dgrpo.trainer.attention import dispatch as attention
-from dgrpo.trainer.attention.dispatch import find_kernel, packed_arguments, packed_attention, takes_prefixes
-from dgrpo.trainer.attention.packed import Prefixes, sequences_attention
 from dgrpo.testing import relative_error
+from dgrpo.trainer.attention import dispatch as attention
+from dgrpo.trainer.attention.dispatch import (
+    find_kernel,
+    packed_arguments,
+    packed_attention,
+    takes_prefixes,
+)
+from dgrpo.trainer.attention.packed import Prefixes, sequences_attention
 from tests.gpu.device import DEVICE, on_gpu
 
 pytestmark = pytest.mark.gpu

@@ -5,10 +5,9 @@ import pyarrow.parquet
 import pytest
 
 from dgrpo.data import PromptStream, Source
-from dgrpo.text import Report
-from dgrpo.longblocks.dataset import load_longblocks
+from dgrpo.longblocks.dataset import Books, load_longblocks
 from dgrpo.longblocks.tasks import train_tokenizer
-from dgrpo.longblocks.dataset import Books
+from dgrpo.text import Report
 
 MODELS = ("Qwen3-Next-80B-A3B", "Qwen3.5-27B", "Nemotron-3-Nano-30B-A3B")
 

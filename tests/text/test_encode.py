@@ -3,8 +3,8 @@
 import pytest
 from transformers import AddedToken
 
-from dgrpo.text import BadRow, encode_chat, encode_text
 from dgrpo.longblocks.tasks import train_tokenizer
+from dgrpo.text import BadRow, encode_chat, encode_text
 from dgrpo.text import encode as module
 from dgrpo.text.encode import chunks
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from dgrpo.trainer.config import validate
 from dgrpo.longblocks.tasks import chains, train_tokenizer
+from dgrpo.trainer.config import validate
 
 HOOKS = __file__  # where rewards are found
 COUNT = 24  # rows of data

@@ -11,13 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dgrpo.trainer.checkpoint import CheckpointError
-from dgrpo.trainer.config import load
-from dgrpo.trainer.config import validate
-from dgrpo.trainer import Diverged, train, train_stages
-from dgrpo.trainer import record
+from dgrpo.trainer import Diverged, record, train, train_stages
 from dgrpo.trainer.build import build
+from dgrpo.trainer.checkpoint import CheckpointError
 from dgrpo.trainer.collect import decode
+from dgrpo.trainer.config import load, validate
 from tests.trainer.home import HOOKS, make_home, metrics, settings  # noqa: F401
 
 

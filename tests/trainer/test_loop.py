@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dgrpo.trainer.config import Model
 from dgrpo.trainer import train
 from dgrpo.trainer.build import build
 from dgrpo.trainer.collect import collect
+from dgrpo.trainer.config import Model
 from dgrpo.trainer.models import load_policy
 from dgrpo.trainer.update import attach_teacher, backward, micro_batches, update, weigh
 from tests.trainer.home import HOOKS, make_home, metrics, settings  # noqa: F401

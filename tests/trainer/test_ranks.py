@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from dgrpo.trainer.config import validate
 from dgrpo.trainer import train
+from dgrpo.trainer.config import validate
 from tests.trainer.home import make_home, metrics, settings  # noqa: F401
 
 RANKS = 2

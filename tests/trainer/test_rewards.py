@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.cli import main
-from dgrpo.trainer.config import dump
 from dgrpo.trainer import RewardsFailed, train
 from dgrpo.trainer.build import build
+from dgrpo.trainer.checkpoint import Checkpointer
+from dgrpo.trainer.config import dump
 from tests.trainer.home import make_home, metrics, settings  # noqa: F401
 
 HERE = __file__

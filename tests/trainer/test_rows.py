@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer import train
 from dgrpo.trainer.build import build
+from dgrpo.trainer.policy import PolicyModel
 from tests.tiny import tiny_model
 from tests.trainer.home import COUNT, make_home, metrics, settings  # noqa: F401
 

@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 
-from dgrpo.trainer.batch import IGNORED, pack
 from dgrpo.objectives import gspo
-from tests.trainer.policy.test_policy import policy_loss
+from dgrpo.trainer.batch import IGNORED, pack
 from tests.tiny import assert_same_gradients, make_groups, plain_loss, tiny_pair
+from tests.trainer.policy.test_policy import policy_loss
 
 
 @pytest.mark.parametrize("max_tokens", [25, 1000])  # groups are split, or all in one micro

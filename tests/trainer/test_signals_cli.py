@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dgrpo.cli import main
-from dgrpo.trainer.config import dump
 from dgrpo.trainer import train
+from dgrpo.trainer.config import dump
 from dgrpo.trainer.signals import ENDING
-from tests.trainer.test_stopping import WHEN, newest, rung
 from tests.trainer.home import make_home, settings  # noqa: F401
+from tests.trainer.test_stopping import WHEN, newest, rung
 
 ROOT = Path(__file__).parents[2]
 HERE = __name__

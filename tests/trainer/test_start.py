@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dgrpo.cli import main
-from dgrpo.trainer.config import dump
 from dgrpo.trainer import train
 from dgrpo.trainer.build import build
+from dgrpo.trainer.config import dump
 from tests.trainer.home import COUNT, make_home, metrics, settings  # noqa: F401
 
 ROOT = Path(__file__).parents[2]

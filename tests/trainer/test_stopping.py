@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.cli import main
-from dgrpo.trainer.config import dump
-from dgrpo.trainer import train, train_stages
 from dgrpo.trainer import build as module
+from dgrpo.trainer import train, train_stages
 from dgrpo.trainer.build import build
+from dgrpo.trainer.checkpoint import Checkpointer
+from dgrpo.trainer.config import dump
 from dgrpo.trainer.signals import ENDING
 from tests.trainer.home import make_home, metrics, settings  # noqa: F401
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dgrpo.longblocks.tasks.families import TASKS
 from dgrpo.longblocks.evaluation import LOADERS, RULER_TASKS
+from dgrpo.longblocks.tasks.families import TASKS
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

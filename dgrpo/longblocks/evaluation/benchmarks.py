@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dgrpo.text import BadRow, Report
 from dgrpo.data import load_rows
+from dgrpo.text import BadRow, Report
 
 SHORT = "Answer as briefly as you can. " + 'End with a line that says "Answer: " and the answer.'
 LETTER = 'End with a line that says "Answer: " and the letter alone.'

@@ -4,13 +4,13 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from dgrpo.text import BadRow, count_tokens
 from dgrpo.data import Source, render_row
 from dgrpo.longblocks.evaluation.results import Item, Results
 from dgrpo.longblocks.rewards.worker import invoke
+from dgrpo.text import BadRow, count_tokens
 
 Generate = Callable[[list, int], Sequence[str]]
-MODULES = ("dgrpo.longblocks.rewards", "dgrpo.longblocks.evaluation.scores")
+MODULES = ("dgrpo.rewards", "dgrpo.longblocks.evaluation.scores")
 MAX_TOKENS = 256
 
 
@@ -35,7 +35,7 @@ def evaluate(
         rows: with the columns of ``dgrpo data make``, also read lazily. ``task`` is what a row is
             counted under, ``length`` (else ``tokens``, rounded up to a power of two) its length,
             ``depths`` where its needles lie, ``document_id`` what it is not independent of.
-        reward: scores all rows, in place of their own; a function as in ``dgrpo.longblocks.rewards``.
+        reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
         batch_size: prompts a call.
         max_tokens: longest completion; None: the row's ``max_tokens``, else 256.
         source: how a prompt is made from a row, as in training.

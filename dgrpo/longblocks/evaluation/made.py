@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dgrpo.text import BadRow
 from dgrpo.longblocks.tasks.corpus import build_corpus, counter
 from dgrpo.longblocks.tasks.facts import Ground
 from dgrpo.longblocks.tasks.families import CODE, MakeSettings, make_row
 from dgrpo.longblocks.tasks.tracing import code_files
+from dgrpo.text import BadRow
 
 
 def made(

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-from dgrpo.text import BadRow
 from dgrpo.data import load_rows
-from dgrpo.longblocks.tasks.families import TASKS
 from dgrpo.longblocks.evaluation.benchmarks import LOADERS
 from dgrpo.longblocks.evaluation.evaluate import each
 from dgrpo.longblocks.evaluation.made import made
 from dgrpo.longblocks.evaluation.ruler import TASKS as RULER_TASKS
 from dgrpo.longblocks.evaluation.ruler import ruler
+from dgrpo.longblocks.tasks.families import TASKS
+from dgrpo.text import BadRow
 
 
 def rows_of(

@@ -6,8 +6,8 @@ not read. It returns a list, or a dict of lists with the key "reward", whose oth
 as parts. None, NaN or a text (the reason) in place of a number is a sample that could not be
 scored: it is left out of training and counted.
 
-:class:`dgrpo.longblocks.rewards.runner.Scorer` calls them in a process of their own. This package imports
-nothing but the standard library.
+`dgrpo.longblocks.rewards.runner.Scorer` calls them in a process of their own. This package
+imports nothing but the standard library.
 """
 
 from dgrpo.longblocks.rewards.answers import exact_match, final_number, item_f1, math, token_f1

@@ -32,7 +32,7 @@ def exact_match(prompts, completions, *, answer=None, aliases=None, **columns) -
 def token_f1(prompts, completions, *, answer=None, aliases=None, **columns) -> dict:
     """F1 of the final answer's words times their precision, the best over the aliases.
 
-    The factor (see :func:`dgrpo.longblocks.rewards.text.guarded`) takes the profit out of listing candidates.
+    The factor (see `guarded`) takes the profit out of listing candidates.
     The part ``f1`` is the plain F1 of the literature.
 
     Columns: ``aliases`` (list of str) or ``answer`` (str).

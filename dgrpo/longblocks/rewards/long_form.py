@@ -3,7 +3,14 @@
 import re
 from collections.abc import Sequence
 
-from dgrpo.longblocks.rewards.text import column, contains, copied, normalise, repetition, without_thinking
+from dgrpo.longblocks.rewards.text import (
+    column,
+    contains,
+    copied,
+    normalise,
+    repetition,
+    without_thinking,
+)
 
 _MARKS = {"bullets": re.compile(r"\s*[-*]\s+(.+)"), "numbered": re.compile(r"\s*\d+[.)]\s+(.+)")}
 _HEADING = re.compile(r"\s*#{1,6}\s+(.+)")

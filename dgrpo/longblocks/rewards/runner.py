@@ -1,6 +1,6 @@
 """Runs rewards so that a bad one costs a sample and never the run.
 
-:class:`Scorer` keeps one worker process (:mod:`dgrpo.longblocks.rewards.worker`). A reward is first called on
+`Scorer` keeps one worker process (`dgrpo.longblocks.rewards.worker`). A reward is first called on
 the whole batch. If that raises, hangs or kills the process, it is called again sample by sample,
 and the samples that fail by themselves are marked, counted and logged. A worker that hangs is
 killed with all that it started, and replaced. Time limits are those of a batch: the second pass has

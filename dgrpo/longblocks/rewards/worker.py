@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HOME = "dgrpo.longblocks.rewards"
+HOME = "dgrpo.rewards"  # as rows of data name it
 _SHOWN = 300  # characters of a wrong value in a message
 
 
@@ -41,7 +41,7 @@ def load(path: str) -> Callable:
     """The function that a path names.
 
     Args:
-        path: "name" of :mod:`dgrpo.longblocks.rewards`, "package.module:name" or "folder/file.py:name".
+        path: "name" of :mod:`dgrpo.rewards`, "package.module:name" or "folder/file.py:name".
 
     Raises:
         ValueError: no such module, file or function; an error during its import.

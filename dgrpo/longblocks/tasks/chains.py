@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.longblocks.tasks.haystack import source_lines
-from dgrpo.text.encode import encode_text
 from dgrpo.longblocks.tasks.tokenizers import invented_names, train_tokenizer
+from dgrpo.text.encode import encode_text
 
 __all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.longblocks.tasks.haystack import texts
-from dgrpo.text.problems import Report
 from dgrpo.text.encode import count_tokens
+from dgrpo.text.problems import Report
 
 UNIT = 120  # least characters of a unit, about 32 tokens: the grain of needle positions
 SPLITS = ("train", "test")
@@ -101,7 +101,7 @@ def build_corpus(
 
     Args:
         tokenizer: a tokenizer of transformers, or ``"bytes"``: one token a byte.
-        folder: of text or code; None: the standard library (see :mod:`dgrpo.longblocks.tasks.haystack`).
+        folder: of text or code; None: the standard library (see `haystack`).
         limit: bytes of text after which no further file is read.
         report: counts files that cannot be read.
         progress: called with the share of files done.

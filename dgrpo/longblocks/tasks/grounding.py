@@ -6,7 +6,15 @@ a line ``Answer: value`` and, for every passage it rests on, a line ``Quote: "se
 
 import numpy as np
 
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, distractor_count, pick, row, weave_passages
+from dgrpo.longblocks.tasks.facts import (
+    Fact,
+    Ground,
+    Names,
+    distractor_count,
+    pick,
+    row,
+    weave_passages,
+)
 from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, Attribute, intro, value
 
 FAMILY = "grounding"

@@ -2,7 +2,7 @@
 
 A row depends on the seed, its number and the settings alone, so that any number of processes makes
 the same files, and a run that was interrupted goes on with the files that are missing. The text is
-tokenised once; documents are put together by adding up counts (:mod:`dgrpo.longblocks.tasks.corpus`).
+tokenised once; documents are put together by adding up counts (`dgrpo.longblocks.tasks.corpus`).
 """
 
 import argparse
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from dgrpo.longblocks.tasks.corpus import Corpus, build_corpus, counter
 from dgrpo.longblocks.tasks.facts import Ground
-from dgrpo.text.problems import BadRow, Report
 from dgrpo.longblocks.tasks.families import CODE, TASKS, MakeSettings, make_row
 from dgrpo.longblocks.tasks.tracing import code_files
+from dgrpo.text.problems import BadRow, Report
 
 META = ".make"  # hidden, so that reading the folder reads the rows alone
 HAYSTACK, CODE_HAYSTACK = f"{META}/haystack", f"{META}/code"

@@ -11,10 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, Woven, distractor_count, pick, row, weave_passages
+from dgrpo.longblocks.tasks.facts import (
+    Fact,
+    Ground,
+    Names,
+    Woven,
+    distractor_count,
+    pick,
+    row,
+    weave_passages,
+)
 from dgrpo.longblocks.tasks.multihop import RELATIONS, called, described, relation_chain
 from dgrpo.text.problems import BadRow
-from dgrpo.data.render import Source
 
 FAMILY = "retrieval"
 RULES = (
@@ -28,12 +36,6 @@ ASIDES = (
     "A copy of this note was sent to the county.",
     "This was confirmed twice in the same year.",
 )
-
-
-def icr_source(path: str, **options) -> Source:
-    """A training source of rows in this format: SFT on the copied passages and the answer."""
-    where = {"family": FAMILY}
-    return Source(path=path, completion="response_reference", where=where, **options)
 
 
 def retrieval(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:

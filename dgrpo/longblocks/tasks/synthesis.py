@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dgrpo.endpoint import Endpoint
 from dgrpo.longblocks.tasks.asking import KINDS, checked, judged, question_prompt, row_of
 from dgrpo.longblocks.tasks.corpus import unit_cuts, unit_tokens
-from dgrpo.endpoint import Endpoint
 from dgrpo.longblocks.tasks.haystack import texts
 from dgrpo.longblocks.tasks.make import META, MakeResult, claim, load_tokenizer, schema
 from dgrpo.text.problems import BadRow, Report

@@ -5,7 +5,7 @@
 
 1. flash-attn (2, 3 or 4), where it imports, on a GPU in 16 bits;
 2. `torch.nn.attention.varlen.varlen_attn`, where it runs: a GPU, 16 bits, no soft cap;
-3. `dgrpo.trainer.attention.packed.sequences_attention`: sdpa sequence by sequence, in blocks of queries where there
+3. `packed.sequences_attention`: sdpa sequence by sequence, in blocks of queries where there
    is a sliding window or a soft cap, so that no mask grows with the square of the length. It runs
    anywhere.
 
@@ -13,7 +13,8 @@ All know grouped queries, a sliding window (which may differ from layer to layer
 apart, Gemma-2's soft cap of the scores. All know prefixes: a kernel is given one again for each of
 its branches, if `takes_prefixes` finds that it can, else the portable form runs. Attention sinks,
 bidirectional and chunked attention raise. A pass with a `cache` of keys and values
-(`dgrpo.trainer.rollout`) is handed to `cache.attend`. Padded batches are not taken: no mask is ever made.
+(`dgrpo.trainer.rollout`) is handed to `cache.attend`. Padded batches are not taken: no mask is
+ever made.
 """
 
 from __future__ import annotations

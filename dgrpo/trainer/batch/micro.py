@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgrpo.trainer.batch.sample import Sample
 from dgrpo.head import HeadInputs
 from dgrpo.objectives.context import Context
 from dgrpo.trainer.attention.packed import Prefixes
+from dgrpo.trainer.batch.sample import Sample
 
 
 @dataclass(frozen=True)

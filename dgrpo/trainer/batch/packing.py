@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dgrpo.trainer.batch.micro import Micro
-from dgrpo.trainer.batch.sample import IGNORED, SHARED, Sample
 from dgrpo.objectives.context import Context
 from dgrpo.trainer.attention.packed import Prefixes
+from dgrpo.trainer.batch.micro import Micro
+from dgrpo.trainer.batch.sample import IGNORED, SHARED, Sample
 
 
 def pack(

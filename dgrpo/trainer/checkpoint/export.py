@@ -84,7 +84,9 @@ def export(
             `PeftModel.from_pretrained` puts on its base model.
         shard_bytes: largest size of a weight file, and the host memory that rank 0 needs.
     """
-    from dgrpo.trainer.policy.fsdp import full_tensors  # imports transformers, which a Checkpointer does not need
+    from dgrpo.trainer.policy.fsdp import (
+        full_tensors,  # imports transformers, which a Checkpointer does not need
+    )
 
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dgrpo.trainer.attention.dispatch import packed_arguments, use_packed_attention
 from dgrpo.head import FusedHead, HeadInputs, HeadOutput
+from dgrpo.trainer.attention.dispatch import packed_arguments, use_packed_attention
 from dgrpo.trainer.attention.packed import Prefixes
 from dgrpo.trainer.policy import load
 from dgrpo.trainer.policy.heads import LoraHead, fp32_logits, head_of, install_head
@@ -45,7 +45,7 @@ class PolicyModel(nn.Module):
             raise TypeError(f"model: got {type(causal).__name__}, expected an AutoModelForCausalLM")
         install_head(causal)
         use_packed_attention(causal)
-        # Set by dgrpo.trainer.policy.fsdp.shard: FSDP modules with their reshard_after_forward, the mesh's device.
+        # Set by `fsdp.shard`: FSDP modules with their reshard_after_forward, the mesh's device.
         self.sharded: list[tuple[nn.Module, bool]] = []
         self.mesh_device: torch.device | None = None
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dgrpo.trainer.batch import Micro, Sample, balanced_count, pack
 from dgrpo.ops import TeacherHead, TopKTeacher
+from dgrpo.trainer.batch import Micro, Sample, balanced_count, pack
 from dgrpo.trainer.policy import PolicyModel
 
 

@@ -6,9 +6,8 @@ import types
 
 import pytest
 
+from dgrpo.longblocks.evaluation import LOADERS, evaluate, lm_eval_scores
 from dgrpo.text import Report
-from dgrpo.longblocks.evaluation import LOADERS, lm_eval_scores
-from dgrpo.longblocks.evaluation import evaluate
 
 SAMPLES = {
     "longbench": (

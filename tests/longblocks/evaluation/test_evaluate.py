@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dgrpo.data import load_rows
-from dgrpo.longblocks.evaluation import Item, Results, compare
-from dgrpo.longblocks.evaluation import evaluate
+from dgrpo.longblocks.evaluation import Item, Results, compare, evaluate
 
 
 def rows(n=6, **changes):

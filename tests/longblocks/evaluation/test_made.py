@@ -2,10 +2,10 @@
 
 import pytest
 
-from dgrpo.longblocks.tasks.make import MakeSettings, make
 from dgrpo.data.rows import load_rows
 from dgrpo.longblocks.evaluation import evaluate
 from dgrpo.longblocks.evaluation.made import made
+from dgrpo.longblocks.tasks.make import MakeSettings, make
 
 
 class Oracle:

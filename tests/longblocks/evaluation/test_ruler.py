@@ -5,10 +5,9 @@ import email
 import numpy as np
 import pytest
 
-from dgrpo.text import count_tokens
+from dgrpo.longblocks.evaluation import RULER_TASKS, evaluate, ruler
 from dgrpo.longblocks.tasks import train_tokenizer
-from dgrpo.longblocks.evaluation import RULER_TASKS
-from dgrpo.longblocks.evaluation import evaluate, ruler
+from dgrpo.text import count_tokens
 
 HAYSTACK = email.__path__[0]
 LENGTHS = (2048, 6000)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-import dgrpo.longblocks.rewards
+from dgrpo.longblocks import rewards
 from dgrpo.longblocks.rewards import by_row
 
 
@@ -21,7 +21,7 @@ def test_each_row_has_its_own_reward_and_parts():
 
 @pytest.mark.parametrize(
     "path",
-    ["os:system", "dgrpo.longblocks.rewards.runner:score", "by_row", "_function", None, "dgrpo.rewards:os"],
+    ["os:system", "dgrpo.rewards.runner:score", "by_row", "_function", None, "dgrpo.rewards:os"],
 )
 def test_data_cannot_name_other_code(path):
     with pytest.raises(ValueError, match="reward: got a row with"):
@@ -69,11 +69,11 @@ COLUMNS = {
 def test_no_text_takes_a_reward_long(text):
     """Patterns that backtrack would take minutes on these."""
     columns = {name: [values[0]] for name, values in COLUMNS.items()}
-    for name in sorted(set(dgrpo.longblocks.rewards.__all__) - {"by_row", "judge"}):
+    for name in sorted(set(rewards.__all__) - {"by_row", "judge"}):
         options = {"length": {"max_tokens": 9}, "format_regex": {"pattern": "a+"}}.get(name, {})
         for form in ("bullets", "table", "sections", "") if name == "coverage" else ("",):
             start = time.process_time()
-            getattr(dgrpo.longblocks.rewards, name)([""], [LONG[text]], **columns, form=[form], **options)
+            getattr(rewards, name)([""], [LONG[text]], **columns, form=[form], **options)
             assert time.process_time() - start < 1, (name, form)
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dgrpo.text import BadRow, Report, count_tokens
 from dgrpo.longblocks.tasks.corpus import Corpus, build_corpus, unit_cuts, unit_tokens
 from dgrpo.longblocks.tasks.haystack import read_text, source_lines, text_files, texts
+from dgrpo.text import BadRow, Report, count_tokens
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from dgrpo.longblocks import rewards
-from dgrpo.text import count_tokens
+from dgrpo.longblocks.dataset import icr_source
 from dgrpo.longblocks.tasks.facts import Fact, Names, weave, weave_passages
-from dgrpo.longblocks.tasks.retrieval import from_passages, icr_source
 from dgrpo.longblocks.tasks.families import TASKS, MakeSettings, make_row
+from dgrpo.longblocks.tasks.retrieval import from_passages
+from dgrpo.text import count_tokens
 
 LENGTHS = (1500, 6000)
 

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from dgrpo.data import PromptStream, Source, load_rows
-from dgrpo.longblocks.tasks.make import length, main, make
 from dgrpo.longblocks.tasks.families import TASKS, MakeSettings
+from dgrpo.longblocks.tasks.make import length, main, make
 
 
 def quiet(settings):

@@ -7,13 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dgrpo.longblocks import rewards
-from dgrpo.text import BadRow
 from dgrpo.data import load_rows
-from dgrpo.longblocks.tasks.asking import checked
 from dgrpo.endpoint import Endpoint, parse_object
+from dgrpo.longblocks import rewards
+from dgrpo.longblocks.tasks.asking import checked
 from dgrpo.longblocks.tasks.make import main
 from dgrpo.longblocks.tasks.synthesis import SynthesisSettings, synthesize
+from dgrpo.text import BadRow
 
 FACT = "The bridge of Velmar was opened in 1873."
 OTHER = "It was designed by the engineer Tavik Romel."

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrpo.trainer.batch import Sample, balanced_count, filler, pack, shared_fields, split_evenly
 from dgrpo.head import HeadInputs
+from dgrpo.trainer.batch import Sample, balanced_count, filler, pack, shared_fields, split_evenly
 from tests.tiny import make_groups, make_sample, make_samples
 
 

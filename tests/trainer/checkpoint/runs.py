@@ -8,8 +8,7 @@ import numpy
 import torch
 from torch import nn
 
-from dgrpo.trainer.checkpoint import Checkpointer, RunState
-from dgrpo.trainer.checkpoint import files
+from dgrpo.trainer.checkpoint import Checkpointer, RunState, files
 from dgrpo.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 
 

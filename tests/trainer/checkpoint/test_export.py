@@ -4,8 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dgrpo.trainer.checkpoint import CheckpointError
-from dgrpo.trainer.checkpoint import export
+from dgrpo.trainer.checkpoint import CheckpointError, export
 from tests.trainer.checkpoint.runs import assert_same, disk_of
 
 

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dgrpo.trainer.checkpoint import Checkpointer, CheckpointError, RunState
-from dgrpo.trainer.checkpoint import export
+from dgrpo.trainer.checkpoint import Checkpointer, CheckpointError, RunState, export
 from dgrpo.trainer.checkpoint.state import share
 from tests.trainer.checkpoint.runs import assert_same, everything, make, step_folder, train
 from tests.trainer.checkpoint.test_export import logits, policy_of, tiny_llama

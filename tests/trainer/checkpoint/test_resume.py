@@ -10,10 +10,16 @@ import numpy
 import pytest
 import torch
 
-from dgrpo.trainer.checkpoint import Checkpointer, RunState
-from dgrpo.trainer.checkpoint import files, storage
+from dgrpo.trainer.checkpoint import Checkpointer, RunState, files, storage
 from dgrpo.trainer.checkpoint.state import decode, encode, share
-from tests.trainer.checkpoint.runs import assert_same, everything, make, saved_at, step_folder, train
+from tests.trainer.checkpoint.runs import (
+    assert_same,
+    everything,
+    make,
+    saved_at,
+    step_folder,
+    train,
+)
 
 # Resuming
 

@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from dgrpo.trainer.config import PRESETS, Method, RunSettings, describe, dump, validate
-from dgrpo.trainer.config import load
+from dgrpo.trainer.config import PRESETS, Method, RunSettings, describe, dump, load, validate
 from dgrpo.trainer.config.base import Settings
 
 BASE = {

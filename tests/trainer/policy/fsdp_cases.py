@@ -1,4 +1,4 @@
-"""What every rank runs for tests/trainer/policy/test_fsdp.py: each case gives numbers that the test judges.
+"""What every rank runs for test_fsdp.py: each case gives numbers that the test judges.
 
 Every rank computes the single-process reference itself, on the samples of all ranks.
 """
@@ -10,15 +10,21 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from dgrpo.trainer.policy import fsdp
-from dgrpo.trainer.batch import pack
 from dgrpo.head import FusedHead
 from dgrpo.objectives import gspo
-from dgrpo.trainer.policy import PolicyModel
+from dgrpo.trainer.batch import pack
+from dgrpo.trainer.policy import PolicyModel, fsdp
 from dgrpo.trainer.rollout import HFSampler, Sampling
 from dgrpo.trainer.teachers.local import SelfTeacher, Teacher
-from tests.trainer.policy.fsdp_steps import MAX_TOKENS, everyone, full_gradients, samples_of, step, worst
 from tests.tiny import VOCAB, make_sample, relative, tiny_model, tiny_pair
+from tests.trainer.policy.fsdp_steps import (
+    MAX_TOKENS,
+    everyone,
+    full_gradients,
+    samples_of,
+    step,
+    worst,
+)
 
 
 def compare(

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.batch import balanced_count, pack
+from dgrpo.trainer.policy import fsdp
 from tests.tiny import VOCAB, make_samples
 
 # Prompt and completion lengths by rank: uneven sequences and uneven numbers of micros (at 18

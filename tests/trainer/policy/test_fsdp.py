@@ -1,6 +1,6 @@
 """FSDP2 against one process, on gloo: 2 ranks by default, 4 as slow tests.
 
-All cases of a world size run in one group of processes; `tests/trainer/policy/fsdp_cases.py` is what they run.
+All cases of a world size run in one group of processes; `fsdp_cases.py` is what they run.
 """
 
 import copy
@@ -12,11 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessException
 
-from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.batch import pack
-from dgrpo.trainer.policy import PolicyModel
-from tests.trainer.policy import fsdp_cases
+from dgrpo.trainer.policy import PolicyModel, fsdp
 from tests.tiny import make_samples, relative, tiny_model, tiny_pair
+from tests.trainer.policy import fsdp_cases
 
 EQUAL = (
     "untied",

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dgrpo.trainer.batch import pack
 from dgrpo.head import FusedHead
+from dgrpo.trainer.batch import pack
 from dgrpo.trainer.policy import LoraHead, PolicyModel, apply_liger, fp32_logits
 from dgrpo.trainer.policy.load import liger_options
 from tests.tiny import (

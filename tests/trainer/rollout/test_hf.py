@@ -9,10 +9,17 @@ import transformers
 
 from dgrpo.trainer.batch import Sample, pack
 from dgrpo.trainer.policy import PolicyModel
-from dgrpo.trainer.rollout import HFSampler, Sampling
-from dgrpo.trainer.rollout import hf
+from dgrpo.trainer.rollout import HFSampler, Sampling, hf
 from dgrpo.trainer.rollout.kvcache import KVCache
-from tests.trainer.rollout.models import LENGTHS, MODELS, SMALL, make_policy, make_prompts, scored, tokens
+from tests.trainer.rollout.models import (
+    LENGTHS,
+    MODELS,
+    SMALL,
+    make_policy,
+    make_prompts,
+    scored,
+    tokens,
+)
 
 
 @pytest.fixture(scope="module")

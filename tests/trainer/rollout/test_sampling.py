@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dgrpo.trainer.rollout import Sampling
-from dgrpo.trainer.rollout import sampling
+from dgrpo.trainer.rollout import Sampling, sampling
 from dgrpo.trainer.rollout.sampling import draw, stream_keys, uniforms
 
 

@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from dgrpo.trainer.rollout import HFSampler, Sampling
-from dgrpo.trainer.rollout import hf
+from dgrpo.trainer.rollout import HFSampler, Sampling, hf
 from tests.trainer.rollout.models import VOCAB, make_policy, make_prompts, tokens
 
 

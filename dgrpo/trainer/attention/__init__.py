@@ -1,0 +1,1 @@
+"""Attention over packed sequences: `packed` says where they lie, `dispatch` picks the kernel."""

@@ -1,0 +1,6 @@
+"""Teachers: a frozen model, the policy itself on another prompt, or a server's top k."""
+
+from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
+from dgrpo.trainer.teachers.served import HttpTopK
+
+__all__ = ["HttpTopK", "SelfTeacher", "ServedTeacher", "Teacher"]
