@@ -98,7 +98,7 @@ def test_a_signal_that_comes_too_late_stops_what_comes_after(home, tmp_path, mon
     def late(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("dgrpo.trainer.export", late)
+    monkeypatch.setattr("dgrpo.trainer.loop.export", late)
     stages = {
         name: settings(home, tmp_path / name, "sft", checkpoint={"export": True})
         for name in ("one", "two")
