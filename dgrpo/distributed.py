@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,12 @@ DATA = ("replicate", "shard")  # mesh dimensions whose ranks read different rows
 
 _mesh: DeviceMesh | None = None  # of this process, made by `start`
 
+_T = TypeVar("_T")
+
+
+class FirstRankFailed(ValueError):
+    """What rank 0 does for all of them failed there; its own error says why."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -37,9 +43,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    mesh: DeviceMesh | None = (
-        None  # None: one process, or a process group that `start` did not make
-    )
+    mesh: DeviceMesh | None = None  # None: one process, or a group that `start` did not make
     group: dist.ProcessGroup | None = None  # of the collectives; None = all ranks
 
     @property
@@ -92,10 +96,26 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def wait(self) -> None:
-        """Wait for all ranks. COLLECTIVE."""
+    def only_first(self, call: Callable[[], _T]) -> _T | None:
+        """`call()` on rank 0, None elsewhere. COLLECTIVE.
+
+        Raises:
+            FirstRankFailed: on the other ranks, where `call` raised on rank 0.
+        """
+        value, error = None, None
+        if self.first:
+            try:
+                value = call()
+            except Exception as caught:
+                error = caught
         if self.world > 1:
-            dist.barrier(group=self.group)
+            told = [None if error is None else str(error)]
+            dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+            if not self.first and told[0] is not None:
+                raise FirstRankFailed(told[0])
+        if error is not None:
+            raise error
+        return value
 
     def apart(self, timeout: timedelta) -> Ranks:
         """The same ranks with a gloo group of their own, for a thread's collectives. COLLECTIVE."""

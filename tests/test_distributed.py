@@ -9,11 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dgrpo.distributed import Ranks, leave, make_mesh, ranks, start
+from dgrpo.distributed import FirstRankFailed, Ranks, leave, make_mesh, ranks, start
 
 DGRPO = Path(__file__).parent.parent / "dgrpo"
 # Of torch.distributed: who asks it for ranks or sums has another notion of them than `Ranks`.
 OURS = {"get_rank", "get_world_size", "is_initialized", "all_reduce", "all_gather_object"}
+
+
+def failing():
+    raise OSError("no disk")
 
 
 def check_alone(found):
@@ -21,7 +25,9 @@ def check_alone(found):
     assert found.first and found.size("shard") == found.size("replicate") == 1
     assert found.totals([2, math.inf]) == [2.0, math.inf] and found.maxima([3]) == [3]
     assert found.gather("here") == ["here"] and found.apart(timedelta(hours=1)) is found
-    found.wait()
+    assert found.only_first(lambda: "done") == "done"
+    with pytest.raises(OSError, match="no disk"):
+        found.only_first(failing)
 
 
 def test_without_a_process_group_there_is_one_rank():
@@ -60,7 +66,9 @@ def _rank(rank, store):
         assert found.maxima([rank, 5 - rank]) == [1, 5]
         for group in (found, found.apart(timedelta(minutes=1))):
             assert group.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
-            group.wait()
+        assert found.only_first(lambda: 3) == (None if rank else 3)
+        with pytest.raises(FirstRankFailed if rank else OSError, match="no disk"):
+            found.only_first(failing)
     leave()
 
 

@@ -10,9 +10,9 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dgrpo.trainer.loop import Diverged, Outcome, finished, train, train_stages
+    from dgrpo.trainer.loop import Diverged, Outcome, RewardsFailed, finished, train, train_stages
 
-__all__ = ["Diverged", "Outcome", "finished", "train", "train_stages"]
+__all__ = ["Diverged", "Outcome", "RewardsFailed", "finished", "train", "train_stages"]
 
 for _name in ("transformers", "peft", "pydantic", "datasets"):
     if importlib.util.find_spec(_name) is None:
