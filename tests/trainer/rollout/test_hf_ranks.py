@@ -25,7 +25,7 @@ for part in ([0, 2], [0, 5]):  # rank 1 has three prompts, then none
     got = tokens(sampler.generate(own, 3, sampling))
     assert got == tokens(plain.generate(own, 3, sampling)), (rank, part)
 assert all(type(p.data).__name__ == "DTensor" for p in policy.parameters()), "sharded again"
-ranks().gather(None)  # waits for the other
+ranks().totals([1])  # waits for the other rank
 leave()
 """
 
