@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Bad input is told on stderr, with status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:2] == ["data", "make"]:
-        from dgrpo.longblocks.tasks.make import main as make
+        from dgrpo.longblocks.tasks.command import main as make
 
         return make(arguments[2:])
     wanted = parser()
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=generate)
 
     from dgrpo.longblocks.evaluation import LOADERS, RULER_TASKS
-    from dgrpo.longblocks.tasks.families import TASKS
+    from dgrpo.longblocks.tasks.catalog import TASKS
 
     command = commands.add_parser(
         "eval",
@@ -205,7 +205,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from dgrpo.longblocks.evaluation import evaluate as score
     from dgrpo.longblocks.evaluation.sources import rows_of, task_names
     from dgrpo.longblocks.rewards.worker import load as load_reward
-    from dgrpo.longblocks.tasks.make import length
+    from dgrpo.longblocks.tasks.command import length
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
     reward = load_reward(options.reward) if options.reward else None

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dgrpo.data.passes import RowStream
 from dgrpo.data.render import Source
+from dgrpo.data.row_stream import RowStream
 from dgrpo.data.rows import load_rows
 from dgrpo.text.problems import BadRow, Report
 

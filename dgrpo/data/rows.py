@@ -1,8 +1,8 @@
 """Rows: JSONL, JSON, parquet, CSV, folders of them, saved datasets, the hub, or a function.
 
-:func:`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded
-memory is :class:`~dgrpo.data.passes.RowStream`. In both a row or a file that cannot be read is a
-:class:`~dgrpo.text.problems.BadRow`, not the end.
+`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded memory
+is `dgrpo.data.row_stream.RowStream`. In both a row or a file that cannot be read is a `BadRow`, not
+the end.
 """
 
 import bisect
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgrpo.data.cells import DELIMITERS, Cells
+from dgrpo.data.csv_rows import DELIMITERS, Cells
 from dgrpo.text.problems import BadRow, Report
 
 SUFFIXES = (".jsonl", ".json", ".parquet", *DELIMITERS)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dgrpo.data.books import Books
-from dgrpo.data.passes import RowStream
 from dgrpo.data.render import Source
+from dgrpo.data.row_stream import RowStream
 from dgrpo.text import BadRow, Report, count_tokens
 
 RETRIEVAL = "retrieval"  # the family of dgrpo.longblocks.tasks.retrieval

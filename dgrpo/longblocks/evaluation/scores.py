@@ -9,7 +9,7 @@ import re
 from collections import Counter
 
 from dgrpo.longblocks.evaluation.instructions import follows
-from dgrpo.longblocks.rewards.text import final_answer, normalise, without_thinking
+from dgrpo.longblocks.rewards.matching import final_answer, normalise, without_thinking
 
 _LETTER = re.compile(r"\\(?:boxed|text)\{\(?([A-Z])\)?\}|\b(?:answer|option|choice)\b\W*(?:is\W*)?"
                      r"\(?([A-Z])\)?(?![A-Za-z'])", re.I)  # fmt: skip

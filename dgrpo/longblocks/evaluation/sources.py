@@ -9,7 +9,7 @@ from dgrpo.longblocks.evaluation.evaluate import each
 from dgrpo.longblocks.evaluation.made import made
 from dgrpo.longblocks.evaluation.ruler import TASKS as RULER_TASKS
 from dgrpo.longblocks.evaluation.ruler import ruler
-from dgrpo.longblocks.tasks.families import TASKS
+from dgrpo.longblocks.tasks.catalog import TASKS
 from dgrpo.text import BadRow
 
 

@@ -4,7 +4,7 @@ import re
 import threading
 from decimal import Decimal
 
-from dgrpo.longblocks.rewards.text import (
+from dgrpo.longblocks.rewards.matching import (
     answers,
     column,
     f1,

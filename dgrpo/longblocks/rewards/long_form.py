@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from dgrpo.longblocks.rewards.text import (
+from dgrpo.longblocks.rewards.matching import (
     column,
     contains,
     copied,

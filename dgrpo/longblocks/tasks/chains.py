@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.longblocks.tasks.haystack import source_lines
-from dgrpo.longblocks.tasks.tokenizers import invented_names, train_tokenizer
+from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer, train_tokenizer
 from dgrpo.text.encode import encode_text
 
 __all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
@@ -230,9 +230,7 @@ def rows(
         options: of :class:`ChainTask`.
     """
     if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(str(tokenizer))
     return ChainRows(ChainTask(tokenizer, **options), count, start, segments)
 
 

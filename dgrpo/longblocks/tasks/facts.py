@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dgrpo.longblocks.tasks import rows
 from dgrpo.longblocks.tasks.corpus import Corpus
 
 PASSAGE = 90  # tokens of a passage of real text
@@ -208,50 +209,7 @@ def _nearest(bounds: np.ndarray, depths: np.ndarray) -> np.ndarray:
     return np.where(closer, right - 1, right)
 
 
-def row(
-    woven: Woven,
-    *,
-    family: str,
-    task: str,
-    question: str,
-    answer: str,
-    reward: str,
-    reference: str,
-    gold: list[int],
-    evidence: str,
-    **columns,
-) -> dict:
-    """A finished row; ``gold`` says which of the woven facts the answer needs."""
-    verifiers = {
-        "aliases": [],
-        "items": [],
-        "distractors": [],
-        "passages": [],
-        "passage_ids": [],
-        "answerable": True,
-        "points": [],
-        "form": "",
-        "headings": [],
-        "min_words": 0,
-        "max_words": 0,
-        "hops": 1,
-    }
-    unknown = columns.keys() - verifiers
-    assert not unknown, unknown
-    return {
-        "document": woven.text,
-        "source": "dgrpo",
-        "language": "en",
-        "question": question,
-        "answer": answer,
-        "response_reference": reference,
-        "family": family,
-        "task": task,
-        "reward": f"dgrpo.rewards:{reward}",
-        **verifiers,
-        **columns,
-        "evidence": evidence,
-        "privileged": reference,
-        "depths": [woven.depths[i] for i in gold],
-        "tokens": woven.tokens,
-    }
+def row(woven: Woven, *, gold: int, **columns) -> dict:
+    """A row about a woven document; the answer needs its first `gold` facts."""
+    columns = {"depths": woven.depths[:gold], "hops": max(1, gold), **columns}
+    return rows.row(document=woven.text, tokens=woven.tokens, **columns)

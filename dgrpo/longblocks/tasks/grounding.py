@@ -135,20 +135,18 @@ def _row(ground, rng, tokens, task, question, right, gold, others, wrong) -> dic
     evidence = "\n\n".join(f"[{label}] {text}" for (text, _), label in pairs)
     return row(
         woven,
+        gold=len(gold),
         family=FAMILY,
         task=task,
         question=question,
         answer=answer,
         reward="grounded",
-        reference=answer,
-        gold=list(range(len(gold))),
         evidence=evidence,
         aliases=[right] if right else [ABSTAIN],
         distractors=wrong,
         passages=[text for text, _ in gold],
         passage_ids=[label for _, label in pairs],
         answerable=right is not None,
-        hops=max(1, len(gold)),
     )
 
 

@@ -96,17 +96,15 @@ def _row(woven: Woven, question, gold, labels, answers, wrong) -> dict:
     answer = "\n".join(["<RETRIEVAL>", *copied, "</RETRIEVAL>", f"Answer: {answers[0]}"])
     return row(
         woven,
+        gold=len(gold),
         family=FAMILY,
         task="retrieval",
         question=question,
         answer=answer,
         reward="retrieval",
-        reference=answer,
-        gold=list(range(len(gold))),
         evidence="\n\n".join(copied),
         aliases=answers,
         distractors=wrong,
         passages=gold,
         passage_ids=labels,
-        hops=len(gold),
     )

@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from dgrpo.data import PromptStream, Source, load_rows
-from dgrpo.longblocks.tasks.families import TASKS, MakeSettings
-from dgrpo.longblocks.tasks.make import length, main, make
+from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings
+from dgrpo.longblocks.tasks.command import length, main
+from dgrpo.longblocks.tasks.make import make
 
 
 def quiet(settings):
@@ -178,7 +179,7 @@ from dgrpo.trainer.batch import Sample, pack
 from dgrpo.data import PromptStream, Source
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.longblocks.tasks.make import make
-from dgrpo.longblocks.tasks.families import MakeSettings
+from dgrpo.longblocks.tasks.catalog import MakeSettings
 
 tokenizer = train_tokenizer(1024, 0)
 tokenizer.save_pretrained(sys.argv[1] + "/tokenizer")

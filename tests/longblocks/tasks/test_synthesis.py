@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dgrpo.data import load_rows
-from dgrpo.endpoint import Endpoint, parse_object
+from dgrpo.endpoint import Endpoint
 from dgrpo.longblocks import rewards
-from dgrpo.longblocks.tasks.asking import checked
-from dgrpo.longblocks.tasks.make import main
+from dgrpo.longblocks.tasks.command import main
+from dgrpo.longblocks.tasks.questions import checked, parse_object
 from dgrpo.longblocks.tasks.synthesis import SynthesisSettings, synthesize
 from dgrpo.text import BadRow
 
@@ -227,7 +227,7 @@ def test_the_command_line(settings, served, tmp_path):
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="endpoint: got"):
+    with pytest.raises(ValueError, match="url: got"):
         Endpoint("localhost", "m")
     with pytest.raises(ValueError, match="model: got nothing"):
         Endpoint("http://x", "")

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer, trained on local text, for models trained from scratch."""
+"""Tokenizers: one that is loaded, or a small one trained on local text, for small models."""
 
 from functools import lru_cache
 
@@ -7,6 +7,15 @@ import numpy as np
 from dgrpo.longblocks.tasks.haystack import source_lines
 
 END, PAD = "<|end|>", "<|pad|>"
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or of the hub; `"bytes"` stays."""
+    if name == "bytes":
+        return name
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
 
 
 @lru_cache
