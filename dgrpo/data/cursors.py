@@ -7,7 +7,8 @@ import numpy as np
 from dgrpo.data.render import Source
 from dgrpo.data.row_stream import RowStream
 from dgrpo.data.rows import load_rows
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
+from dgrpo.trainer.config import DataSource
 
 BLOCK = 256  # rows shuffled together while streaming
 
@@ -15,10 +16,9 @@ BLOCK = 256  # rows shuffled together while streaming
 class Shuffled:
     """Random access: every epoch another permutation of all rows."""
 
-    def __init__(self, source: Source, seed: list[int], shuffle: bool, report: Report):
-        if source.rows is not None:
-            self.rows: Sequence[dict] = source.rows
-        else:
+    def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
+        self.rows: Sequence[dict] = source.rows if isinstance(source, Source) else None
+        if self.rows is None:
             self.rows = load_rows(
                 source.path,
                 split=source.split,
@@ -75,7 +75,7 @@ class Pass:
 
     size = None
 
-    def __init__(self, source: Source, seed: list[int], shuffle: bool, report: Report):
+    def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
         self.source, self.seed, self.shuffle, self.report = source, seed, shuffle, report
         self.name, self.kept = source.name or source.path, 0
         self._start(0, None)

@@ -12,8 +12,9 @@ import numpy as np
 
 from dgrpo.data.books import Books
 from dgrpo.data.cursors import Pass, Shuffled
-from dgrpo.data.render import Prompt, PromptEncoder, Source
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.data.render import Prompt, PromptEncoder
+from dgrpo.text import BadRow, Report
+from dgrpo.trainer.config import DataSource
 
 
 class PromptStream:
@@ -38,12 +39,12 @@ class PromptStream:
         log, report_path: see :class:`~dgrpo.text.problems.Report`.
 
     Raises:
-        ValueError: no source, a weight that is not positive, or a source of which no row is usable.
+        ValueError: no source, or a source of which no row is usable.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[DataSource],
         tokenizer,
         *,
         seed: int = 0,
@@ -65,9 +66,6 @@ class PromptStream:
     ):
         if not sources:
             raise ValueError("sources: got none, expected at least one Source")
-        for source in sources:
-            if not source.weight > 0:
-                raise ValueError(f"weight: got {source.weight} for {source.path!r}, expected > 0")
         if not 0 <= rank < world:
             raise ValueError(f"rank: got {rank}, expected 0 <= rank < world = {world}")
         self.report = Report(log if rank == 0 else lambda line: None, report_path)

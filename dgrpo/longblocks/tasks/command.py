@@ -1,4 +1,4 @@
-"""The command line `dgrpo data make`: long-context tasks with verifiable answers, from any text.
+"""`dgrpo data make`: long-context tasks with verifiable answers, made from any text.
 
 A row depends on the seed, its number and the settings alone: any number of processes makes the same
 files, and a run that was interrupted makes those that are missing.
