@@ -33,7 +33,7 @@ class Prompt:
         loss_mask: (C,) bool, for rows of segments: the tokens that carry loss.
         columns: the row.
         source: the source's name.
-        id: the row's ``id``, or its place in the file.
+        id: the row's `id`, or its place in the file.
         index: running number in the global stream, the same on every rank.
     """
 
@@ -142,7 +142,7 @@ def _target(row: dict, column: str):
 
 
 class PromptEncoder:
-    """Rows to :class:`Prompt` with one tokenizer.
+    """Rows to `Prompt` with one tokenizer.
 
     Args:
         tokenizer: a tokenizer of transformers.

@@ -56,7 +56,7 @@ INFINITEBENCH = {
 
 
 def load_longbench(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of LongBench: ``input, context, answers, length, dataset, language, all_classes, _id``.
+    """Rows of LongBench: `input, context, answers, length, dataset, language, all_classes, _id`.
 
     Args:
         path: one of its JSONL files, or the folder of them.
@@ -84,7 +84,7 @@ def load_longbench(path: str | Path, *, report: Report | None = None) -> Iterato
 
 
 def load_infinitebench(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of ∞Bench: ``id, context, input, answer, options``, the task being the file's name.
+    """Rows of ∞Bench: `id, context, input, answer, options`, the task being the file's name.
 
     Args:
         path: one of its JSONL files, or the folder of them.
@@ -121,11 +121,11 @@ def load_infinitebench(path: str | Path, *, report: Report | None = None) -> Ite
 
 
 def load_longbench_v2(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of LongBench v2: ``_id, domain, difficulty, length, question, choice_A … , answer,
-    context``.
+    """Rows of LongBench v2: `_id, domain, difficulty, length, question, choice_A … , answer,
+    context`.
 
     Args:
-        path: its ``data.json``, or parquet files of it.
+        path: its `data.json`, or parquet files of it.
         report: counts rows that cannot be used.
     """
 
@@ -151,7 +151,7 @@ def load_longbench_v2(path: str | Path, *, report: Report | None = None) -> Iter
 
 
 def load_gsm8k(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of GSM8K: ``question, answer``, the answer ending in ``#### 42``."""
+    """Rows of GSM8K: `question, answer`, the answer ending in `#### 42`."""
 
     def make(row: dict, where: str) -> dict:
         number = re.search(r"####\s*(-?[\d,.]+)", _needed(row, "answer"))
@@ -171,7 +171,7 @@ def load_gsm8k(path: str | Path, *, report: Report | None = None) -> Iterator[di
 
 
 def load_mmlu_pro(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of MMLU-Pro: ``question_id, question, options, answer, category``."""
+    """Rows of MMLU-Pro: `question_id, question, options, answer, category`."""
 
     def make(row: dict, where: str) -> dict:
         options = [option for option in _needed(row, "options") if option != "N/A"]
@@ -195,7 +195,7 @@ def load_mmlu_pro(path: str | Path, *, report: Report | None = None) -> Iterator
 
 
 def load_ifeval(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of IFEval: ``key, prompt, instruction_id_list, kwargs``."""
+    """Rows of IFEval: `key, prompt, instruction_id_list, kwargs`."""
 
     def make(row: dict, where: str) -> dict:
         names = _needed(row, "instruction_id_list")

@@ -9,11 +9,11 @@ import re
 
 
 def follows(name: str, arguments: dict | None, text: str, prompt: str = "") -> bool | None:
-    """Whether ``text`` follows the instruction ``name``; None where it cannot be checked.
+    """Whether `text` follows the instruction `name`; None where it cannot be checked.
 
     Args:
-        name: such as ``"length_constraints:number_words"``.
-        arguments: such as ``{"relation": "at least", "num_words": 300}``; None values are absent.
+        name: such as `"length_constraints:number_words"`.
+        arguments: such as `{"relation": "at least", "num_words": 300}`; None values are absent.
         text: the response.
         prompt: the whole prompt, for instructions that repeat it.
 

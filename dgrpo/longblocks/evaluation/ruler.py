@@ -2,7 +2,7 @@
 
 Needles in real text (one; among many keys; several values of a key; several keys asked), variable
 tracing, the most common and the most frequent words of a list, and questions over passages with
-distractors. Documents come from text that ``dgrpo data make`` keeps for tests.
+distractors. Documents come from text that `dgrpo data make` keeps for tests.
 """
 
 import zlib
@@ -30,8 +30,8 @@ def ruler(
     """Rows of tasks at lengths, deterministic by seed.
 
     Args:
-        tokenizer: measures lengths; ``"bytes"``: one token a byte.
-        tasks: names in :data:`TASKS`; empty: all.
+        tokenizer: measures lengths; `"bytes"`: one token a byte.
+        tasks: names in `TASKS`; empty: all.
         lengths: tokens of document and question.
         count: rows of each task and length. The depths of a single needle go through ten equal
             parts of the document in turn.
@@ -167,7 +167,7 @@ def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str)
 
 
 def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
-    """As many pieces, with spaces between, as fit into ``room`` tokens; the text and its tokens."""
+    """As many pieces, with spaces between, as fit into `room` tokens; the text and its tokens."""
     kept, used, block = [], 0, 256
     while block and len(kept) < len(pieces):
         text = " ".join(pieces[len(kept) : len(kept) + block])

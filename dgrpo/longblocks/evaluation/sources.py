@@ -29,9 +29,9 @@ def rows_of(
 
     Args:
         tokenizer: measures the tasks that are made.
-        files: of rows, see :func:`dgrpo.data.load_rows`.
-        benchmarks: each ``NAME=FILE``, NAME one of :data:`LOADERS`.
-        tasks, ruler_tasks, lengths, count, seed: see :func:`made` and :func:`ruler`.
+        files: of rows, see `dgrpo.data.load_rows`.
+        benchmarks: each `NAME=FILE`, NAME one of `LOADERS`.
+        tasks, ruler_tasks, lengths, count, seed: see `made` and `ruler`.
         limit: rows of each source at most.
 
     Raises:

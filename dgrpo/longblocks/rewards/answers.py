@@ -24,7 +24,7 @@ def exact_match(prompts, completions, *, answer=None, aliases=None, **columns) -
 
     An answer that names several values, the right one among them, is wrong.
 
-    Columns: ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `aliases` (list of str) or `answer` (str).
     """
     return [float(normalise(a) in gold) for a, gold in _pairs(completions, answer, aliases)]
 
@@ -33,9 +33,9 @@ def token_f1(prompts, completions, *, answer=None, aliases=None, **columns) -> d
     """F1 of the final answer's words times their precision, the best over the aliases.
 
     The factor (see `guarded`) takes the profit out of listing candidates.
-    The part ``f1`` is the plain F1 of the literature.
+    The part `f1` is the plain F1 of the literature.
 
-    Columns: ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `aliases` (list of str) or `answer` (str).
     """
     values, plain = [], []
     for given, gold in _pairs(completions, answer, aliases):
@@ -49,9 +49,9 @@ def token_f1(prompts, completions, *, answer=None, aliases=None, **columns) -> d
 def item_f1(prompts, completions, *, items=None, **columns) -> dict:
     """F1 of a comma-separated list against a set of items, times its precision; order is free.
 
-    Duplicates and extra items cost precision. Parts: ``precision``, ``recall``.
+    Duplicates and extra items cost precision. Parts: `precision`, `recall`.
 
-    Columns: ``items`` (list of str).
+    Columns: `items` (list of str).
     """
     values, precisions, recalls = [], [], []
     for completion, gold in zip(completions, column(items, len(completions)), strict=True):
@@ -70,7 +70,7 @@ def item_f1(prompts, completions, *, items=None, **columns) -> dict:
 def final_number(prompts, completions, *, answer=None, aliases=None, **columns) -> list[float]:
     """1 where the last number of the completion equals the (last) number of one of the aliases.
 
-    Columns: ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `aliases` (list of str) or `answer` (str).
     """
     values = []
     for completion, gold in _rows(completions, answer, aliases):
@@ -84,11 +84,11 @@ def math(
 ) -> list[float]:
     """1 where math-verify finds the final answer equal to the right one, else 0.
 
-    The final answer is the last ``\\boxed{...}``, else what follows the last "Answer:", else the
+    The final answer is the last `\\boxed{...}`, else what follows the last "Answer:", else the
     last line, at most 1,000 characters. Without a box, a list of values where one is asked for is
     wrong: math-verify itself would accept any list that ends in the right one.
 
-    Columns: ``aliases``, ``answer`` or ``solution`` (str, LaTeX or plain).
+    Columns: `aliases`, `answer` or `solution` (str, LaTeX or plain).
     """
     from math_verify import parse, verify
 
@@ -141,7 +141,7 @@ def _last_number(text: str) -> Decimal | str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}``, with its inner braces."""
+    """Content of the last `\\boxed{...}`, with its inner braces."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -51,9 +51,9 @@ def abstention(
     """1 for the right answer to what is answerable, and for abstaining from what is not.
 
     To abstain is to give one of the phrases as the final answer, without an answer beside it. The
-    part ``abstained`` is its rate.
+    part `abstained` is its rate.
 
-    Columns: ``answerable`` (bool), ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
     n = len(completions)
     rows = zip(completions, answerable, column(answer, n), column(aliases, n), strict=True)
@@ -70,9 +70,9 @@ def abstention(
 def citation(prompts, completions, *, passage_ids, **columns) -> dict:
     """F1 of the cited labels ("[P12]") against the supporting ones, times their precision.
 
-    Each label counts once. Parts: ``precision``, ``recall``.
+    Each label counts once. Parts: `precision`, `recall`.
 
-    Columns: ``passage_ids`` (list of str).
+    Columns: `passage_ids` (list of str).
     """
     values, precisions, recalls = [], [], []
     for completion, gold in zip(completions, passage_ids, strict=True):
@@ -99,17 +99,17 @@ def grounded(
 ) -> dict:
     """A right answer with exact quotations of the supporting passages.
 
-    The completion is ``Answer: value`` and lines ``Quote: "sentence" [P12]``. The reward is 0 for a
+    The completion is `Answer: value` and lines `Quote: "sentence" [P12]`. The reward is 0 for a
     wrong answer, else half of it for the answer and half for the evidence: F1 of the cited labels
     times their precision (a label that is cited twice counts twice) times the share of quotations
     that are exact, that is, stand in the passage of their label but for white space and have five
     words or are the whole passage. What the document does not answer is to be answered by an
     abstention without quotations.
 
-    Parts: ``answer``, ``citation_precision``, ``citation_recall``, ``quote``, ``abstained``.
+    Parts: `answer`, `citation_precision`, `citation_recall`, `quote`, `abstained`.
 
-    Columns: ``passage_ids``, ``passages``, ``aliases`` (lists of str), ``answerable`` (bool),
-    ``document`` (str) with passages labelled "[P12]" at line starts.
+    Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
+    `document` (str) with passages labelled "[P12]" at line starts.
     """
     names = ("reward", "answer", "citation_precision", "citation_recall", "quote", "abstained")
     parts: dict[str, list[float | None]] = {name: [] for name in names}
@@ -143,15 +143,15 @@ def retrieval(
 ) -> dict:
     """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
-    The completion is ``<RETRIEVAL>``, a line "[P3] text" for each passage, ``</RETRIEVAL>``, then
+    The completion is `<RETRIEVAL>`, a line "[P3] text" for each passage, `</RETRIEVAL>`, then
     the answer. The reward is 0 for a wrong answer, else half for the answer and half for the block:
     F1 of its entries times their precision, an entry being right if its label is a supporting one,
     not given before, and its words have F1 of at least 0.9 with the passage's. More than one block,
     or none, is an empty one.
 
-    Parts: ``answer``, ``retrieval_precision``, ``retrieval_recall``.
+    Parts: `answer`, `retrieval_precision`, `retrieval_recall`.
 
-    Columns: ``passage_ids``, ``passages``, ``aliases`` (lists of str).
+    Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
     names = ("reward", "answer", "retrieval_precision", "retrieval_recall")
     parts: dict[str, list[float]] = {name: [] for name in names}

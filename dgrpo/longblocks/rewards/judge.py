@@ -42,14 +42,14 @@ def judge(
     inside the answer are defused, and only a score on the last line of the judge's own reply
     counts. An empty completion has 0.
 
-    The time limit covers a whole batch: raise ``rewards.timeout`` so that it allows for this.
+    The time limit covers a whole batch: raise `rewards.timeout` so that it allows for this.
 
     Args:
         url, model, key_variable, workers, retries: see `dgrpo.endpoint.Endpoint`.
         template: with `{question}`, `{reference}` and `{answer}`.
         limit: seconds until a request counts as failed.
 
-    Columns: ``question`` (else the prompt), ``answer`` as the reference (else none).
+    Columns: `question` (else the prompt), `answer` as the reference (else none).
     """
     n = len(completions)
     rows = list(zip(prompts, completions, column(question, n), column(answer, n), strict=True))

@@ -277,6 +277,6 @@ def score(
     columns: dict[str, Sequence],
     timeout: float | None = 30.0,
 ) -> RewardResult:
-    """Score once, with a worker process for this call alone; see :class:`Scorer`."""
+    """Score once, with a worker process for this call alone; see `Scorer`."""
     with Scorer(rewards, timeout) as scorer:
         return scorer(prompts, completions, columns)

@@ -2,7 +2,7 @@
 
 It is started by its path, so that it imports the standard library, the rewards asked for, what they
 import, and NumPy to seed it, but neither torch nor the host's main module. It gets the rewards
-first and answers when they are imported. Then, any number of times, ``{"data": ...}`` (no reply)
+first and answers when they are imported. Then, any number of times, `{"data": ...}` (no reply)
 and::
 
     {"call": i}                    -> {"values": {part: [...]}, "errors": [[row, text], ...]}
@@ -43,7 +43,7 @@ def load(path: str) -> Callable:
     """The function that a path names.
 
     Args:
-        path: "name" of :mod:`dgrpo.rewards`, "package.module:name" or "folder/file.py:name".
+        path: "name" of `dgrpo.rewards`, "package.module:name" or "folder/file.py:name".
 
     Raises:
         ValueError: no such module, file or function; an error during its import.
@@ -70,7 +70,7 @@ def load(path: str) -> Callable:
 
 
 def invoke(function: Callable, options: dict, data: dict, rows: Sequence[int] | None) -> dict:
-    """Call a reward on some rows (None: all): ``{"values": ..., "errors": ...}``, JSON-able.
+    """Call a reward on some rows (None: all): `{"values": ..., "errors": ...}`, JSON-able.
 
     Raises:
         WrongResult: a result that is not one value a sample.
@@ -136,7 +136,7 @@ def pack(values: Sequence) -> dict:
 
 
 def unpack(column: dict) -> list:
-    """The column that :func:`pack` packed."""
+    """The column that `pack` packed."""
     return [column["values"][i] for i in column["index"]]
 
 
@@ -174,7 +174,7 @@ def _from_file(path: Path):
 
 @contextmanager
 def _light_parent(module: str):
-    """Import ``dgrpo.rewards`` without running ``dgrpo/__init__.py``, which imports torch."""
+    """Import `dgrpo.rewards` without running `dgrpo/__init__.py`, which imports torch."""
     if not module.startswith(HOME) or "dgrpo" in sys.modules:
         yield
         return

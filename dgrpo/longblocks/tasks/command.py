@@ -13,7 +13,7 @@ from dgrpo.longblocks.tasks.synthesis import SynthesisSettings, synthesize
 
 
 def length(text: str) -> int:
-    """``"32k"`` as a number: k is 1024, M is 1024 squared."""
+    """`"32k"` as a number: k is 1024, M is 1024 squared."""
     factor = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
     digits = text[:-1] if factor > 1 else text
     try:
@@ -25,7 +25,7 @@ def length(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; see ``dgrpo data make --help``. Returns the exit status."""
+    """The command line; see `dgrpo data make --help`. Returns the exit status."""
     parser = argparse.ArgumentParser("dgrpo data make", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("out", help="folder for the parquet files; a run that was interrupted goes on there")

@@ -64,13 +64,13 @@ class Corpus:
         return self.tokens * (unit // len(self)) + int(self.totals[unit % len(self)])
 
     def reach(self, first: int, room: int) -> int:
-        """The unit after the longest run from ``first`` on of at most ``room`` tokens."""
+        """The unit after the longest run from `first` on of at most `room` tokens."""
         goal = self.before(first) + room
         rounds, rest = divmod(goal, self.tokens)
         return rounds * len(self) + int(np.searchsorted(self.totals, rest, side="right")) - 1
 
     def save(self, folder: str | Path) -> None:
-        """Write to a folder, for :meth:`load`."""
+        """Write to a folder, for `load`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.bin").write_bytes(self.blob)
@@ -80,7 +80,7 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Corpus":
-        """The corpus of :meth:`save`, its text mapped into memory."""
+        """The corpus of `save`, its text mapped into memory."""
         folder = Path(folder)
         with (folder / "text.bin").open("rb") as file:
             blob = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -97,10 +97,10 @@ def build_corpus(
     report: Report | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Corpus:
-    """Tokenise a folder's texts into a :class:`Corpus`.
+    """Tokenise a folder's texts into a `Corpus`.
 
     Args:
-        tokenizer: a tokenizer of transformers, or ``"bytes"``: one token a byte.
+        tokenizer: a tokenizer of transformers, or `"bytes"`: one token a byte.
         folder: of text or code; None: the standard library (see `haystack`).
         limit: bytes of text after which no further file is read.
         report: counts files that cannot be read.
@@ -140,7 +140,7 @@ def build_corpus(
 
 
 def unit_cuts(text: str) -> list[int]:
-    """Positions that cut a text into units of at least ``UNIT`` characters, at line ends.
+    """Positions that cut a text into units of at least `UNIT` characters, at line ends.
 
     A line of more than 16 units is cut at spaces.
     """
@@ -178,7 +178,7 @@ def unit_tokens(tokenizer, text: str, cuts: list[int]) -> list[int]:
 
 
 def counter(tokenizer) -> Callable[[str], int]:
-    """``text -> tokens`` for a tokenizer or ``"bytes"``."""
+    """`text -> tokens` for a tokenizer or `"bytes"`."""
     if tokenizer == "bytes":
         return lambda text: len(text.encode("utf-8", errors="replace"))
     return lambda text: count_tokens(tokenizer, text)

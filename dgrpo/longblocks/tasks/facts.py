@@ -27,7 +27,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class Fact:
-    """A paragraph to be hidden; ``gold`` ones are needed for the answer."""
+    """A paragraph to be hidden; `gold` ones are needed for the answer."""
 
     text: str
     gold: bool = False
@@ -41,7 +41,7 @@ class Woven:
         text: the document.
         tokens: its length.
         depths: for every fact in the order given, the share of the real text before it.
-        labels: for every fact, the label of its passage (``"P12"``), where passages are labelled.
+        labels: for every fact, the label of its passage (`"P12"`), where passages are labelled.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Names:
         self.used: set = set()
 
     def place(self) -> str:
-        """A name of one word, such as ``Velmar``."""
+        """A name of one word, such as `Velmar`."""
         while True:
             a, b = self.rng.choice(list("BDFGHKLMNPRSTVZ"), 2)
             e, i = self.rng.choice(list("aeiou"), 2)
@@ -99,7 +99,7 @@ def pick(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def distractor_count(tokens: int, cost: int) -> int:
-    """How many facts of ``cost`` tokens to hide beside the needed ones: one every 400 tokens.
+    """How many facts of `cost` tokens to hide beside the needed ones: one every 400 tokens.
 
     At most a quarter of the document, between 2 and 60.
     """
@@ -117,8 +117,8 @@ def weave(
     """Hide facts as lines of their own in real text.
 
     Every fact's depth is drawn from U[0, 1) on its own (or given, for the first facts, by
-    ``depths``) and met to within half a unit. Document, a blank line and the question have at most
-    ``tokens`` tokens.
+    `depths`) and met to within half a unit. Document, a blank line and the question have at most
+    `tokens` tokens.
 
     Raises:
         ValueError: the facts leave no room for text.
@@ -145,9 +145,9 @@ def weave(
 def weave_passages(
     ground: Ground, rng: np.random.Generator, facts: list[Fact], tokens: int, question: str
 ) -> Woven:
-    """Like :func:`weave`, but the document is numbered passages, ``[P1] ...``, ``[P2] ...``.
+    """Like `weave`, but the document is numbered passages, `[P1] ...`, `[P2] ...`.
 
-    Every fact is a passage of its own; the others are real text of about ``PASSAGE`` tokens.
+    Every fact is a passage of its own; the others are real text of about `PASSAGE` tokens.
     """
     corpus, count = ground.corpus, ground.count
     label = count(f"x\n\n[P{max(100, tokens // PASSAGE)}] y") - count("x") - count("y")
@@ -175,7 +175,7 @@ def weave_passages(
 def _passages(
     corpus: Corpus, rng: np.random.Generator, room: int, size: int, label: int
 ) -> tuple[list[int], list[int]]:
-    """Units at which passages of about ``size`` tokens begin and end, and tokens up to each end."""
+    """Units at which passages of about `size` tokens begin and end, and tokens up to each end."""
     units, ends, used = [_run(corpus, rng, room - label)[0]], [], 0
     while True:
         first, left = units[-1], room - used - label
@@ -189,7 +189,7 @@ def _passages(
 
 
 def _run(corpus: Corpus, rng: np.random.Generator, room: int) -> tuple[int, int]:
-    """A run of units from a random one on, of at most ``room`` tokens."""
+    """A run of units from a random one on, of at most `room` tokens."""
     first = int(rng.integers(len(corpus)))
     for _ in range(20):  # a start whose first unit fits
         if corpus.reach(first, max(room, 0)) > first:

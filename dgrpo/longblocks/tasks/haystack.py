@@ -1,7 +1,7 @@
 """Real text to hide things in: any folder, or by default what every Python installation carries.
 
 The default is the standard library: its sources (without tests and installed packages) and its
-language reference (``pydoc_data.topics``). It differs between Python versions, so data made from it
+language reference (`pydoc_data.topics`). It differs between Python versions, so data made from it
 is the same only on the same version.
 """
 
@@ -22,7 +22,7 @@ def text_files(folder: str | Path | None = None, suffixes: tuple[str, ...] = ())
 
     Args:
         folder: where to look; None: the standard library's sources.
-        suffixes: only these; empty: ``.py`` of the standard library, everything of a folder.
+        suffixes: only these; empty: `.py` of the standard library, everything of a folder.
 
     Raises:
         ValueError: the folder does not exist.
@@ -55,7 +55,7 @@ def read_text(file: Path) -> str:
 
 
 def texts(folder: str | Path | None = None, report: Report | None = None) -> Iterator[tuple]:
-    """``(name, text)`` of every readable file; the others are counted in ``report``.
+    """`(name, text)` of every readable file; the others are counted in `report`.
 
     With no folder, the standard library's sources and then its language reference.
     """

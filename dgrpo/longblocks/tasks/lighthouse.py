@@ -14,8 +14,8 @@ class Attribute:
     Attributes:
         key: a word of the sentence that stands for the property.
         section: heading under which a report tells it.
-        sentence: with ``{x}`` for the lighthouse and ``{v}`` for the value.
-        question: with ``{x}``.
+        sentence: with `{x}` for the lighthouse and `{v}` for the value.
+        question: with `{x}`.
         low, high: range of a number; both 0: the value is a name.
     """
 

@@ -62,7 +62,7 @@ def relations(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
 
 
 def relation_chain(names: Names, start: int, hops: int) -> tuple[list[str], list[str]]:
-    """The facts of a chain from the ``start``-th relation on, and its ``hops + 1`` entities."""
+    """The facts of a chain from the `start`-th relation on, and its `hops + 1` entities."""
     kinds = [RELATIONS[start + i][0] for i in range(hops + 1)]
     entities = [names.person() if kind in PEOPLE else names.place() for kind in kinds]
     pairs = zip(entities[:-1], entities[1:], strict=True)
@@ -71,7 +71,7 @@ def relation_chain(names: Names, start: int, hops: int) -> tuple[list[str], list
 
 
 def called(place: int, name: str) -> list[str]:
-    """What the entity at a place of :data:`RELATIONS` may be called, the bare name first."""
+    """What the entity at a place of `RELATIONS` may be called, the bare name first."""
     form = CALLED.get(RELATIONS[place][0])
     return [name, form.format(name)] if form else [name]
 

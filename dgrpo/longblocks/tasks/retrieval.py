@@ -1,9 +1,9 @@
 """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
-The completion first copies every passage that it needs, with its label, between ``<RETRIEVAL>``
-and ``</RETRIEVAL>``, then gives the answer on a line of its own. As a row: the column
-``response_reference`` is the completion to train on (SFT), ``passages`` and ``passage_ids`` are
-what the reward ``dgrpo.rewards:retrieval`` compares with.
+The completion first copies every passage that it needs, with its label, between `<RETRIEVAL>`
+and `</RETRIEVAL>`, then gives the answer on a line of its own. As a row: the column
+`response_reference` is the completion to train on (SFT), `passages` and `passage_ids` are
+what the reward `dgrpo.rewards:retrieval` compares with.
 """
 
 import re

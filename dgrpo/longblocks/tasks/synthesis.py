@@ -46,7 +46,7 @@ class SynthesisSettings:
         documents: folder of text files.
         count: questions to ask (rows that pass are fewer).
         tokens: longest stretch of a document.
-        tokenizer: folder or hub name that measures it, or ``"bytes"``.
+        tokenizer: folder or hub name that measures it, or `"bytes"`.
         judge_endpoint, judge_model: who judges; empty: the one that asks.
         kinds: kinds of questions, asked for in turn.
         seed: of the stretches, and sent along.

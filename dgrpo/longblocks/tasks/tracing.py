@@ -32,7 +32,7 @@ class CodeFile:
     totals: tuple[int, ...]
 
     def head(self, room: int) -> tuple[str, int]:
-        """The longest beginning of at most ``room`` tokens, and its tokens."""
+        """The longest beginning of at most `room` tokens, and its tokens."""
         n = int(np.searchsorted(self.totals, room, side="right")) - 1
         return (self.text[: self.cuts[n]], self.totals[n]) if n > 0 else ("", 0)
 

@@ -1,4 +1,4 @@
-"""The files of ``dgrpo data make``."""
+"""The files of `dgrpo data make`."""
 
 import json
 import os

@@ -27,7 +27,7 @@ LONG = {
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by ``script(kind of request, seed) -> (status, content or raw bytes)``."""
+    """Answers by `script(kind of request, seed) -> (status, content or raw bytes)`."""
 
     daemon_threads = True
 
