@@ -10,7 +10,7 @@ class Books:
     """Texts by identifier, from a folder of the user's.
 
     Text files (`<identifier>.txt`, `.md`) are books of that identifier. Parquet files hold one
-    book a row, as Institutional Books is published: the identifier in `barcode_src`,
+    book per row, as Institutional Books is published: the identifier in `barcode_src`,
     `identifier` or `id`, the text in `document`, `text`, `text_by_page_gen` or
     `text_by_page_src` (pages are joined). Only identifiers are kept in memory.
 

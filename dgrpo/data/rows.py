@@ -157,7 +157,7 @@ class _Table:
 
 
 class _Lines:
-    """A JSONL file by line; its line offsets (8 bytes a line) are found in one pass."""
+    """A JSONL file by line; its line offsets (8 bytes per line) are found in one pass."""
 
     def __init__(self, file: str):
         self.name = file

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from dgrpo.text.problems import BadRow
 
-CHUNK = 1 << 20  # characters encoded at once: the encoder keeps about 300 bytes a token
+CHUNK = 1 << 20  # characters encoded at once: the encoder keeps about 300 bytes per token
 _encoders: WeakKeyDictionary = WeakKeyDictionary()
 
 

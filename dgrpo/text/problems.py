@@ -27,7 +27,7 @@ class Report:
     """Counts of what was kept and of what was dropped, by reason, with the first examples.
 
     Args:
-        log: receives one line a logged problem; the default warns through `logging`.
+        log: receives one line per logged problem; the default warns through `logging`.
         path: a JSONL file that gets every dropped row's place, reason and detail.
     """
 

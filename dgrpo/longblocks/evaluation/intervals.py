@@ -100,7 +100,7 @@ def _checked(scores: Sequence[float], clusters: Sequence | None) -> np.ndarray:
     if values.ndim != 1 or not len(values):
         raise ValueError(f"scores: got shape {values.shape}, expected at least one number")
     if clusters is not None and len(clusters) != len(values):
-        raise ValueError(f"clusters: got {len(clusters)}, expected one a score, {len(values)}")
+        raise ValueError(f"clusters: got {len(clusters)}, expected one per score, {len(values)}")
     return values
 
 

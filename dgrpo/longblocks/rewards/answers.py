@@ -6,6 +6,7 @@ from decimal import Decimal
 
 from dgrpo.longblocks.rewards.matching import (
     answers,
+    by_part,
     column,
     f1,
     final_answer,
@@ -37,13 +38,12 @@ def token_f1(prompts, completions, *, answer=None, aliases=None, **columns) -> d
 
     Columns: `aliases` (list of str) or `answer` (str).
     """
-    values, plain = [], []
+    found = []
     for given, gold in _pairs(completions, answer, aliases):
         words = normalise(given).split()
         pairs = [overlap(words, g.split()) for g in gold]
-        values.append(max(guarded(*pair) for pair in pairs))
-        plain.append(max(f1(*pair) for pair in pairs))
-    return {"reward": values, "f1": plain}
+        found.append((max(guarded(*pair) for pair in pairs), max(f1(*pair) for pair in pairs)))
+    return by_part(("reward", "f1"), found)
 
 
 def item_f1(prompts, completions, *, items=None, **columns) -> dict:
@@ -53,7 +53,7 @@ def item_f1(prompts, completions, *, items=None, **columns) -> dict:
 
     Columns: `items` (list of str).
     """
-    values, precisions, recalls = [], [], []
+    found = []
     for completion, gold in zip(completions, column(items, len(completions)), strict=True):
         if not gold:
             raise ValueError("items: got a row without items, expected a list of texts")
@@ -61,10 +61,8 @@ def item_f1(prompts, completions, *, items=None, **columns) -> dict:
             normalise(x) for x in re.split(r"[,;] |[,;]$| and ", squeeze(final_answer(completion)))
         ]
         precision, recall = overlap([x for x in given if x], [normalise(str(x)) for x in gold])
-        values.append(guarded(precision, recall))
-        precisions.append(precision)
-        recalls.append(recall)
-    return {"reward": values, "precision": precisions, "recall": recalls}
+        found.append((guarded(precision, recall), precision, recall))
+    return by_part(("reward", "precision", "recall"), found)
 
 
 def final_number(prompts, completions, *, answer=None, aliases=None, **columns) -> list[float]:

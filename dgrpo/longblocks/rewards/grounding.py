@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
     answers,
+    by_part,
     column,
     f1,
     final_answer,
@@ -57,14 +58,12 @@ def abstention(
     """
     n = len(completions)
     rows = zip(completions, answerable, column(answer, n), column(aliases, n), strict=True)
-    values, abstained = [], []
+    found = []
     for completion, can, one, many in rows:
         silent = abstains(completion, phrases)
-        abstained.append(float(silent))
-        values.append(
-            _right(completion, one, many) if can and not silent else float(silent and not can)
-        )
-    return {"reward": values, "abstained": abstained}
+        right = _right(completion, one, many) if can and not silent else float(silent and not can)
+        found.append((right, float(silent)))
+    return by_part(("reward", "abstained"), found)
 
 
 def citation(prompts, completions, *, passage_ids, **columns) -> dict:
@@ -74,14 +73,12 @@ def citation(prompts, completions, *, passage_ids, **columns) -> dict:
 
     Columns: `passage_ids` (list of str).
     """
-    values, precisions, recalls = [], [], []
+    found = []
     for completion, gold in zip(completions, passage_ids, strict=True):
         cited = sorted(set(_CITED.findall(without_thinking(completion))))
         precision, recall = overlap(cited, list(gold or []))
-        values.append(guarded(precision, recall))
-        precisions.append(precision)
-        recalls.append(recall)
-    return {"reward": values, "precision": precisions, "recall": recalls}
+        found.append((guarded(precision, recall), precision, recall))
+    return by_part(("reward", "precision", "recall"), found)
 
 
 def grounded(
@@ -112,7 +109,7 @@ def grounded(
     `document` (str) with passages labelled "[P12]" at line starts.
     """
     names = ("reward", "answer", "citation_precision", "citation_recall", "quote", "abstained")
-    parts: dict[str, list[float | None]] = {name: [] for name in names}
+    found: list[tuple[float | None, ...]] = []
     n = len(completions)
     optional = (answerable, answer, aliases, passages, document)
     rows = zip(completions, passage_ids, *(column(x, n) for x in optional), strict=True)
@@ -122,7 +119,7 @@ def grounded(
         lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
         if can is False:
             right = float(silent)
-            values = (float(silent and not lines), right, None, None, None, float(silent))
+            found.append((float(silent and not lines), right, None, None, None, right))
         else:
             right = 0.0 if silent else _right(completion, one, many)
             ids = [str(i) for i in ids or []]
@@ -132,10 +129,8 @@ def grounded(
             exact = exact / lines if lines else 0.0
             evidence = guarded(precision, recall) * exact
             value = right * (0.5 + 0.5 * evidence)
-            values = (value, right, precision, recall, exact, float(silent))
-        for name, value in zip(names, values, strict=True):
-            parts[name].append(value)
-    return parts
+            found.append((value, right, precision, recall, exact, float(silent)))
+    return by_part(names, found)
 
 
 def retrieval(
@@ -154,7 +149,7 @@ def retrieval(
     Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
     names = ("reward", "answer", "retrieval_precision", "retrieval_recall")
-    parts: dict[str, list[float]] = {name: [] for name in names}
+    found = []
     n = len(completions)
     rows = zip(
         completions, passage_ids, passages, column(answer, n), column(aliases, n), strict=True
@@ -174,9 +169,8 @@ def retrieval(
         recall = len(hits) / len(gold) if gold else 0.0
         right = _right(pieces[-1], one, many)
         value = right * (0.5 + 0.5 * guarded(precision, recall))
-        for name, v in zip(names, (value, right, precision, recall), strict=True):
-            parts[name].append(v)
-    return parts
+        found.append((value, right, precision, recall))
+    return by_part(names, found)
 
 
 def _right(completion: str, answer, aliases) -> float:

@@ -1,9 +1,11 @@
 """Long answers that must cover a list of points, in a form and a length."""
 
+import math
 import re
 from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
+    by_part,
     column,
     contains,
     copied,
@@ -47,19 +49,15 @@ def coverage(
     Columns: `points` (list of list of str), `form`, `headings` (list of str), `min_words`,
     `max_words` (0: no limit), `document`, `distractors` (list of str: wrong values).
     """
-    parts: dict[str, list[float]] = {name: [] for name in ("reward", *PARTS)}
+    found = []
     n = len(completions)
     optional = (form, headings, min_words, max_words, document, distractors)
     for completion, *row in zip(
         completions, points, *(column(x, n) for x in optional), strict=True
     ):
         values = factors(without_thinking(completion).strip(), *row)
-        product = 1.0
-        for name, value in zip(PARTS, values, strict=True):
-            parts[name].append(value)
-            product *= value
-        parts["reward"].append(product)
-    return parts
+        found.append((math.prod(values), *values))
+    return by_part(("reward", *PARTS), found)
 
 
 def factors(

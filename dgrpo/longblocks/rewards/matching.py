@@ -22,6 +22,11 @@ def column(values: Sequence | None, n: int) -> Sequence:
     return [None] * n if values is None else values
 
 
+def by_part(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
+    """The values of each part, from one tuple per sample with a value for each."""
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+
+
 def without_thinking(completion: str) -> str:
     """What follows the last `</think>`, or the whole completion if there is none."""
     return completion.rpartition("</think>")[2]

@@ -1,6 +1,6 @@
 """A small long-context task: chains of facts among lines of real text.
 
-A document is lines of source code, in which `chains` chains are scattered as lines of their own::
+A document is lines of source code, in which `chains` chains are scattered as lines of their own:
 
     LeraxMivax        hop 1 of the chain that starts at Lerax
     Mivax42           hop 2, the last one, ends in a number
@@ -226,7 +226,7 @@ def rows(
         tokenizer: a tokenizer, or the folder of one.
         count: number of rows.
         start: number of the first.
-        segments: one row a document, with loss on all its answers, in place of one a query.
+        segments: one row per document, with loss on all its answers, in place of one per query.
         options: of `ChainTask`.
     """
     if isinstance(tokenizer, str | Path):

@@ -74,12 +74,12 @@ def checked(kind: str, reply: str, document: str) -> dict:
 
 
 def _points(found: dict, answer: str, document: str) -> list[list[str]]:
-    """The points of a list, one a line, so that the answer covers them all."""
+    """The points of a list, one per line, so that the answer covers them all."""
     points, lines = found.get("points"), answer.split("\n")
     if not isinstance(points, list) or len(points) < 3:
         raise BadRow("too few points", repr(points)[:80])
     if len(points) != len(lines) or not all(line.startswith("- ") for line in lines):
-        raise BadRow("not one line a point", f"{len(points)} points, {len(lines)} lines")
+        raise BadRow("not one line per point", f"{len(points)} points, {len(lines)} lines")
     for point, line in zip(points, lines, strict=True):
         phrases = _texts({"point": point}, "point")
         if not all(_contains(document, phrase) for phrase in phrases):

@@ -137,7 +137,7 @@ def test_nonsense_is_dropped_and_counted(settings, served, reply, reason):
         ({"points": [["1873"]]}, "too few points"),
         ({"points": [["1873"], ["Rome"], ["bridge"]]}, "point not in the document"),
         ({"points": [["1873", "dull"], ["Tavik"], ["bridge"]]}, "point not in its line"),
-        ({"points": [["1873"], ["Tavik"], ["bridge"], ["dull"]]}, "not one line a point"),
+        ({"points": [["1873"], ["Tavik"], ["bridge"], ["dull"]]}, "not one line per point"),
     ],
 )
 def test_points_must_stand_in_document_and_answer(change, reason):
