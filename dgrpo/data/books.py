@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
 
 
 class Books:

@@ -1,4 +1,4 @@
-"""Where a source of prompts stands: random access with a full shuffle, or a pass over files."""
+"""Positions in a source of rows: random access with a full shuffle, or a pass over files."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ class Shuffled:
             return where, self.rows[index]
         except BadRow as problem:
             return where, problem
-        except Exception as error:  # whatever a reader of the user's raises
+        except Exception as error:  # of the user's own reader
             return where, BadRow("unreadable row", f"{type(error).__name__}: {error}")
 
     def state(self) -> dict:

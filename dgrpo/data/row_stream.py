@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dgrpo.data.rows import is_function, looks_local, open_table, parse_line, renamed, row_files
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
 
 
 class RowStream:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.data.csv_rows import DELIMITERS, Cells
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
 
 SUFFIXES = (".jsonl", ".json", ".parquet", *DELIMITERS)
 

@@ -39,8 +39,7 @@ def load_longblocks(
         books: a folder to take the documents from that the dataset does not ship.
         tokenizer, min_tokens, max_tokens: length limits of the document, by this tokenizer.
         languages: only these.
-        report, log: where dropped rows are counted and told; see
-            `Report`.
+        report, log: where dropped rows are counted and logged; see `Report`.
 
     Yields:
         The row's columns, with `completion` where `response` is given.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _START = 300.0  # seconds in which the rewards have to be imported
-TELL = 10.0  # seconds without a reply before one is told; then whenever they have doubled
+TELL = 10.0  # seconds without a reply before the first warning; the next come at their doubles
 _SCRIPT = Path(__file__).with_name("worker.py").resolve()
 
 
@@ -64,7 +64,7 @@ class WorkerProcess:
             raise Died(f"worker ended ({self.process.poll()})") from error
 
     def receive(self, limit: float, tell: Callable[[float], None] | None = None) -> dict:
-        """Wait `limit` seconds for a message, and `tell` now and then how many it has been.
+        """Wait `limit` seconds for a message; call `tell` with the seconds so far now and then.
 
         Raises `Hung` and `Died`.
         """

@@ -21,7 +21,7 @@ import numpy as np
 
 from dgrpo.longblocks.tasks.haystack import source_lines
 from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer, train_tokenizer
-from dgrpo.text.encode import encode_text
+from dgrpo.text import encode_text
 
 __all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
 

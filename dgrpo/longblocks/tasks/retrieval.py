@@ -22,7 +22,7 @@ from dgrpo.longblocks.tasks.facts import (
     weave_passages,
 )
 from dgrpo.longblocks.tasks.multihop import RELATIONS, called, described, relation_chain
-from dgrpo.text.problems import BadRow
+from dgrpo.text import BadRow
 
 FAMILY = "retrieval"
 RULES = (

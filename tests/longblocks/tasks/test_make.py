@@ -11,7 +11,6 @@ import pytest
 
 from dgrpo.data import PromptStream, Source, load_rows
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings
-from dgrpo.longblocks.tasks.command import length, main
 from dgrpo.longblocks.tasks.make import make
 
 
@@ -62,7 +61,7 @@ def test_an_interrupted_run_goes_on(settings):
     assert all(a.equals(pyarrow.parquet.read_table(f)) for a, f in zip(before, files, strict=True))
 
 
-def test_a_folder_of_other_settings_is_refused(settings):
+def test_a_folder_of_other_settings_raises(settings):
     quiet(settings(count=3))
     with pytest.raises(ValueError, match="holds data of other settings"):
         quiet(settings(count=3, seed=1))
@@ -127,32 +126,6 @@ def test_all_means_every_task(tmp_path):
 def test_wrong_settings(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
-
-
-def test_lengths_in_words():
-    assert [length(t) for t in ("4096", "32k", "1M", "1.5k")] == [4096, 32768, 1 << 20, 1536]
-    with pytest.raises(ValueError, match="32k or 1M"):
-        length("long")
-
-
-def test_the_command_line(tmp_path, haystack, capsys):
-    out = tmp_path / "out"
-    wanted = [
-        str(out),
-        "--tasks",
-        "relations",
-        "--count",
-        "2",
-        "--tokens",
-        "6k",
-        "--processes",
-        "1",
-    ]
-    assert main([*wanted, "--haystack", haystack]) == 0
-    assert len(load_rows(out)) == 2
-    with pytest.raises(SystemExit):
-        main([*wanted, "--tasks", "riddles"])
-    assert "riddles" in capsys.readouterr().err
 
 
 @pytest.mark.slow
