@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Bad input is told on stderr, with status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:2] == ["data", "make"]:
-        from dgrpo.longblocks.tasks.make import main as make
+        from dgrpo.longblocks.tasks.command import main as make
 
         return make(arguments[2:])
     wanted = parser(arguments[0] if arguments else "")
@@ -193,7 +193,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from dgrpo.longblocks.evaluation import evaluate as score
     from dgrpo.longblocks.evaluation.sources import rows_of, task_names
     from dgrpo.longblocks.rewards.worker import load as load_reward
-    from dgrpo.longblocks.tasks.make import length
+    from dgrpo.longblocks.tasks.command import length
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
     reward = load_reward(options.reward) if options.reward else None

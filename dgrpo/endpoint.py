@@ -1,109 +1,145 @@
-"""A small client of OpenAI-compatible chat endpoints; what fails is a BadRow."""
+"""The HTTP client of OpenAI-compatible servers: keys, time-outs, retries, many requests at once.
+
+It uses `httpx2`, the fork of httpx that huggingface_hub depends on: it is installed wherever models
+are loaded, while `httpx` itself is not. The first request imports it, so that a process that never
+asks, such as the rewards' worker, stays light.
+"""
 
 import json
 import os
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from dgrpo.text.problems import BadRow
+RETRIED = {408, 409, 425, 429}  # statuses that may pass, as those from 500 on may
+LONGEST_PAUSE = 30.0  # seconds of backoff; a server may ask for more, up to LONGEST_WAIT
+LONGEST_WAIT = 300.0
 
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+
+class EndpointError(Exception):
+    """A request that got no usable answer.
+
+    Attributes:
+        reason: "endpoint unreachable", "endpoint failed" or "endpoint answered nonsense".
+        detail: the status or exception, and what the server said.
+        wait: seconds that the server asked to wait; None: another try would fail as well.
+    """
+
+    def __init__(self, reason: str, detail: str, wait: float | None = 0.0):
+        self.reason, self.detail, self.wait = reason, detail, wait
+        super().__init__(f"{reason}: {detail}")
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask.
+    """A model at a server.
 
     Attributes:
-        url: base address, such as ``http://localhost:8000/v1``.
+        url: base address, such as `http://localhost:8000/v1`.
         model: name of the model there.
         key_variable: environment variable that holds the key; it may be unset.
-        temperature: of the answers.
-        max_tokens: longest answer.
         timeout: seconds until a request counts as failed.
-        retries: further tries after a failure that may pass.
+        retries: further tries after a failure that may pass: no connection, a time-out, a status
+            of `RETRIED` or from 500 on, an answer of another form than expected.
         pause: seconds before the first of them, doubled each time.
+        workers: requests in flight in `each`.
     """
 
     url: str
     model: str
     key_variable: str = "OPENAI_API_KEY"
-    temperature: float = 0.7
-    max_tokens: int = 2048
     timeout: float = 300.0
     retries: int = 2
-    pause: float = 1.0
+    pause: float = 0.5
+    workers: int = 8
 
     def __post_init__(self):
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"endpoint: got {self.url!r}, expected http://… or https://…")
+            raise ValueError(f"url: got {self.url!r}, expected http://… or https://…")
         if not self.model:
             raise ValueError("model: got nothing, expected the name of a model at the endpoint")
 
-    def ask(self, messages: list[dict], *, seed: int | None = None) -> str:
-        """The model's answer to a chat.
+    def chat(
+        self,
+        messages: list[dict],
+        *,
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """Ask for the model's answer to a chat, without its thinking. Raises `EndpointError`."""
+        body = {"messages": messages, "temperature": temperature}
+        optional = {"max_tokens": max_tokens, "seed": seed}
+        body |= {name: value for name, value in optional.items() if value is not None}
+        return self.post("/chat/completions", body, _content)
+
+    def post(self, path: str, body: dict, parse: Callable[[Any], Any] = lambda answer: answer):
+        """Send `body` and the model's name; return the parsed JSON of the answer.
+
+        Args:
+            path: appended to the url.
+            body: fields of the request.
+            parse: turns the JSON into the result; an exception is an answer to be asked for again.
 
         Raises:
-            BadRow: "endpoint unreachable", "endpoint failed" (with its status) or "endpoint
-                answered nonsense".
+            EndpointError: there is no usable answer, or not in as many tries.
         """
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
-        body |= {} if seed is None else {"seed": seed}
+        content = json.dumps({"model": self.model, **body})
         for attempt in range(self.retries + 1):
             try:
-                return _content(self._post(json.dumps(body).encode()))
-            except _Passing as problem:
-                if attempt == self.retries:
-                    raise BadRow(problem.reason, problem.detail) from None
-                time.sleep(self.pause * 2**attempt)
-        raise AssertionError("unreachable")
+                return self._post(self.url.rstrip("/") + path, content, parse)
+            except EndpointError as error:
+                if error.wait is None or attempt == self.retries:
+                    raise
+                time.sleep(max(error.wait, min(LONGEST_PAUSE, self.pause * 2**attempt)))
 
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, body, headers)
+    def each(self, function: Callable[[Any], Any], items: Sequence) -> Iterator[tuple[int, Any]]:
+        """Yield `(i, function(items[i]))` as they are done, `workers` of them at a time."""
+        pool = ThreadPoolExecutor(self.workers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return response.read()
-        except urllib.error.HTTPError as error:
-            detail = f"status {error.code}: {error.read(200).decode('utf-8', 'replace')}"
-            kind = _Passing if error.code in RETRIED else BadRow
-            raise kind("endpoint failed", detail) from None
-        except (OSError, ValueError) as error:  # refused, timed out, cut off, not HTTP
-            raise _Passing("endpoint unreachable", f"{type(error).__name__}: {error}") from None
+            numbers = {pool.submit(function, item): i for i, item in enumerate(items)}
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @cached_property
+    def _client(self):
+        import httpx2
+
+        key = os.environ.get(self.key_variable)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx2.Limits(max_keepalive_connections=self.workers)
+        return httpx2.Client(headers=headers, timeout=self.timeout, limits=limits)
+
+    def _post(self, address: str, content: str, parse: Callable[[Any], Any]) -> Any:
+        import httpx2
+
+        headers = {"Content-Type": "application/json"}
+        try:
+            response = self._client.post(address, content=content, headers=headers)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:  # refused, timed out, cut off
+            detail = f"{type(error).__name__}: {error}"
+            raise EndpointError("endpoint unreachable", detail) from None
+        status = response.status_code
+        if not response.is_success:
+            asked = response.headers.get("Retry-After", "")
+            wait = min(LONGEST_WAIT, float(asked)) if asked.isdecimal() else 0.0
+            passing = status in RETRIED or status >= 500
+            detail = f"HTTP {status}: {response.text[:500]}"
+            raise EndpointError("endpoint failed", detail, wait if passing else None)
+        try:
+            return parse(response.json())
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            detail = f"{type(error).__name__}: {error}; got {response.content[:120]!r}"
+            raise EndpointError("endpoint answered nonsense", detail) from None
 
 
-class _Passing(BadRow):
-    """A failure that another try may not have."""
-
-
-def _content(answer: bytes) -> str:
-    try:
-        content = json.loads(answer)["choices"][0]["message"]["content"]
-        if not isinstance(content, str) or not content.strip():
-            raise TypeError("no text")
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        detail = f"{type(error).__name__}: {error}; got {answer[:120]!r}"
-        raise _Passing("endpoint answered nonsense", detail) from None
+def _content(answer: Any) -> str:
+    content = answer["choices"][0]["message"]["content"]
+    if not isinstance(content, str) or not content.strip():
+        raise TypeError("no text")
     return content.rpartition("</think>")[2]
-
-
-def parse_object(text: str) -> dict:
-    """The JSON object in a model's answer, also inside a code fence. Raises BadRow without one."""
-    start, end = text.find("{"), text.rfind("}")
-    try:
-        found = json.loads(text[start : end + 1])
-    except ValueError as error:
-        raise BadRow("no JSON in the answer", f"{error}; got {text[:120]!r}") from None
-    if not isinstance(found, dict):
-        raise BadRow("no JSON in the answer", f"got {text[:120]!r}")
-    return found

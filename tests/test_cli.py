@@ -110,7 +110,7 @@ def test_eval_scores_rows_and_compares(home, tmp_path, capsys):
 
 def test_help_of_eval_names_its_tasks_as_data_make_does(capsys):
     from dgrpo.longblocks.evaluation import RULER_TASKS
-    from dgrpo.longblocks.tasks.families import TASKS
+    from dgrpo.longblocks.tasks.catalog import TASKS
 
     with pytest.raises(SystemExit):
         main(["eval", "--help"])

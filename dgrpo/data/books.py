@@ -3,19 +3,19 @@
 import re
 from pathlib import Path
 
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
 
 
 class Books:
     """Texts by identifier, from a folder of the user's.
 
-    Text files (``<identifier>.txt``, ``.md``) are books of that identifier. Parquet files hold one
-    book a row, as Institutional Books is published: the identifier in ``barcode_src``,
-    ``identifier`` or ``id``, the text in ``document``, ``text``, ``text_by_page_gen`` or
-    ``text_by_page_src`` (pages are joined). Only identifiers are kept in memory.
+    Text files (`<identifier>.txt`, `.md`) are books of that identifier. Parquet files hold one
+    book per row, as Institutional Books is published: the identifier in `barcode_src`,
+    `identifier` or `id`, the text in `document`, `text`, `text_by_page_gen` or
+    `text_by_page_src` (pages are joined). Only identifiers are kept in memory.
 
-    A row belongs to the book named by its ``id``, by one part of the id between ``/``, ``:``,
-    ``#`` and ``_``, or by its ``identifier`` column.
+    A row belongs to the book named by its `id`, by one part of the id between `/`, `:`,
+    `#` and `_`, or by its `identifier` column.
 
     Raises:
         ValueError: the folder holds no book.

@@ -1,13 +1,14 @@
-"""Where a source of prompts stands: random access with a full shuffle, or a pass over files."""
+"""Positions in a source of rows: random access with a full shuffle, or a pass over files."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from dgrpo.data.passes import RowStream
 from dgrpo.data.render import Source
+from dgrpo.data.row_stream import RowStream
 from dgrpo.data.rows import load_rows
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
+from dgrpo.trainer.config import DataSource
 
 BLOCK = 256  # rows shuffled together while streaming
 
@@ -15,10 +16,9 @@ BLOCK = 256  # rows shuffled together while streaming
 class Shuffled:
     """Random access: every epoch another permutation of all rows."""
 
-    def __init__(self, source: Source, seed: list[int], shuffle: bool, report: Report):
-        if source.rows is not None:
-            self.rows: Sequence[dict] = source.rows
-        else:
+    def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
+        self.rows: Sequence[dict] = source.rows if isinstance(source, Source) else None
+        if self.rows is None:
             self.rows = load_rows(
                 source.path,
                 split=source.split,
@@ -54,7 +54,7 @@ class Shuffled:
             return where, self.rows[index]
         except BadRow as problem:
             return where, problem
-        except Exception as error:  # whatever a reader of the user's raises
+        except Exception as error:  # of the user's own reader
             return where, BadRow("unreadable row", f"{type(error).__name__}: {error}")
 
     def state(self) -> dict:
@@ -75,7 +75,7 @@ class Pass:
 
     size = None
 
-    def __init__(self, source: Source, seed: list[int], shuffle: bool, report: Report):
+    def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
         self.source, self.seed, self.shuffle, self.report = source, seed, shuffle, report
         self.name, self.kept = source.name or source.path, 0
         self._start(0, None)

@@ -12,9 +12,10 @@ import numpy as np
 
 from dgrpo.data.books import Books
 from dgrpo.data.cursors import Pass, Shuffled
-from dgrpo.data.render import Prompt, PromptEncoder, Source
+from dgrpo.data.render import Prompt, PromptEncoder
 from dgrpo.data.survey import Survey
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
+from dgrpo.trainer.config import DataSource
 
 
 class PromptStream:
@@ -22,29 +23,29 @@ class PromptStream:
 
     Position i of the stream belongs to the source that is furthest behind its share, so every
     prefix holds the shares to within a row. The stream ends when the first source has been read
-    ``epochs`` times; the others repeat, each epoch in another order.
+    `epochs` times; the others repeat, each epoch in another order.
 
     Args:
         sources: what to mix.
         tokenizer: a tokenizer of transformers; its lengths are the ones that count.
         seed: of the order.
         epochs: passes over the first source; None never ends.
-        chat, system, chat_options: see :class:`~dgrpo.data.render.PromptEncoder`.
+        chat, system, chat_options: see `PromptEncoder`.
         min_prompt_tokens, max_prompt_tokens, max_completion_tokens: rows outside are dropped.
         context, reserve: rows whose prompt and completion (`reserve` tokens; None: its own) are
             longer than `context` tokens together are dropped.
         require_completion: drop rows without a target (SFT, distillation on given texts).
         shuffle: off, rows come in the order of the files.
         rank, world: this process and how many share the stream.
-        log, report_path: see :class:`~dgrpo.text.problems.Report`.
+        log, report_path: see `Report`.
 
     Raises:
-        ValueError: no source, a weight that is not positive, or a source of which no row is usable.
+        ValueError: no source, or a source of which no row is usable.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[DataSource],
         tokenizer,
         *,
         seed: int = 0,
@@ -66,9 +67,6 @@ class PromptStream:
     ):
         if not sources:
             raise ValueError("sources: got none, expected at least one Source")
-        for source in sources:
-            if not source.weight > 0:
-                raise ValueError(f"weight: got {source.weight} for {source.path!r}, expected > 0")
         if not 0 <= rank < world:
             raise ValueError(f"rank: got {rank}, expected 0 <= rank < world = {world}")
         self.report = Report(log if rank == 0 else lambda line: None, report_path)
@@ -91,9 +89,9 @@ class PromptStream:
         return self.cursors[0].size
 
     def batch(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts of the global stream; of these, those that are this rank's.
+        """The next `n` prompts of the global stream; of these, those that are this rank's.
 
-        Position i belongs to rank ``i % world``. Fewer at the end of the data, then none.
+        Position i belongs to rank `i % world`. Fewer at the end of the data, then none.
         """
         prompts = []
         for _ in range(n):
@@ -131,7 +129,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from :meth:`state_dict`.
+        """Go on from `state_dict`.
 
         Raises:
             ValueError: the sources are others, or have another number of rows.

@@ -1,56 +1,24 @@
 """A row becomes a prompt: the columns it is read from, its text, its tokens."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgrpo.text.encode import encode_chat, encode_text
-from dgrpo.text.problems import BadRow
+from dgrpo.text import BadRow, encode_chat, encode_text
+from dgrpo.trainer.config import DataSource
 
 PROMPTS = ("messages", "prompt")  # columns in which a whole prompt is looked for
 
 
-@dataclass(frozen=True)
-class Source:
-    """One source of rows and how to read it.
-
-    Attributes:
-        path: see :func:`~dgrpo.data.rows.load_rows`; empty with ``rows``.
-        name: stands in messages and in ``Prompt.source``; the path if empty.
-        weight: share of this source in the mix, relative to the sum of all.
-        split: the split of a hub dataset.
-        streaming: pass through the files once an epoch with a block-wise shuffle, instead of
-            random access with a full one (a hub dataset is then not downloaded as a whole).
-        columns: ``{our name: name in the file}``.
-        options: keyword arguments of a ``module:function`` path.
-        prompt: column with the whole prompt, a text or chat messages. Empty: ``messages``, else
-            ``prompt``, else ``template`` filled in from the columns.
-        template: the prompt's text with columns in braces.
-        completion: column with the target, a text or messages of which the last, an assistant's, is
-            the target. Empty: ``completion``, else ``response_reference``,
-            else the first ``response_*`` with text, else ``answer``.
-        reward: overrides the row's ``reward`` column.
-        where: only rows whose columns have these values; the others do not count as dropped.
-        books: a folder with the texts of rows whose ``document`` is null, see
-            :mod:`dgrpo.longblocks.dataset`.
-        rows: the rows themselves, in place of ``path``.
-    """
+class Source(DataSource):
+    """A source of which the rows themselves may be given, in place of a path."""
 
     path: str = ""
-    name: str = ""
-    weight: float = 1.0
-    split: str = "train"
-    streaming: bool = False
-    columns: dict = field(default_factory=dict)
-    options: dict = field(default_factory=dict)
-    prompt: str = ""
-    template: str = "{document}\n\n{question}"
-    completion: str = ""
-    reward: str = ""
-    where: dict = field(default_factory=dict)
-    books: str = ""
-    rows: list | None = None
+    """As in the settings; empty with `rows`."""
+    rows: Any = None
+    """A sequence of dicts."""
 
 
 @dataclass
@@ -65,7 +33,7 @@ class Prompt:
         loss_mask: (C,) bool, for rows of segments: the tokens that carry loss.
         columns: the row.
         source: the source's name.
-        id: the row's ``id``, or its place in the file.
+        id: the row's `id`, or its place in the file.
         index: running number in the global stream, the same on every rank.
     """
 
@@ -80,7 +48,7 @@ class Prompt:
     index: int = -1
 
 
-def render_row(row: dict, source: Source) -> tuple[str | list, str | None]:
+def render_row(row: dict, source: DataSource) -> tuple[str | list, str | None]:
     """Prompt (text or messages) and target of a row.
 
     Raises:
@@ -174,7 +142,7 @@ def _target(row: dict, column: str):
 
 
 class PromptEncoder:
-    """Rows to :class:`Prompt` with one tokenizer.
+    """Rows to `Prompt` with one tokenizer.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -199,7 +167,7 @@ class PromptEncoder:
         self.start = [token for token in start if token != tokenizer.eos_token_id]
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def encode(self, row: dict, source: Source, where: str = "") -> Prompt:
+    def encode(self, row: dict, source: DataSource, where: str = "") -> Prompt:
         """Raises BadRow where the row has no usable prompt."""
         name = source.name or source.path
         row = dict(row, reward=source.reward) if source.reward else row

@@ -1,8 +1,8 @@
 """Rows: JSONL, JSON, parquet, CSV, folders of them, saved datasets, the hub, or a function.
 
-:func:`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded
-memory is :class:`~dgrpo.data.passes.RowStream`. In both a row or a file that cannot be read is a
-:class:`~dgrpo.text.problems.BadRow`, not the end.
+`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded memory
+is `dgrpo.data.row_stream.RowStream`. In both a row or a file that cannot be read is a `BadRow`, not
+the end.
 """
 
 import bisect
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dgrpo.data.cells import DELIMITERS, Cells
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.data.csv_rows import DELIMITERS, Cells
+from dgrpo.text import BadRow, Report
 
 SUFFIXES = (".jsonl", ".json", ".parquet", *DELIMITERS)
 
@@ -29,19 +29,19 @@ def load_rows(
     options: dict | None = None,
     report: Report | None = None,
 ) -> Sequence[dict]:
-    """Random access to all rows at ``path``; ``rows[i]`` raises BadRow where row i is unreadable.
+    """Random access to all rows at `path`; `rows[i]` raises BadRow where row i is unreadable.
 
     Args:
-        path: a ``.jsonl``, ``.json``, ``.parquet``, ``.csv`` or ``.tsv`` file, a glob, a folder of
-            such files, a folder written by ``Dataset.save_to_disk``, ``"module:function"`` (called
-            with ``options``, returns a sequence of dicts), or a dataset's name on the hub.
-        split: the split of a hub dataset or of a saved ``DatasetDict``.
-        columns: ``{our name: name in the file}``; the other columns keep their names.
+        path: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a glob, a folder of
+            such files, a folder written by `Dataset.save_to_disk`, `"module:function"` (called
+            with `options`, returns a sequence of dicts), or a dataset's name on the hub.
+        split: the split of a hub dataset or of a saved `DatasetDict`.
+        columns: `{our name: name in the file}`; the other columns keep their names.
         options: keyword arguments of a function.
         report: files that cannot be opened are counted here.
 
     Raises:
-        ValueError: nothing readable at ``path``.
+        ValueError: nothing readable at `path`.
     """
     report = report or Report()
     path = str(path)
@@ -77,7 +77,7 @@ def row_files(path: str | Path) -> list[str]:
 
 
 def is_function(path: str) -> bool:
-    """Whether ``path`` names a Python function, ``package.module:function``."""
+    """Whether `path` names a Python function, `package.module:function`."""
     module, _, name = path.partition(":")
     return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
@@ -157,7 +157,7 @@ class _Table:
 
 
 class _Lines:
-    """A JSONL file by line; its line offsets (8 bytes a line) are found in one pass."""
+    """A JSONL file by line; its line offsets (8 bytes per line) are found in one pass."""
 
     def __init__(self, file: str):
         self.name = file
@@ -225,7 +225,7 @@ class _Rows(Sequence):
 
 
 def renamed(row: dict, columns: dict[str, str], where: str) -> dict:
-    """The row with ``columns`` ({our name: theirs}) renamed. Raises BadRow where one is missing."""
+    """The row with `columns` ({our name: theirs}) renamed. Raises BadRow where one is missing."""
     if not columns:
         return row
     missing = [name for name in columns.values() if name not in row]

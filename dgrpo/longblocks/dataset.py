@@ -1,8 +1,8 @@
 """The public dataset LongBlocks (utter-project/LongBlocks, arXiv 2605.12227).
 
-Columns ``id, document, source, language, question, answer`` and one ``response_<model>`` a
+Columns `id, document, source, language, question, answer` and one `response_<model>` a
 generator. About 56 % of its rows come from Institutional Books, whose licence does not allow the
-text to be passed on: their ``document`` is null. Such rows are dropped and counted, or joined again
+text to be passed on: their `document` is null. Such rows are dropped and counted, or joined again
 with the books in a folder of the user's.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dgrpo.data.books import Books
-from dgrpo.data.passes import RowStream
 from dgrpo.data.render import Source
+from dgrpo.data.row_stream import RowStream
 from dgrpo.text import BadRow, Report, count_tokens
 
 RETRIEVAL = "retrieval"  # the family of dgrpo.longblocks.tasks.retrieval
@@ -35,15 +35,14 @@ def load_longblocks(
 
     Args:
         path: the hub dataset, a local copy's folder of parquet files, or one file.
-        response: which generator's answer becomes ``completion`` (``"Qwen3.5-27B"``); None: none.
+        response: which generator's answer becomes `completion` (`"Qwen3.5-27B"`); None: none.
         books: a folder to take the documents from that the dataset does not ship.
         tokenizer, min_tokens, max_tokens: length limits of the document, by this tokenizer.
         languages: only these.
-        report, log: where dropped rows are counted and told; see
-            :class:`~dgrpo.text.problems.Report`.
+        report, log: where dropped rows are counted and logged; see `Report`.
 
     Yields:
-        The row's columns, with ``completion`` where ``response`` is given.
+        The row's columns, with `completion` where `response` is given.
 
     Raises:
         ValueError: limits without a tokenizer, or a response column that the data does not have.

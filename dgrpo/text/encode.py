@@ -1,6 +1,6 @@
 """Text and chats to token ids, with the special-token text inside documents kept as text.
 
-A document that quotes ``<|endoftext|>`` must not end there: a tokenizer left alone would turn the
+A document that quotes `<|endoftext|>` must not end there: a tokenizer left alone would turn the
 quotation into the control token. Text is encoded as usual, unless it contains the text of a control
 token; then by a copy of the tokenizer that does not know those tokens.
 """
@@ -10,18 +10,18 @@ from weakref import WeakKeyDictionary
 
 from dgrpo.text.problems import BadRow
 
-CHUNK = 1 << 20  # characters encoded at once: the encoder keeps about 300 bytes a token
+CHUNK = 1 << 20  # characters encoded at once: the encoder keeps about 300 bytes per token
 _encoders: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def encode_text(tokenizer, text: str, *, target: bool = False) -> list[int]:
-    """Token ids of ``text`` taken literally, without beginning- or end-of-sequence tokens.
+    """Token ids of `text` taken literally, without beginning- or end-of-sequence tokens.
 
     Args:
         tokenizer: a tokenizer of transformers.
         text: any text.
         target: the text is what a model is to write: added tokens that are not special ones
-            (``<think>``, ``<tool_call>``) keep their ids; in a document they are text too.
+            (`<think>`, `<tool_call>`) keep their ids; in a document they are text too.
 
     Raises:
         BadRow: the tokenizer has no other way to write a control token's text.
@@ -36,9 +36,9 @@ def encode_chat(
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
-        messages: ``[{"role": ..., "content": str}, ...]``.
+        messages: `[{"role": ..., "content": str}, ...]`.
         add_generation_prompt: end with the opening of the assistant's turn.
-        options: passed to the template (``enable_thinking=False``, ``tools=...``).
+        options: passed to the template (`enable_thinking=False`, `tools=...`).
 
     Raises:
         ValueError: the tokenizer has no template.
@@ -57,7 +57,7 @@ def encode_chat(
 
 
 def count_tokens(tokenizer, text: str) -> int:
-    """Number of tokens of ``text`` taken literally."""
+    """Number of tokens of `text` taken literally."""
     return len(encode_text(tokenizer, text))
 
 
@@ -137,7 +137,7 @@ class _Encoder:
 
 
 def tokenizer_call(tokenizer):
-    """``text -> ids`` by the tokenizer itself, without anything around it."""
+    """`text -> ids` by the tokenizer itself, without anything around it."""
 
     def encode(text: str, **options) -> list[int]:
         return tokenizer(
@@ -153,7 +153,7 @@ def tokenizer_call(tokenizer):
 
 
 def chunks(text: str, size: int):
-    """Cut ``text`` into pieces of at most ``size`` characters, after line ends where it has any.
+    """Cut `text` into pieces of at most `size` characters, after line ends where it has any.
 
     A cut is made only before a character that is not white space, where tokenizers split anyway.
     """
@@ -174,7 +174,7 @@ def _any_of(texts: set[str]) -> re.Pattern | None:
 
 
 def _without(backend, hidden: set[str]):
-    """A copy of a fast tokenizer that reads the text of ``hidden`` tokens as text."""
+    """A copy of a fast tokenizer that reads the text of `hidden` tokens as text."""
     import json
 
     from tokenizers import Tokenizer

@@ -1,6 +1,6 @@
 """What went wrong with the data: every bad row is reported, counted and skipped, never fatal.
 
-A :class:`BadRow` carries where (file and row) and why; a :class:`Report` collects them. The first
+A `BadRow` carries where (file and row) and why; a `Report` collects them. The first
 few of each reason are logged as they happen, later ones whenever their number reaches a power of
 ten, and all of them go into a file where one was named.
 """
@@ -16,7 +16,7 @@ EXAMPLES = 3
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: ``reason`` groups rows in counts, ``detail`` tells them apart."""
+    """A row that cannot be used: `reason` groups rows in counts, `detail` tells them apart."""
 
     def __init__(self, reason: str, detail: str = "", where: str = ""):
         self.reason, self.detail, self.where = reason, detail, where
@@ -27,7 +27,7 @@ class Report:
     """Counts of what was kept and of what was dropped, by reason, with the first examples.
 
     Args:
-        log: receives one line a logged problem; the default warns through ``logging``.
+        log: receives one line per logged problem; the default warns through `logging`.
         path: a JSONL file that gets every dropped row's place, reason and detail.
     """
 
@@ -72,5 +72,5 @@ class Report:
         return {"kept": self.kept, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over the counts of :meth:`state_dict`."""
+        """Take over the counts of `state_dict`."""
         self.kept, self.counts = state["kept"], dict(state["counts"])

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import transformers
 
-from dgrpo.data import Prompt, PromptStream, Source
+from dgrpo.data import Prompt, PromptStream
 from dgrpo.distributed import ranks
-from dgrpo.longblocks.rewards.runner import Reward, Scorer
+from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.trainer.attempts import gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.trainer.columns import check_columns
-from dgrpo.trainer.config import DataSource, RunSettings
+from dgrpo.trainer.config import DataSource, Reward, RunSettings
 from dgrpo.trainer.history import CHECKPOINTS, History
 from dgrpo.trainer.length import Length
 from dgrpo.trainer.loading import load_tokenizer
@@ -179,12 +179,12 @@ def _scorer(settings: RunSettings) -> Scorer | None:
     """The rewards in their worker; None where no completion is ever scored."""
     if settings.method.sequences == "given" and not settings.evaluate.sources:
         return None
-    functions = [Reward(**reward.model_dump()) for reward in settings.rewards.functions]
+    functions = settings.rewards.functions
     if not functions:
         # Rows may name the library's rewards only; what the settings name may be called too.
         sources = [*settings.data.sources, *settings.evaluate.sources]
         allow = sorted({source.reward for source in sources if source.reward})
-        functions = [Reward("by_row", options={"allow": allow})]
+        functions = [Reward(path="by_row", options={"allow": allow})]
     return Scorer(functions, timeout=settings.rewards.timeout, seed=settings.seed)
 
 
@@ -201,7 +201,7 @@ def _stream(
         "require_completion": settings.method.sequences == "given",
     }
     return PromptStream(
-        [Source(**source.model_dump()) for source in sources],
+        sources,
         tokenizer,
         chat=data.chat,
         chat_options=data.chat_options,

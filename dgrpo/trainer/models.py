@@ -132,8 +132,9 @@ def load_teacher(
         return SelfTeacher(model, offload_above=wanted.host_above)
     theirs = teacher_tokenizer(settings, tokenizer)
     if method.teacher == "served":
-        key = os.environ.get(wanted.key_variable)
-        source = HttpTopK(wanted.url, wanted.name, api_key=key, timeout=wanted.timeout)
+        source = HttpTopK(
+            wanted.url, wanted.name, key_variable=wanted.key_variable, timeout=wanted.timeout
+        )
         return ServedTeacher(source, wanted.top_k)
     teacher = frozen(wanted, settings, mesh, device)
     options["vocab_size"] = wanted.vocab_size

@@ -235,10 +235,14 @@ def test_a_position_of_other_data_is_refused(tokenizer):
     ("options", "message"),
     [
         ({"sources": []}, "sources: got none"),
-        ({"sources": [Source(rows=rows(1), weight=0)]}, "weight: got 0"),
         ({"sources": [Source(rows=rows(1))], "rank": 2}, "rank: got 2"),
     ],
 )
 def test_wrong_arguments(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         PromptStream(options.pop("sources"), tokenizer, **options)
+
+
+def test_a_source_without_weight_raises():
+    with pytest.raises(ValueError, match="weight\n.*greater than 0.*input_value=0"):
+        Source(rows=rows(1), weight=0)

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from dgrpo.data import load_rows
-from dgrpo.data.passes import RowStream
+from dgrpo.data.row_stream import RowStream
 from dgrpo.text import BadRow, Report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dgrpo.longblocks.evaluation import LOADERS, RULER_TASKS
-from dgrpo.longblocks.tasks.families import TASKS
+from dgrpo.longblocks.tasks.catalog import TASKS
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
 Long context: LongBench (arXiv 2308.14508), ∞Bench (2402.13718), LongBench v2 (2412.15204). Short
 context, to see what training has cost elsewhere: GSM8K, MMLU-Pro, IFEval. The prompts are worded
-here. A row that lacks what it needs is reported, counted and left out.
+here. Each reader takes the path of a file or of a folder of them, and as `report` what counts the
+rows that lack something and are left out.
 """
 
 import json
@@ -55,165 +56,155 @@ INFINITEBENCH = {
 }
 
 
-def load_longbench(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of LongBench: ``input, context, answers, length, dataset, language, all_classes, _id``.
+def _loader(make: Callable[[dict, str], dict]) -> Callable[..., Iterator[dict]]:
+    """Turn a function of one row into a reader of all rows at a path."""
 
-    Args:
-        path: one of its JSONL files, or the folder of them.
-        report: counts rows that cannot be used.
+    def load(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
+        report = report or Report()
+        found = load_rows(path, split="test", report=report)
+        for index in range(len(found)):
+            where = found.where(index)
+            try:
+                row = make(found[index], where)
+            except BadRow as problem:
+                report.drop(problem, where)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                report.drop(BadRow("malformed row", f"{type(error).__name__}: {error}"), where)
+            else:
+                report.kept += 1
+                yield row
+
+    load.__name__, load.__doc__ = make.__name__, make.__doc__
+    return load
+
+
+@_loader
+def load_longbench(row: dict, where: str) -> dict:
+    """Rows of LongBench: `input, context, answers, length, dataset, language, all_classes, _id`."""
+    name = re.sub(r"_e$", "", str(row.get("dataset") or Path(where.rpartition(":")[0]).stem))
+    if name not in LONGBENCH:
+        raise BadRow("unknown data set", name)
+    score, instruction = LONGBENCH[name]
+    answers = _needed(row, "answers")
+    return {
+        "id": str(row.get("_id") or where),
+        "task": name,
+        "prompt": _joined(_needed(row, "context"), row.get("input"), instruction),
+        "answers": [str(a) for a in answers],
+        "classes": row.get("all_classes") or [],
+        "language": row.get("language") or "en",
+        "reward": f"dgrpo.longblocks.evaluation.scores:{score}",
+        "max_tokens": SUMMARIES.get(name, 128),
+    }
+
+
+@_loader
+def load_infinitebench(row: dict, where: str) -> dict:
+    """Rows of ∞Bench: `id, context, input, answer, options`, the task being the file's name."""
+    name = Path(where.rpartition(":")[0]).stem
+    name = next((task for task in INFINITEBENCH if name.startswith(task)), name)
+    if name not in INFINITEBENCH:
+        raise BadRow("unknown task", f"{name}; the file's name says which task it is")
+    score, instruction = INFINITEBENCH[name]
+    answers = _needed(row, "answer")
+    answers = [str(a) for a in (answers if isinstance(answers, list) else [answers])]
+    question = row.get("input") or ""
+    made = {"answers": answers}
+    if score == "choice":
+        options = _needed(row, "options")
+        if answers[0] not in options:
+            raise BadRow("the answer is no option", answers[0][:80])
+        made["answer"] = _letter(options.index(answers[0]))
+        made["chance"] = 1 / len(options)
+        question = _joined(question, _listed(options))
+    return made | {
+        "id": f"{name}-{row.get('id', where)}",
+        "task": name,
+        "prompt": _joined(_needed(row, "context"), question, instruction),
+        "language": "zh" if name.endswith("_chn") else "en",
+        "reward": f"dgrpo.longblocks.evaluation.scores:{score}",
+        "max_tokens": {"longbook_sum_eng": 1200, "math_calc": 30_000}.get(name, 128),
+    }
+
+
+@_loader
+def load_longbench_v2(row: dict, where: str) -> dict:
+    """Rows of LongBench v2: `_id, domain, difficulty, length, question, choice_A … , answer,
+    context`.
     """
-
-    def make(row: dict, where: str) -> dict:
-        name = re.sub(r"_e$", "", str(row.get("dataset") or Path(where.rpartition(":")[0]).stem))
-        if name not in LONGBENCH:
-            raise BadRow("unknown data set", name)
-        score, instruction = LONGBENCH[name]
-        answers = _needed(row, "answers")
-        return {
-            "id": str(row.get("_id") or where),
-            "task": name,
-            "prompt": _joined(_needed(row, "context"), row.get("input"), instruction),
-            "answers": [str(a) for a in answers],
-            "classes": row.get("all_classes") or [],
-            "language": row.get("language") or "en",
-            "reward": f"dgrpo.longblocks.evaluation.scores:{score}",
-            "max_tokens": SUMMARIES.get(name, 128),
-        }
-
-    return _rows(path, make, report)
+    options = [_needed(row, f"choice_{letter}") for letter in "ABCD"]
+    answer = str(_needed(row, "answer")).strip().upper()
+    if answer not in "ABCD":
+        raise BadRow("the answer is no option", answer[:80])
+    question = _joined(_needed(row, "question"), _listed(options))
+    return {
+        "id": str(row.get("_id") or where),
+        "task": f"longbench_v2 {row.get('length') or ''}".strip(),
+        "domain": row.get("domain") or "",
+        "difficulty": row.get("difficulty") or "",
+        "prompt": _joined(_needed(row, "context"), question, LETTER),
+        "answer": answer,
+        "reward": "dgrpo.longblocks.evaluation.scores:choice",
+        "chance": 0.25,
+        "max_tokens": 512,
+    }
 
 
-def load_infinitebench(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of ∞Bench: ``id, context, input, answer, options``, the task being the file's name.
-
-    Args:
-        path: one of its JSONL files, or the folder of them.
-        report: counts rows that cannot be used.
-    """
-
-    def make(row: dict, where: str) -> dict:
-        name = Path(where.rpartition(":")[0]).stem
-        name = next((task for task in INFINITEBENCH if name.startswith(task)), name)
-        if name not in INFINITEBENCH:
-            raise BadRow("unknown task", f"{name}; the file's name says which task it is")
-        score, instruction = INFINITEBENCH[name]
-        answers = _needed(row, "answer")
-        answers = [str(a) for a in (answers if isinstance(answers, list) else [answers])]
-        question = row.get("input") or ""
-        made = {"answers": answers}
-        if score == "choice":
-            options = _needed(row, "options")
-            if answers[0] not in options:
-                raise BadRow("the answer is no option", answers[0][:80])
-            made["answer"] = _letter(options.index(answers[0]))
-            made["chance"] = 1 / len(options)
-            question = _joined(question, _listed(options))
-        return made | {
-            "id": f"{name}-{row.get('id', where)}",
-            "task": name,
-            "prompt": _joined(_needed(row, "context"), question, instruction),
-            "language": "zh" if name.endswith("_chn") else "en",
-            "reward": f"dgrpo.longblocks.evaluation.scores:{score}",
-            "max_tokens": {"longbook_sum_eng": 1200, "math_calc": 30_000}.get(name, 128),
-        }
-
-    return _rows(path, make, report)
+@_loader
+def load_gsm8k(row: dict, where: str) -> dict:
+    """Rows of GSM8K: `question, answer`, the answer ending in `#### 42`."""
+    number = re.search(r"####\s*(-?[\d,.]+)", _needed(row, "answer"))
+    if number is None:
+        raise BadRow("no number after ####")
+    return {
+        "id": where,
+        "task": "gsm8k",
+        "prompt": f"{_needed(row, 'question')}\n\nThink step by step. End with a line that "
+        'says "Answer: " and the number alone.',
+        "aliases": [number[1].replace(",", "").rstrip(".")],
+        "reward": "dgrpo.rewards:final_number",
+        "max_tokens": 1024,
+    }
 
 
-def load_longbench_v2(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of LongBench v2: ``_id, domain, difficulty, length, question, choice_A … , answer,
-    context``.
-
-    Args:
-        path: its ``data.json``, or parquet files of it.
-        report: counts rows that cannot be used.
-    """
-
-    def make(row: dict, where: str) -> dict:
-        options = [_needed(row, f"choice_{letter}") for letter in "ABCD"]
-        answer = str(_needed(row, "answer")).strip().upper()
-        if answer not in "ABCD":
-            raise BadRow("the answer is no option", answer[:80])
-        question = _joined(_needed(row, "question"), _listed(options))
-        return {
-            "id": str(row.get("_id") or where),
-            "task": f"longbench_v2 {row.get('length') or ''}".strip(),
-            "domain": row.get("domain") or "",
-            "difficulty": row.get("difficulty") or "",
-            "prompt": _joined(_needed(row, "context"), question, LETTER),
-            "answer": answer,
-            "reward": "dgrpo.longblocks.evaluation.scores:choice",
-            "chance": 0.25,
-            "max_tokens": 512,
-        }
-
-    return _rows(path, make, report)
+@_loader
+def load_mmlu_pro(row: dict, where: str) -> dict:
+    """Rows of MMLU-Pro: `question_id, question, options, answer, category`."""
+    options = [option for option in _needed(row, "options") if option != "N/A"]
+    answer = str(_needed(row, "answer")).strip().upper()
+    if answer not in [_letter(k) for k in range(len(options))]:
+        raise BadRow("the answer is no option", answer[:80])
+    return {
+        "id": f"mmlu_pro-{row.get('question_id', where)}",
+        "task": "mmlu_pro",
+        "category": row.get("category") or "",
+        "prompt": _joined(
+            _needed(row, "question"), _listed(options), f"Think step by step. {LETTER}"
+        ),
+        "answer": answer,
+        "reward": "dgrpo.longblocks.evaluation.scores:choice",
+        "chance": 1 / len(options),
+        "max_tokens": 1024,
+    }
 
 
-def load_gsm8k(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of GSM8K: ``question, answer``, the answer ending in ``#### 42``."""
-
-    def make(row: dict, where: str) -> dict:
-        number = re.search(r"####\s*(-?[\d,.]+)", _needed(row, "answer"))
-        if number is None:
-            raise BadRow("no number after ####")
-        return {
-            "id": where,
-            "task": "gsm8k",
-            "prompt": f"{_needed(row, 'question')}\n\nThink step by step. End with a line that "
-            'says "Answer: " and the number alone.',
-            "aliases": [number[1].replace(",", "").rstrip(".")],
-            "reward": "dgrpo.rewards:final_number",
-            "max_tokens": 1024,
-        }
-
-    return _rows(path, make, report)
-
-
-def load_mmlu_pro(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of MMLU-Pro: ``question_id, question, options, answer, category``."""
-
-    def make(row: dict, where: str) -> dict:
-        options = [option for option in _needed(row, "options") if option != "N/A"]
-        answer = str(_needed(row, "answer")).strip().upper()
-        if answer not in [_letter(k) for k in range(len(options))]:
-            raise BadRow("the answer is no option", answer[:80])
-        return {
-            "id": f"mmlu_pro-{row.get('question_id', where)}",
-            "task": "mmlu_pro",
-            "category": row.get("category") or "",
-            "prompt": _joined(
-                _needed(row, "question"), _listed(options), f"Think step by step. {LETTER}"
-            ),
-            "answer": answer,
-            "reward": "dgrpo.longblocks.evaluation.scores:choice",
-            "chance": 1 / len(options),
-            "max_tokens": 1024,
-        }
-
-    return _rows(path, make, report)
-
-
-def load_ifeval(path: str | Path, *, report: Report | None = None) -> Iterator[dict]:
-    """Rows of IFEval: ``key, prompt, instruction_id_list, kwargs``."""
-
-    def make(row: dict, where: str) -> dict:
-        names = _needed(row, "instruction_id_list")
-        arguments = row.get("kwargs") or []
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        if len(arguments) != len(names):
-            raise BadRow("as many kwargs as instructions expected", f"{len(arguments)}")
-        return {
-            "id": f"ifeval-{row.get('key', where)}",
-            "task": "ifeval",
-            "prompt": _needed(row, "prompt"),
-            "instruction_ids": names,
-            "arguments": arguments,
-            "reward": "dgrpo.longblocks.evaluation.scores:instructions",
-            "max_tokens": 1280,
-        }
-
-    return _rows(path, make, report)
+@_loader
+def load_ifeval(row: dict, where: str) -> dict:
+    """Rows of IFEval: `key, prompt, instruction_id_list, kwargs`."""
+    names = _needed(row, "instruction_id_list")
+    arguments = row.get("kwargs") or []
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if len(arguments) != len(names):
+        raise BadRow("as many kwargs as instructions expected", f"{len(arguments)}")
+    return {
+        "id": f"ifeval-{row.get('key', where)}",
+        "task": "ifeval",
+        "prompt": _needed(row, "prompt"),
+        "instruction_ids": names,
+        "arguments": arguments,
+        "reward": "dgrpo.longblocks.evaluation.scores:instructions",
+        "max_tokens": 1280,
+    }
 
 
 LOADERS: dict[str, Callable[..., Iterator[dict]]] = {
@@ -224,22 +215,6 @@ LOADERS: dict[str, Callable[..., Iterator[dict]]] = {
     "mmlu_pro": load_mmlu_pro,
     "ifeval": load_ifeval,
 }
-
-
-def _rows(path: str | Path, make, report: Report | None) -> Iterator[dict]:
-    report = report or Report()
-    found = load_rows(path, split="test", report=report)
-    for index in range(len(found)):
-        where = found.where(index)
-        try:
-            row = make(found[index], where)
-        except BadRow as problem:
-            report.drop(problem, where)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            report.drop(BadRow("malformed row", f"{type(error).__name__}: {error}"), where)
-        else:
-            report.kept += 1
-            yield row
 
 
 def _needed(row: dict, name: str):

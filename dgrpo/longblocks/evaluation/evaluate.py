@@ -31,13 +31,13 @@ def evaluate(
     batch fails, its rows are tried one by one.
 
     Args:
-        generate: ``(prompts, max_tokens) -> completions``; a prompt is a text or chat messages.
-        rows: with the columns of ``dgrpo data make``, also read lazily. ``task`` is what a row is
-            counted under, ``length`` (else ``tokens``, rounded up to a power of two) its length,
-            ``depths`` where its needles lie, ``document_id`` what it is not independent of.
+        generate: `(prompts, max_tokens) -> completions`; a prompt is a text or chat messages.
+        rows: with the columns of `dgrpo data make`, also read lazily. `task` is what a row is
+            counted under, `length` (else `tokens`, rounded up to a power of two) its length,
+            `depths` where its needles lie, `document_id` what it is not independent of.
         reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
         batch_size: prompts a call.
-        max_tokens: longest completion; None: the row's ``max_tokens``, else 256.
+        max_tokens: longest completion; None: the row's `max_tokens`, else 256.
         source: how a prompt is made from a row, as in training.
         tokenizer: measures rows that do not say how long they are.
         log: receives a line for each failure.

@@ -9,11 +9,11 @@ import re
 
 
 def follows(name: str, arguments: dict | None, text: str, prompt: str = "") -> bool | None:
-    """Whether ``text`` follows the instruction ``name``; None where it cannot be checked.
+    """Whether `text` follows the instruction `name`; None where it cannot be checked.
 
     Args:
-        name: such as ``"length_constraints:number_words"``.
-        arguments: such as ``{"relation": "at least", "num_words": 300}``; None values are absent.
+        name: such as `"length_constraints:number_words"`.
+        arguments: such as `{"relation": "at least", "num_words": 300}`; None values are absent.
         text: the response.
         prompt: the whole prompt, for instructions that repeat it.
 
@@ -41,20 +41,17 @@ def _count(text: str, word: str) -> int:
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
 
 
-def _keywords(text, keywords):
-    return all(_count(text, word) for word in keywords)
+def _sentences(text: str) -> int:
+    found = re.split(r"(?<=[.!?])[\"')\]]*\s+|\n+", text.strip())
+    return sum(re.search(r"\w", sentence) is not None for sentence in found)
 
 
-def _frequency(text, keyword, frequency, relation="at least"):
-    return _compare(_count(text, keyword), relation, frequency)
-
-
-def _forbidden(text, forbidden_words):
-    return not any(_count(text, word) for word in forbidden_words)
-
-
-def _letters(text, letter, let_frequency, let_relation="at least"):
-    return _compare(text.lower().count(letter.lower()), let_relation, let_frequency)
+def _first_word(text, num_paragraphs, nth_paragraph, first_word):
+    found = [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
+    if len(found) != num_paragraphs or not 1 <= nth_paragraph <= len(found):
+        return False
+    word = re.match(r"\W*([\w'’-]+)", found[nth_paragraph - 1])
+    return word is not None and word[1].lower() == first_word.lower()
 
 
 def _language(text, language):
@@ -66,55 +63,15 @@ def _language(text, language):
     return detect(text) == language
 
 
-def _sentences(text, num_sentences, relation="at least"):
-    found = [
-        s for s in re.split(r"(?<=[.!?])[\"')\]]*\s+|\n+", text.strip()) if re.search(r"\w", s)
-    ]
-    return _compare(len(found), relation, num_sentences)
-
-
-def _paragraphs(text, num_paragraphs):
-    return len([p for p in re.split(r"\s*\*\*\*\s*", text.strip()) if p]) == num_paragraphs
-
-
-def _words(text, num_words, relation="at least"):
-    return _compare(len(re.findall(r"\w+", text)), relation, num_words)
-
-
-def _first_word(text, num_paragraphs, nth_paragraph, first_word):
-    found = [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
-    if len(found) != num_paragraphs or not 1 <= nth_paragraph <= len(found):
-        return False
-    word = re.match(r"\W*([\w'’-]+)", found[nth_paragraph - 1])
-    return word is not None and word[1].lower() == first_word.lower()
-
-
-def _placeholders(text, num_placeholders):
-    return len(re.findall(r"\[[^\[\]]+\]", text)) >= num_placeholders
-
-
 def _postscript(text, postscript_marker="P.S."):
     marker = r"\s*".join(re.escape(c) for c in postscript_marker.replace(" ", ""))
     return re.search(rf"(?m)^\W*{marker}\s*\S", text, re.IGNORECASE) is not None
-
-
-def _bullets(text, num_bullets):
-    return len(re.findall(r"(?m)^\s*(?:\*(?!\*)|-(?!-))\s*\S", text)) == num_bullets
-
-
-def _constrained(text):
-    return any(f"my answer is {word}" in text.lower() for word in ("yes", "no", "maybe"))
 
 
 def _highlights(text, num_highlights):
     double = re.findall(r"\*\*[^*\n]*[^*\s][^*\n]*\*\*", text)
     single = re.findall(r"(?<!\*)\*[^*\n]*[^*\s][^*\n]*\*(?!\*)", text)
     return len(double) + len(single) >= num_highlights
-
-
-def _sections(text, section_spliter, num_sections):
-    found = re.findall(rf"(?m)^\W*{re.escape(section_spliter)}\s*\d+", text)
-    return len(found) >= num_sections
 
 
 def _json(text):
@@ -126,51 +83,65 @@ def _json(text):
     return True
 
 
-def _title(text):
-    return any(t.strip() for t in re.findall(r"<<([^<>\n]+)>>", text))
-
-
 def _two_responses(text):
     found = [part.strip() for part in text.split("******")]
     return len(found) == 2 and all(found) and found[0] != found[1]
 
 
-def _ends(text, end_phrase):
-    return text.strip().strip('"').strip().lower().endswith(end_phrase.strip().lower())
+def _capital_words(text: str) -> int:
+    return sum(word.isupper() for word in re.findall(r"[\w'’-]+", text))
 
 
-def _quotation(text):
-    text = text.strip()
-    return len(text) > 1 and text[0] == text[-1] == '"'
-
-
-def _capital_words(text, capital_frequency, capital_relation="at least"):
-    found = [w for w in re.findall(r"[\w'’-]+", text) if w.isupper()]
-    return _compare(len(found), capital_relation, capital_frequency)
-
-
-CHECKS = {
-    "keywords:existence": _keywords,
-    "keywords:frequency": _frequency,
-    "keywords:forbidden_words": _forbidden,
-    "keywords:letter_frequency": _letters,
+CHECKS = {  # the arguments have the names of the data set
+    "keywords:existence": lambda text, keywords: all(_count(text, word) for word in keywords),
+    "keywords:frequency": lambda text, keyword, frequency, relation="at least": _compare(
+        _count(text, keyword), relation, frequency
+    ),
+    "keywords:forbidden_words": lambda text, forbidden_words: (
+        not any(_count(text, word) for word in forbidden_words)
+    ),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation="at least": (
+        _compare(text.lower().count(letter.lower()), let_relation, let_frequency)
+    ),
     "language:response_language": _language,
-    "length_constraints:number_sentences": _sentences,
-    "length_constraints:number_paragraphs": _paragraphs,
-    "length_constraints:number_words": _words,
+    "length_constraints:number_sentences": lambda text, num_sentences, relation="at least": (
+        _compare(_sentences(text), relation, num_sentences)
+    ),
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs: (
+        sum(map(bool, re.split(r"\s*\*\*\*\s*", text.strip()))) == num_paragraphs
+    ),
+    "length_constraints:number_words": lambda text, num_words, relation="at least": _compare(
+        len(re.findall(r"\w+", text)), relation, num_words
+    ),
     "length_constraints:nth_paragraph_first_word": _first_word,
-    "detectable_content:number_placeholders": _placeholders,
+    "detectable_content:number_placeholders": lambda text, num_placeholders: (
+        len(re.findall(r"\[[^\[\]]+\]", text)) >= num_placeholders
+    ),
     "detectable_content:postscript": _postscript,
-    "detectable_format:number_bullet_lists": _bullets,
-    "detectable_format:constrained_response": _constrained,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: (
+        len(re.findall(r"(?m)^\s*(?:\*(?!\*)|-(?!-))\s*\S", text)) == num_bullets
+    ),
+    "detectable_format:constrained_response": lambda text: any(
+        f"my answer is {word}" in text.lower() for word in ("yes", "no", "maybe")
+    ),
     "detectable_format:number_highlighted_sections": _highlights,
-    "detectable_format:multiple_sections": _sections,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
+        len(re.findall(rf"(?m)^\W*{re.escape(section_spliter)}\s*\d+", text)) >= num_sections
+    ),
     "detectable_format:json_format": _json,
-    "detectable_format:title": _title,
+    "detectable_format:title": lambda text: any(
+        title.strip() for title in re.findall(r"<<([^<>\n]+)>>", text)
+    ),
     "combination:two_responses": _two_responses,
-    "startend:end_checker": _ends,
-    "startend:quotation": _quotation,
-    "change_case:capital_word_frequency": _capital_words,
+    "startend:end_checker": lambda text, end_phrase: (
+        text.strip().strip('"').strip().lower().endswith(end_phrase.strip().lower())
+    ),
+    "startend:quotation": lambda text: re.fullmatch(r'".*"', text.strip(), re.DOTALL) is not None,
+    "change_case:capital_word_frequency": (
+        lambda text, capital_frequency, capital_relation="at least": _compare(
+            _capital_words(text), capital_relation, capital_frequency
+        )
+    ),
     "change_case:english_capital": lambda text: text.isupper(),
     "change_case:english_lowercase": lambda text: text.islower(),
     "punctuation:no_comma": lambda text: "," not in text,

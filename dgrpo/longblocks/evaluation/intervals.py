@@ -10,7 +10,7 @@ _CELLS = 4_000_000  # resampled values held at once
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval over ``n`` items."""
+    """A mean with its 95 % interval over `n` items."""
 
     mean: float
     low: float
@@ -71,7 +71,7 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """The difference of two systems on the same items, in the same order: mean of ``a - b``.
+    """The difference of two systems on the same items, in the same order: mean of `a - b`.
 
     Items (or whole clusters of them) are drawn with both systems' scores together, so what makes
     an item hard for both does not count.
@@ -100,7 +100,7 @@ def _checked(scores: Sequence[float], clusters: Sequence | None) -> np.ndarray:
     if values.ndim != 1 or not len(values):
         raise ValueError(f"scores: got shape {values.shape}, expected at least one number")
     if clusters is not None and len(clusters) != len(values):
-        raise ValueError(f"clusters: got {len(clusters)}, expected one a score, {len(values)}")
+        raise ValueError(f"clusters: got {len(clusters)}, expected one per score, {len(values)}")
     return values
 
 

@@ -12,13 +12,13 @@ def lm_eval_scores(
 
     Args:
         model: folder or hub name.
-        tasks: names that lm-eval knows (``gsm8k``, ``mmlu_pro``, ``ifeval``).
+        tasks: names that lm-eval knows (`gsm8k`, `mmlu_pro`, `ifeval`).
         limit: items of a task; None: all.
         batch_size: prompts at a time.
-        options: more model arguments of lm-eval (``dtype="bfloat16"``).
+        options: more model arguments of lm-eval (`dtype="bfloat16"`).
 
     Returns:
-        ``"task/metric"`` to mean and 95 % interval by lm-eval's standard error.
+        `"task/metric"` to mean and 95 % interval by lm-eval's standard error.
 
     Raises:
         ValueError: lm-eval is not installed.

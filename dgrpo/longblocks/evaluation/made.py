@@ -1,11 +1,11 @@
-"""The tasks of ``dgrpo data make`` as an evaluation, from the text that it keeps for tests."""
+"""The tasks of `dgrpo data make` as an evaluation, from the text that it keeps for tests."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from dgrpo.longblocks.tasks.catalog import CODE, MakeSettings, make_row
 from dgrpo.longblocks.tasks.corpus import build_corpus, counter
 from dgrpo.longblocks.tasks.facts import Ground
-from dgrpo.longblocks.tasks.families import CODE, MakeSettings, make_row
 from dgrpo.longblocks.tasks.tracing import code_files
 from dgrpo.text import BadRow
 
@@ -21,8 +21,8 @@ def made(
     """Rows of tasks at lengths, deterministic by seed: those of the split "test".
 
     Args:
-        tokenizer: measures lengths; ``"bytes"``: one token a byte.
-        tasks: names in :data:`dgrpo.longblocks.tasks.families.TASKS`; empty or "all": all.
+        tokenizer: measures lengths; `"bytes"`: one token a byte.
+        tasks: names in `dgrpo.longblocks.tasks.catalog.TASKS`; empty or "all": all.
         lengths: tokens of document and question.
         count: rows of each task and length.
         seed: of everything.

@@ -136,7 +136,7 @@ class Results:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Results":
-        """Read what :meth:`to_json` wrote."""
+        """Read what `to_json` wrote."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         items = [Item(**item | {"depths": tuple(item["depths"])}) for item in content["items"]]
         return cls(items, content["failures"], content["counts"])
@@ -170,7 +170,7 @@ class Results:
 
 
 def compare(before: Results, after: Results) -> dict[str, Difference]:
-    """Per task, ``after - before`` on the items that both have (matched by task and id).
+    """Per task, `after - before` on the items that both have (matched by task and id).
 
     Raises:
         ValueError: no item in common.

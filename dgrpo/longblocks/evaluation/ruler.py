@@ -2,7 +2,7 @@
 
 Needles in real text (one; among many keys; several values of a key; several keys asked), variable
 tracing, the most common and the most frequent words of a list, and questions over passages with
-distractors. Documents come from text that ``dgrpo data make`` keeps for tests.
+distractors. Documents come from text that `dgrpo data make` keeps for tests.
 """
 
 import zlib
@@ -30,8 +30,8 @@ def ruler(
     """Rows of tasks at lengths, deterministic by seed.
 
     Args:
-        tokenizer: measures lengths; ``"bytes"``: one token a byte.
-        tasks: names in :data:`TASKS`; empty: all.
+        tokenizer: measures lengths; `"bytes"`: one token a byte.
+        tasks: names in `TASKS`; empty: all.
         lengths: tokens of document and question.
         count: rows of each task and length. The depths of a single needle go through ten equal
             parts of the document in turn.
@@ -102,7 +102,7 @@ def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int
     facts = [Fact(text, i < len(asked)) for i, text in enumerate(texts)]
     woven = weave(ground, rng, facts, tokens, question, depths)
     wrong = [str(number) for _, number in more]
-    return _row(woven, question, right, wrong, texts[: len(asked)], range(len(asked)))
+    return _row(woven, question, right, wrong, texts[: len(asked)], len(asked))
 
 
 def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
@@ -123,7 +123,7 @@ def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
     facts = [Fact(t, i == 0) for i, (some, _, _) in enumerate(chains) for t in some]
     woven = weave(ground, rng, facts, tokens, question)
     wrong = [name for _, some, _ in chains[1:] for name in some]
-    return _row(woven, question, variables, wrong, texts, range(5))
+    return _row(woven, question, variables, wrong, texts, 5)
 
 
 def common_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
@@ -163,11 +163,11 @@ def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str)
     if kept[order[top - 1]] <= kept[order[top]] or set(order[:top]) != set(words[:top]):
         raise ValueError(f"lengths: {tokens} tokens are too few to tell the most {kind} words")
     woven = Woven(text, length + ground.count(question) + 2, [], [])
-    return _row(woven, question, order[:top], order[top : top + 8], [], ())
+    return _row(woven, question, order[:top], order[top : top + 8], [], 0)
 
 
 def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
-    """As many pieces, with spaces between, as fit into ``room`` tokens; the text and its tokens."""
+    """As many pieces, with spaces between, as fit into `room` tokens; the text and its tokens."""
     kept, used, block = [], 0, 256
     while block and len(kept) < len(pieces):
         text = " ".join(pieces[len(kept) : len(kept) + block])
@@ -196,23 +196,22 @@ def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     }
 
 
-def _row(woven: Woven, question, right, wrong, evidence, gold) -> dict:
+def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
     one = len(right) == 1
     answer = ", ".join(right)
     return row(
         woven,
+        gold=gold,
         family="ruler",
         task="",
         question=question,
         answer=answer,
         reward="exact_match" if one else "item_f1",
         reference=f"Answer: {answer}",
-        gold=list(gold),
         evidence="\n".join(evidence),
         aliases=list(right) if one else [],
         items=[] if one else list(right),
         distractors=list(wrong),
-        hops=max(1, len(gold)),
     )
 
 

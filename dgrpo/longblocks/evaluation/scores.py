@@ -9,7 +9,7 @@ import re
 from collections import Counter
 
 from dgrpo.longblocks.evaluation.instructions import follows
-from dgrpo.longblocks.rewards.text import final_answer, normalise, without_thinking
+from dgrpo.longblocks.rewards.matching import final_answer, normalise, without_thinking
 
 _LETTER = re.compile(r"\\(?:boxed|text)\{\(?([A-Z])\)?\}|\b(?:answer|option|choice)\b\W*(?:is\W*)?"
                      r"\(?([A-Z])\)?(?![A-Za-z'])", re.I)  # fmt: skip
@@ -17,7 +17,7 @@ _ALONE = re.compile(r"(?<![A-Za-z])\(?([A-Z])\)?(?![A-Za-z'])")
 
 
 def choice(prompts, completions, *, answer, **columns) -> list[float]:
-    """1 where the letter that a completion chooses is ``answer`` ("A", "B", ...)."""
+    """1 where the letter that a completion chooses is `answer` ("A", "B", ...)."""
     pairs = zip(completions, answer, strict=True)
     return [float(chosen_letter(text) == right.strip().upper()) for text, right in pairs]
 
@@ -35,7 +35,7 @@ def chosen_letter(text: str) -> str | None:
 
 
 def word_f1(prompts, completions, *, answers, **columns) -> list[float]:
-    """F1 of the words, the best over ``answers`` (question answering)."""
+    """F1 of the words, the best over `answers` (question answering)."""
     return [
         max(_f1(normalise(final_answer(text)).split(), normalise(a).split()) for a in right)
         for text, right in zip(completions, answers, strict=True)
@@ -51,7 +51,7 @@ def character_f1(prompts, completions, *, answers, **columns) -> list[float]:
 
 
 def rouge_l(prompts, completions, *, answers, language=None, **columns) -> list[float]:
-    """ROUGE-L F1 by words, in Chinese (``language`` "zh") by characters, the best over answers."""
+    """ROUGE-L F1 by words, in Chinese (`language` "zh") by characters, the best over answers."""
     languages = language or [None] * len(completions)
     scores = []
     for text, right, tongue in zip(completions, answers, languages, strict=True):
@@ -86,7 +86,7 @@ def same_number(prompts, completions, *, answers, **columns) -> list[float]:
 
 
 def contained(prompts, completions, *, answers, **columns) -> list[float]:
-    """1 where one of ``answers`` stands in the first line of the final answer as whole words."""
+    """1 where one of `answers` stands in the first line of the final answer as whole words."""
     scores = []
     for text, right in zip(completions, answers, strict=True):
         line = f" {normalise(final_answer(text))} "
@@ -119,7 +119,7 @@ def number_list(prompts, completions, *, answers, **columns) -> list[float]:
 
 
 def instructions(prompts, completions, *, instruction_ids, arguments, prompt, **columns) -> dict:
-    """1 where all of a prompt's instructions are followed; part ``instructions``: the share."""
+    """1 where all of a prompt's instructions are followed; part `instructions`: the share."""
     scores, shares = [], []
     for text, names, settings, asked in zip(
         completions, instruction_ids, arguments, prompt, strict=True

@@ -9,7 +9,7 @@ from dgrpo.longblocks.evaluation.evaluate import each
 from dgrpo.longblocks.evaluation.made import made
 from dgrpo.longblocks.evaluation.ruler import TASKS as RULER_TASKS
 from dgrpo.longblocks.evaluation.ruler import ruler
-from dgrpo.longblocks.tasks.families import TASKS
+from dgrpo.longblocks.tasks.catalog import TASKS
 from dgrpo.text import BadRow
 
 
@@ -29,9 +29,9 @@ def rows_of(
 
     Args:
         tokenizer: measures the tasks that are made.
-        files: of rows, see :func:`dgrpo.data.load_rows`.
-        benchmarks: each ``NAME=FILE``, NAME one of :data:`LOADERS`.
-        tasks, ruler_tasks, lengths, count, seed: see :func:`made` and :func:`ruler`.
+        files: of rows, see `dgrpo.data.load_rows`.
+        benchmarks: each `NAME=FILE`, NAME one of `LOADERS`.
+        tasks, ruler_tasks, lengths, count, seed: see `made` and `ruler`.
         limit: rows of each source at most.
 
     Raises:

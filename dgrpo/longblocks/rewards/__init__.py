@@ -1,7 +1,7 @@
-"""Rewards: functions ``(prompts, completions, **columns) -> list[float]``, and what runs them.
+"""Rewards: functions `(prompts, completions, **columns) -> list[float]`, and what runs them.
 
 A reward scores each sample by itself, in [0, 1]. It gets the prompts and completions as text and
-every column of the data by name, one value a sample, and takes ``**columns`` for those that it does
+every column of the data by name, one value per sample, and takes `**columns` for those that it does
 not read. It returns a list, or a dict of lists with the key "reward", whose other keys are reported
 as parts. None, NaN or a text (the reason) in place of a number is a sample that could not be
 scored: it is left out of training and counted.

@@ -4,8 +4,9 @@ import re
 import threading
 from decimal import Decimal
 
-from dgrpo.longblocks.rewards.text import (
+from dgrpo.longblocks.rewards.matching import (
     answers,
+    by_part,
     column,
     f1,
     final_answer,
@@ -24,7 +25,7 @@ def exact_match(prompts, completions, *, answer=None, aliases=None, **columns) -
 
     An answer that names several values, the right one among them, is wrong.
 
-    Columns: ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `aliases` (list of str) or `answer` (str).
     """
     return [float(normalise(a) in gold) for a, gold in _pairs(completions, answer, aliases)]
 
@@ -33,27 +34,26 @@ def token_f1(prompts, completions, *, answer=None, aliases=None, **columns) -> d
     """F1 of the final answer's words times their precision, the best over the aliases.
 
     The factor (see `guarded`) takes the profit out of listing candidates.
-    The part ``f1`` is the plain F1 of the literature.
+    The part `f1` is the plain F1 of the literature.
 
-    Columns: ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `aliases` (list of str) or `answer` (str).
     """
-    values, plain = [], []
+    found = []
     for given, gold in _pairs(completions, answer, aliases):
         words = normalise(given).split()
         pairs = [overlap(words, g.split()) for g in gold]
-        values.append(max(guarded(*pair) for pair in pairs))
-        plain.append(max(f1(*pair) for pair in pairs))
-    return {"reward": values, "f1": plain}
+        found.append((max(guarded(*pair) for pair in pairs), max(f1(*pair) for pair in pairs)))
+    return by_part(("reward", "f1"), found)
 
 
 def item_f1(prompts, completions, *, items=None, **columns) -> dict:
     """F1 of a comma-separated list against a set of items, times its precision; order is free.
 
-    Duplicates and extra items cost precision. Parts: ``precision``, ``recall``.
+    Duplicates and extra items cost precision. Parts: `precision`, `recall`.
 
-    Columns: ``items`` (list of str).
+    Columns: `items` (list of str).
     """
-    values, precisions, recalls = [], [], []
+    found = []
     for completion, gold in zip(completions, column(items, len(completions)), strict=True):
         if not gold:
             raise ValueError("items: got a row without items, expected a list of texts")
@@ -61,16 +61,14 @@ def item_f1(prompts, completions, *, items=None, **columns) -> dict:
             normalise(x) for x in re.split(r"[,;] |[,;]$| and ", squeeze(final_answer(completion)))
         ]
         precision, recall = overlap([x for x in given if x], [normalise(str(x)) for x in gold])
-        values.append(guarded(precision, recall))
-        precisions.append(precision)
-        recalls.append(recall)
-    return {"reward": values, "precision": precisions, "recall": recalls}
+        found.append((guarded(precision, recall), precision, recall))
+    return by_part(("reward", "precision", "recall"), found)
 
 
 def final_number(prompts, completions, *, answer=None, aliases=None, **columns) -> list[float]:
     """1 where the last number of the completion equals the (last) number of one of the aliases.
 
-    Columns: ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `aliases` (list of str) or `answer` (str).
     """
     values = []
     for completion, gold in _rows(completions, answer, aliases):
@@ -84,11 +82,11 @@ def math(
 ) -> list[float]:
     """1 where math-verify finds the final answer equal to the right one, else 0.
 
-    The final answer is the last ``\\boxed{...}``, else what follows the last "Answer:", else the
+    The final answer is the last `\\boxed{...}`, else what follows the last "Answer:", else the
     last line, at most 1,000 characters. Without a box, a list of values where one is asked for is
     wrong: math-verify itself would accept any list that ends in the right one.
 
-    Columns: ``aliases``, ``answer`` or ``solution`` (str, LaTeX or plain).
+    Columns: `aliases`, `answer` or `solution` (str, LaTeX or plain).
     """
     from math_verify import parse, verify
 
@@ -141,7 +139,7 @@ def _last_number(text: str) -> Decimal | str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}``, with its inner braces."""
+    """Content of the last `\\boxed{...}`, with its inner braces."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

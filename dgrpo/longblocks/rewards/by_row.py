@@ -7,13 +7,13 @@ from dgrpo.longblocks.rewards.worker import HOME, WrongResult, columns_of
 
 
 def by_row(prompts, completions, *, reward, allow: Sequence[str] = (), **columns) -> dict:
-    """Score each sample by the function in its row's ``reward`` column.
+    """Score each sample by the function in its row's `reward` column.
 
-    A row may name a function of ``dgrpo.rewards`` ("dgrpo.rewards:exact_match", "exact_match") or
-    one that ``allow`` lists as "module:function"; data cannot have other code called. Parts are
+    A row may name a function of `dgrpo.rewards` ("dgrpo.rewards:exact_match", "exact_match") or
+    one that `allow` lists as "module:function"; data cannot have other code called. Parts are
     those of the functions, a sample having those of its own.
 
-    Columns: ``reward`` (str), and what the functions read.
+    Columns: `reward` (str), and what the functions read.
 
     Raises:
         ValueError: a row that names anything else.

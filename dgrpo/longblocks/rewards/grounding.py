@@ -3,8 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from dgrpo.longblocks.rewards.text import (
+from dgrpo.longblocks.rewards.matching import (
     answers,
+    by_part,
     column,
     f1,
     final_answer,
@@ -51,37 +52,33 @@ def abstention(
     """1 for the right answer to what is answerable, and for abstaining from what is not.
 
     To abstain is to give one of the phrases as the final answer, without an answer beside it. The
-    part ``abstained`` is its rate.
+    part `abstained` is its rate.
 
-    Columns: ``answerable`` (bool), ``aliases`` (list of str) or ``answer`` (str).
+    Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
     n = len(completions)
     rows = zip(completions, answerable, column(answer, n), column(aliases, n), strict=True)
-    values, abstained = [], []
+    found = []
     for completion, can, one, many in rows:
         silent = abstains(completion, phrases)
-        abstained.append(float(silent))
-        values.append(
-            _right(completion, one, many) if can and not silent else float(silent and not can)
-        )
-    return {"reward": values, "abstained": abstained}
+        right = _right(completion, one, many) if can and not silent else float(silent and not can)
+        found.append((right, float(silent)))
+    return by_part(("reward", "abstained"), found)
 
 
 def citation(prompts, completions, *, passage_ids, **columns) -> dict:
     """F1 of the cited labels ("[P12]") against the supporting ones, times their precision.
 
-    Each label counts once. Parts: ``precision``, ``recall``.
+    Each label counts once. Parts: `precision`, `recall`.
 
-    Columns: ``passage_ids`` (list of str).
+    Columns: `passage_ids` (list of str).
     """
-    values, precisions, recalls = [], [], []
+    found = []
     for completion, gold in zip(completions, passage_ids, strict=True):
         cited = sorted(set(_CITED.findall(without_thinking(completion))))
         precision, recall = overlap(cited, list(gold or []))
-        values.append(guarded(precision, recall))
-        precisions.append(precision)
-        recalls.append(recall)
-    return {"reward": values, "precision": precisions, "recall": recalls}
+        found.append((guarded(precision, recall), precision, recall))
+    return by_part(("reward", "precision", "recall"), found)
 
 
 def grounded(
@@ -99,20 +96,20 @@ def grounded(
 ) -> dict:
     """A right answer with exact quotations of the supporting passages.
 
-    The completion is ``Answer: value`` and lines ``Quote: "sentence" [P12]``. The reward is 0 for a
+    The completion is `Answer: value` and lines `Quote: "sentence" [P12]`. The reward is 0 for a
     wrong answer, else half of it for the answer and half for the evidence: F1 of the cited labels
     times their precision (a label that is cited twice counts twice) times the share of quotations
     that are exact, that is, stand in the passage of their label but for white space and have five
     words or are the whole passage. What the document does not answer is to be answered by an
     abstention without quotations.
 
-    Parts: ``answer``, ``citation_precision``, ``citation_recall``, ``quote``, ``abstained``.
+    Parts: `answer`, `citation_precision`, `citation_recall`, `quote`, `abstained`.
 
-    Columns: ``passage_ids``, ``passages``, ``aliases`` (lists of str), ``answerable`` (bool),
-    ``document`` (str) with passages labelled "[P12]" at line starts.
+    Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
+    `document` (str) with passages labelled "[P12]" at line starts.
     """
     names = ("reward", "answer", "citation_precision", "citation_recall", "quote", "abstained")
-    parts: dict[str, list[float | None]] = {name: [] for name in names}
+    found: list[tuple[float | None, ...]] = []
     n = len(completions)
     optional = (answerable, answer, aliases, passages, document)
     rows = zip(completions, passage_ids, *(column(x, n) for x in optional), strict=True)
@@ -122,7 +119,7 @@ def grounded(
         lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
         if can is False:
             right = float(silent)
-            values = (float(silent and not lines), right, None, None, None, float(silent))
+            found.append((float(silent and not lines), right, None, None, None, right))
         else:
             right = 0.0 if silent else _right(completion, one, many)
             ids = [str(i) for i in ids or []]
@@ -132,10 +129,8 @@ def grounded(
             exact = exact / lines if lines else 0.0
             evidence = guarded(precision, recall) * exact
             value = right * (0.5 + 0.5 * evidence)
-            values = (value, right, precision, recall, exact, float(silent))
-        for name, value in zip(names, values, strict=True):
-            parts[name].append(value)
-    return parts
+            found.append((value, right, precision, recall, exact, float(silent)))
+    return by_part(names, found)
 
 
 def retrieval(
@@ -143,18 +138,18 @@ def retrieval(
 ) -> dict:
     """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
-    The completion is ``<RETRIEVAL>``, a line "[P3] text" for each passage, ``</RETRIEVAL>``, then
+    The completion is `<RETRIEVAL>`, a line "[P3] text" for each passage, `</RETRIEVAL>`, then
     the answer. The reward is 0 for a wrong answer, else half for the answer and half for the block:
     F1 of its entries times their precision, an entry being right if its label is a supporting one,
     not given before, and its words have F1 of at least 0.9 with the passage's. More than one block,
     or none, is an empty one.
 
-    Parts: ``answer``, ``retrieval_precision``, ``retrieval_recall``.
+    Parts: `answer`, `retrieval_precision`, `retrieval_recall`.
 
-    Columns: ``passage_ids``, ``passages``, ``aliases`` (lists of str).
+    Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
     names = ("reward", "answer", "retrieval_precision", "retrieval_recall")
-    parts: dict[str, list[float]] = {name: [] for name in names}
+    found = []
     n = len(completions)
     rows = zip(
         completions, passage_ids, passages, column(answer, n), column(aliases, n), strict=True
@@ -174,9 +169,8 @@ def retrieval(
         recall = len(hits) / len(gold) if gold else 0.0
         right = _right(pieces[-1], one, many)
         value = right * (0.5 + 0.5 * guarded(precision, recall))
-        for name, v in zip(names, (value, right, precision, recall), strict=True):
-            parts[name].append(v)
-    return parts
+        found.append((value, right, precision, recall))
+    return by_part(names, found)
 
 
 def _right(completion: str, answer, aliases) -> float:

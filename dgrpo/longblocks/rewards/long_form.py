@@ -1,9 +1,11 @@
 """Long answers that must cover a list of points, in a form and a length."""
 
+import math
 import re
 from collections.abc import Sequence
 
-from dgrpo.longblocks.rewards.text import (
+from dgrpo.longblocks.rewards.matching import (
+    by_part,
     column,
     contains,
     copied,
@@ -33,33 +35,29 @@ def coverage(
 ) -> dict:
     """How well a long answer covers its points: a product of six factors, each a part.
 
-    * ``coverage``: share of the points that an item of the answer covers, that is, names all of the
+    * `coverage`: share of the points that an item of the answer covers, that is, names all of the
       point's texts and none of the distractors. An item covers one point at most, so that one
       long item does not cover all.
-    * ``precision``: share of the items that cover a point.
-    * ``form``: share of the lines that follow the form: "bullets" ("- item"), "numbered"
+    * `precision`: share of the items that cover a point.
+    * `form`: share of the lines that follow the form: "bullets" ("- item"), "numbered"
       ("1. item"), "table" (rows "| a | b |", as wide as the first), "sections" (share of the
       headings that stand in order, text under each, no others), "" free.
-    * ``length``: 1 from ``min_words`` to ``max_words``, falling to 0 at none and at twice as many.
-    * ``repetition``: 1 up to a third of repeated runs of six words, falling to 0.
-    * ``copying``: 1 up to a tenth copied in bulk from the document, falling to 0 at a half.
+    * `length`: 1 from `min_words` to `max_words`, falling to 0 at none and at twice as many.
+    * `repetition`: 1 up to a third of repeated runs of six words, falling to 0.
+    * `copying`: 1 up to a tenth copied in bulk from the document, falling to 0 at a half.
 
-    Columns: ``points`` (list of list of str), ``form``, ``headings`` (list of str), ``min_words``,
-    ``max_words`` (0: no limit), ``document``, ``distractors`` (list of str: wrong values).
+    Columns: `points` (list of list of str), `form`, `headings` (list of str), `min_words`,
+    `max_words` (0: no limit), `document`, `distractors` (list of str: wrong values).
     """
-    parts: dict[str, list[float]] = {name: [] for name in ("reward", *PARTS)}
+    found = []
     n = len(completions)
     optional = (form, headings, min_words, max_words, document, distractors)
     for completion, *row in zip(
         completions, points, *(column(x, n) for x in optional), strict=True
     ):
         values = factors(without_thinking(completion).strip(), *row)
-        product = 1.0
-        for name, value in zip(PARTS, values, strict=True):
-            parts[name].append(value)
-            product *= value
-        parts["reward"].append(product)
-    return parts
+        found.append((math.prod(values), *values))
+    return by_part(("reward", *PARTS), found)
 
 
 def factors(
@@ -72,7 +70,7 @@ def factors(
     document: str | None = None,
     distractors: Sequence[str] | None = None,
 ) -> tuple[float, ...]:
-    """The six factors of :func:`coverage` for one answer; all 0 where it is empty.
+    """The six factors of `coverage` for one answer; all 0 where it is empty.
 
     Raises:
         ValueError: no points, or an unknown form.
@@ -168,5 +166,5 @@ def _matching(edges: list[list[int]], points: int) -> int:
 
 
 def _falling(value: float, start: float, end: float) -> float:
-    """1 up to ``start``, then in a line to 0 at ``end``."""
+    """1 up to `start`, then in a line to 0 at `end`."""
     return min(1.0, max(0.0, (end - value) / (end - start)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _START = 300.0  # seconds in which the rewards have to be imported
-TELL = 10.0  # seconds without a reply before one is told; then whenever they have doubled
+TELL = 10.0  # seconds without a reply before the first warning; the next come at their doubles
 _SCRIPT = Path(__file__).with_name("worker.py").resolve()
 
 
@@ -25,7 +25,7 @@ class Died(Exception):
 
 
 class WorkerProcess:
-    """A process of :mod:`dgrpo.longblocks.rewards.worker` and its two pipes.
+    """A process of `dgrpo.longblocks.rewards.worker` and its two pipes.
 
     Args:
         start: its first message, the rewards to import.
@@ -55,7 +55,7 @@ class WorkerProcess:
             raise ValueError(reply["error"])
 
     def send(self, message: dict) -> None:
-        """Write a message; raises :class:`Died`."""
+        """Write a message; raises `Died`."""
         line = json.dumps(message, default=_plain) + "\n"
         try:
             self.process.stdin.write(line.encode())
@@ -64,9 +64,9 @@ class WorkerProcess:
             raise Died(f"worker ended ({self.process.poll()})") from error
 
     def receive(self, limit: float, tell: Callable[[float], None] | None = None) -> dict:
-        """Wait ``limit`` seconds for a message, and ``tell`` now and then how many it has been.
+        """Wait `limit` seconds for a message; call `tell` with the seconds so far now and then.
 
-        Raises :class:`Hung` and :class:`Died`.
+        Raises `Hung` and `Died`.
         """
         start, told, scanned = time.monotonic(), TELL, 0
         while (newline := self.buffer.find(b"\n", scanned)) < 0:

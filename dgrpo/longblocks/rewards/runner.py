@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,33 +22,13 @@ from torch import Tensor
 
 from dgrpo.longblocks.rewards import worker
 from dgrpo.longblocks.rewards.process import Died, Hung, WorkerProcess
+from dgrpo.trainer.config import Reward
 
 logger = logging.getLogger("dgrpo.longblocks.rewards")
 
 _GIVE_UP = 8  # samples of a batch on which a reward may hang or die before the rest is left out
 _LOGGED = 3  # different errors of a reward that are logged a batch
 _REST = 16  # the second pass ends when less than this part of its time is left
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward, its weight in the sum and its arguments."""
-
-    path: str
-    """Name in dgrpo.longblocks.rewards, "package.module:name" or "file.py:name"."""
-    name: str = ""
-    """Name in metrics; empty: the function's."""
-    weight: float = 1.0
-    """Factor in the sum."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the function."""
-    timeout: float | None = None
-    """Seconds as in Scorer, for this reward; None: the Scorer's."""
-
-    @property
-    def title(self) -> str:
-        """The name in metrics."""
-        return self.name or self.path.rpartition(":")[2]
 
 
 class RewardError(NamedTuple):
@@ -97,7 +76,7 @@ class Scorer:
         self.rewards, self.seed = list(rewards), seed
         self.failures: Counter[str] = Counter()
         self.last_error: str | None = None
-        self._limits = [r.timeout or timeout for r in rewards]
+        self._limit = timeout
         self._waited = 0.0  # seconds for the reward at hand on this batch, in the worker
         self._worker: WorkerProcess | None = None
         self._data: dict = {}
@@ -165,7 +144,7 @@ class Scorer:
 
     def _score(self, i: int, n: int) -> tuple[dict[str, list], dict[int, str]]:
         """Values by part, None where there is none, and the message of each failed row."""
-        limit, self._waited = self._limits[i], 0.0
+        limit, self._waited = self._limit, 0.0
         reply = self._ask(i, {"call": i}, limit)
         if "error" not in reply:
             return reply["values"], dict(reply["errors"])
@@ -196,7 +175,7 @@ class Scorer:
         The calls have the reward's limit together. A row may take half of what is left of it, so
         that one that hangs leaves time for those behind it.
         """
-        limit, row, broken = self._limits[i], 0, 0
+        limit, row, broken = self._limit, 0, 0
         end = None if limit is None else self._waited + limit
         under_way = False
         while row < n:
@@ -258,7 +237,7 @@ class Scorer:
         self._worker = WorkerProcess(
             {
                 "sys_path": sys.path,
-                "rewards": [asdict(reward) for reward in self.rewards],
+                "rewards": [reward.model_dump() for reward in self.rewards],
                 "seed": self.seed,
             }
         )
@@ -298,6 +277,6 @@ def score(
     columns: dict[str, Sequence],
     timeout: float | None = 30.0,
 ) -> RewardResult:
-    """Score once, with a worker process for this call alone; see :class:`Scorer`."""
+    """Score once, with a worker process for this call alone; see `Scorer`."""
     with Scorer(rewards, timeout) as scorer:
         return scorer(prompts, completions, columns)

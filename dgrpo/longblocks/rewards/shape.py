@@ -4,13 +4,13 @@ import re
 
 
 def format_regex(prompts, completions, *, pattern: str, **columns) -> list[float]:
-    """1 where the whole completion matches ``pattern`` (dot matches newlines), and is not empty."""
+    """1 where the whole completion matches `pattern` (dot matches newlines), and is not empty."""
     shape = re.compile(pattern, re.DOTALL)
     return [float(bool(c.strip()) and shape.fullmatch(c.strip()) is not None) for c in completions]
 
 
 def format_tags(prompts, completions, *, tags=("think", "answer"), **columns) -> list[float]:
-    """1 where the completion is ``<tag>text</tag>`` for each tag in order, each once, none empty.
+    """1 where the completion is `<tag>text</tag>` for each tag in order, each once, none empty.
 
     Nothing but white space stands outside of the tags, and no tag inside of another.
     """
@@ -37,14 +37,14 @@ def length(
 ) -> list[float]:
     """Soft overlong penalty of DAPO (arXiv 2503.14476, equation 13), raised by 1 to [0, 1].
 
-    1 up to ``max_tokens - cache`` tokens, then falling in a line to 0 at ``max_tokens``. Added to
+    1 up to `max_tokens - cache` tokens, then falling in a line to 0 at `max_tokens`. Added to
     other rewards, the raise is the same for all and drops out of the advantages. A completion
-    shorter than ``min_tokens``, or of white space alone, has 0.
+    shorter than `min_tokens`, or of white space alone, has 0.
 
-    Columns: ``completion_tokens`` (int).
+    Columns: `completion_tokens` (int).
 
     Raises:
-        ValueError: ``cache`` not in [0, max_tokens].
+        ValueError: `cache` not in [0, max_tokens].
     """
     if not 0 <= cache <= max_tokens:
         raise ValueError(f"cache: got {cache}, expected 0 ... max_tokens ({max_tokens})")

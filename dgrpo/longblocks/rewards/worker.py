@@ -2,13 +2,13 @@
 
 It is started by its path, so that it imports the standard library, the rewards asked for, what they
 import, and NumPy to seed it, but neither torch nor the host's main module. It gets the rewards
-first and answers when they are imported. Then, any number of times, ``{"data": ...}`` (no reply)
-and::
+first and answers when they are imported. Then, any number of times, `{"data": ...}` (no reply)
+and:
 
     {"call": i}                    -> {"values": {part: [...]}, "errors": [[row, text], ...]}
                                       or {"error": text}: the call as a whole failed; with
                                       "wrong": true for what is no list of n numbers
-    {"call": i, "rows": [r, ...]}  -> one such reply a row, each from a call on this row alone
+    {"call": i, "rows": [r, ...]}  -> one such reply per row, from a call on this row alone
 
 What rewards print goes to the standard error of the host. The process ends with its host.
 """
@@ -34,14 +34,14 @@ _SHOWN = 300  # characters of a wrong value in a message
 
 
 class WrongResult(Exception):
-    """A reward returned something else than one value a sample."""
+    """A reward returned something else than one value per sample."""
 
 
 def load(path: str) -> Callable:
     """The function that a path names.
 
     Args:
-        path: "name" of :mod:`dgrpo.rewards`, "package.module:name" or "folder/file.py:name".
+        path: "name" of `dgrpo.rewards`, "package.module:name" or "folder/file.py:name".
 
     Raises:
         ValueError: no such module, file or function; an error during its import.
@@ -67,10 +67,10 @@ def load(path: str) -> Callable:
 
 
 def invoke(function: Callable, options: dict, data: dict, rows: Sequence[int] | None) -> dict:
-    """Call a reward on some rows (None: all): ``{"values": ..., "errors": ...}``, JSON-able.
+    """Call a reward on some rows (None: all): `{"values": ..., "errors": ...}`, JSON-able.
 
     Raises:
-        WrongResult: a result that is not one value a sample.
+        WrongResult: a result that is not one value per sample.
         Exception: whatever the reward raises.
     """
     keep = list(range(len(data["completions"]))) if rows is None else list(rows)
@@ -133,7 +133,7 @@ def pack(values: Sequence) -> dict:
 
 
 def unpack(column: dict) -> list:
-    """The column that :func:`pack` packed."""
+    """The column that `pack` packed."""
     return [column["values"][i] for i in column["index"]]
 
 

@@ -1,11 +1,11 @@
 """A small long-context task: chains of facts among lines of real text.
 
-A document is lines of source code, in which ``chains`` chains are scattered as lines of their own::
+A document is lines of source code, in which `chains` chains are scattered as lines of their own:
 
     LeraxMivax        hop 1 of the chain that starts at Lerax
     Mivax42           hop 2, the last one, ends in a number
 
-and the query ``?Lerax`` asks for the number. The completion names the chain on the way. There is
+and the query `?Lerax` asks for the number. The completion names the chain on the way. There is
 nothing between key and value, so that a model can follow a chain by looking up the token that it
 has just written: small models learn it from scratch in minutes on a CPU.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.longblocks.tasks.haystack import source_lines
-from dgrpo.longblocks.tasks.tokenizers import invented_names, train_tokenizer
-from dgrpo.text.encode import encode_text
+from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer, train_tokenizer
+from dgrpo.text import encode_text
 
 __all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
 
@@ -55,18 +55,18 @@ class ChainTask:
         tokens: most tokens of a document (without the query); None: the chains alone.
         chains: chains in a document, each asked for by a query.
         hops: lines of a chain.
-        steps: what a completion says: ``"path"``, every name on the way and the number
-            (``Mivax42``); ``"links"``, every line of the chain; ``"answer"``, the number.
+        steps: what a completion says: `"path"`, every name on the way and the number
+            (`Mivax42`); `"links"`, every line of the chain; `"answer"`, the number.
         queries: how many of the chains are asked for; None: all.
         digits: digits of a number.
         names: how many names exist.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
         seed: of everything.
         haystack: folder of the text; None: the standard library.
 
     Raises:
         ValueError: an unknown split or way of steps, more names or numbers needed than exist, or
-            chains that do not fit into ``tokens``.
+            chains that do not fit into `tokens`.
     """
 
     tokenizer: object
@@ -103,7 +103,7 @@ class ChainTask:
                 raise ValueError(f"tokens: got {self.tokens}, the chains alone may take {needed}")
 
     def document(self, number: int) -> ChainDocument:
-        """Document ``number``, any integer from 0 on."""
+        """Document `number`, any integer from 0 on."""
         rng = np.random.default_rng([self.seed, SPLITS[self.split], number])
         names = rng.choice(invented_names(self.names), self.chains * self.hops, replace=False)
         low = 10 ** (self.digits - 1)
@@ -124,7 +124,7 @@ class ChainTask:
         return ChainDocument("".join(line + "\n" for line in lines), chains, depths)
 
     def row(self, number: int) -> dict:
-        """Row ``number``: query ``number % queries`` of document ``number // queries``."""
+        """Row `number`: query `number % queries` of document `number // queries`."""
         document = self.document(number // self.queries)
         which = number % self.queries
         chain = document.chains[which]
@@ -154,7 +154,7 @@ class ChainTask:
         }
 
     def segments(self, number: int) -> dict:
-        """Document ``number`` with all its queries answered, loss on the answers."""
+        """Document `number` with all its queries answered, loss on the answers."""
         document = self.document(number)
         pieces = [{"text": document.text, "loss": False}]
         for chain in document.chains[: self.queries]:
@@ -172,7 +172,7 @@ class ChainTask:
         return "\n".join(a + b for a, b in zip(chain[:-1], chain[1:], strict=True))
 
     def _text(self, rng: np.random.Generator, room: int) -> list[str]:
-        """Consecutive lines, from a random one on, of at most ``room`` tokens."""
+        """Consecutive lines, from a random one on, of at most `room` tokens."""
         index, used, lines = int(rng.integers(len(self.lines))), 0, []
         while used + (cost := self._line_cost(index)) <= room:
             lines.append(self.lines[index])
@@ -200,7 +200,7 @@ def _lines(haystack: str | None, split: str, names: int) -> list[str]:
 
 
 class ChainRows(Sequence):
-    """The first ``count`` rows of a task, made as they are read; see :func:`rows`."""
+    """The first `count` rows of a task, made as they are read; see `rows`."""
 
     def __init__(self, task: ChainTask, count: int, start: int, segments: bool):
         self.task, self.count, self.start = task, count, start
@@ -220,19 +220,17 @@ class ChainRows(Sequence):
 def rows(
     tokenizer, count: int = 1000, start: int = 0, segments: bool = False, **options
 ) -> ChainRows:
-    """Rows of a :class:`ChainTask`, as a data source ``dgrpo.longblocks.tasks.chains:rows``.
+    """Rows of a `ChainTask`, as a data source `dgrpo.longblocks.tasks.chains:rows`.
 
     Args:
         tokenizer: a tokenizer, or the folder of one.
         count: number of rows.
         start: number of the first.
-        segments: one row a document, with loss on all its answers, in place of one a query.
-        options: of :class:`ChainTask`.
+        segments: one row per document, with loss on all its answers, in place of one per query.
+        options: of `ChainTask`.
     """
     if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_tokenizer(str(tokenizer))
     return ChainRows(ChainTask(tokenizer, **options), count, start, segments)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.longblocks.tasks.haystack import texts
-from dgrpo.text.encode import count_tokens
-from dgrpo.text.problems import Report
+from dgrpo.text import Report, count_tokens
 
 UNIT = 120  # least characters of a unit, about 32 tokens: the grain of needle positions
+LIMIT = 64 * 2**20  # bytes of text after which no further file is read
 SPLITS = ("train", "test")
 
 
@@ -64,13 +64,13 @@ class Corpus:
         return self.tokens * (unit // len(self)) + int(self.totals[unit % len(self)])
 
     def reach(self, first: int, room: int) -> int:
-        """The unit after the longest run from ``first`` on of at most ``room`` tokens."""
+        """The unit after the longest run from `first` on of at most `room` tokens."""
         goal = self.before(first) + room
         rounds, rest = divmod(goal, self.tokens)
         return rounds * len(self) + int(np.searchsorted(self.totals, rest, side="right")) - 1
 
     def save(self, folder: str | Path) -> None:
-        """Write to a folder, for :meth:`load`."""
+        """Write to a folder, for `load`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.bin").write_bytes(self.blob)
@@ -80,7 +80,7 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Corpus":
-        """The corpus of :meth:`save`, its text mapped into memory."""
+        """The corpus of `save`, its text mapped into memory."""
         folder = Path(folder)
         with (folder / "text.bin").open("rb") as file:
             blob = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -90,21 +90,14 @@ class Corpus:
 
 
 def build_corpus(
-    tokenizer,
-    folder: str | Path | None = None,
-    *,
-    limit: int = 64 * 2**20,
-    report: Report | None = None,
-    progress: Callable[[float], None] | None = None,
+    tokenizer, folder: str | Path | None = None, *, report: Report | None = None
 ) -> Corpus:
-    """Tokenise a folder's texts into a :class:`Corpus`.
+    """Tokenise a folder's texts, up to `LIMIT` bytes, into a `Corpus`.
 
     Args:
-        tokenizer: a tokenizer of transformers, or ``"bytes"``: one token a byte.
+        tokenizer: a tokenizer of transformers, or `"bytes"`: one token a byte.
         folder: of text or code; None: the standard library (see `haystack`).
-        limit: bytes of text after which no further file is read.
         report: counts files that cannot be read.
-        progress: called with the share of files done.
 
     Raises:
         ValueError: no readable text.
@@ -113,14 +106,14 @@ def build_corpus(
     for name, text in texts(folder, report):
         found.append((name, text.rstrip() + "\n\n"))
         size += len(text)
-        if size >= limit:
+        if size >= LIMIT:
             break
     if not found:
         raise ValueError(f"haystack: got {str(folder)!r}, which holds no readable text")
     chosen = set(range(9, len(found), 10))  # every tenth file is for tests
     order = [i for i in range(len(found)) if i not in chosen] + sorted(chosen)
     blob, starts, totals, files, border = bytearray(), [0], [0], [], 0
-    for done, i in enumerate(order):
+    for i in order:
         name, text = found[i]
         cuts = unit_cuts(text)
         counts = unit_tokens(tokenizer, text, cuts)
@@ -130,8 +123,6 @@ def build_corpus(
             starts.append(len(blob))
         totals += counts
         border = len(starts) - 1 if i not in chosen else border
-        if progress:
-            progress((done + 1) / len(order))
     if not chosen:  # fewer than ten files: the last tenth of the text
         border = max(1, border * 9 // 10)
     return Corpus(
@@ -140,7 +131,7 @@ def build_corpus(
 
 
 def unit_cuts(text: str) -> list[int]:
-    """Positions that cut a text into units of at least ``UNIT`` characters, at line ends.
+    """Positions that cut a text into units of at least `UNIT` characters, at line ends.
 
     A line of more than 16 units is cut at spaces.
     """
@@ -178,7 +169,7 @@ def unit_tokens(tokenizer, text: str, cuts: list[int]) -> list[int]:
 
 
 def counter(tokenizer) -> Callable[[str], int]:
-    """``text -> tokens`` for a tokenizer or ``"bytes"``."""
+    """`text -> tokens` for a tokenizer or `"bytes"`."""
     if tokenizer == "bytes":
         return lambda text: len(text.encode("utf-8", errors="replace"))
     return lambda text: count_tokens(tokenizer, text)

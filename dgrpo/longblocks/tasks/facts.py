@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dgrpo.longblocks.tasks import rows
 from dgrpo.longblocks.tasks.corpus import Corpus
 
 PASSAGE = 90  # tokens of a passage of real text
@@ -26,7 +27,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class Fact:
-    """A paragraph to be hidden; ``gold`` ones are needed for the answer."""
+    """A paragraph to be hidden; `gold` ones are needed for the answer."""
 
     text: str
     gold: bool = False
@@ -40,7 +41,7 @@ class Woven:
         text: the document.
         tokens: its length.
         depths: for every fact in the order given, the share of the real text before it.
-        labels: for every fact, the label of its passage (``"P12"``), where passages are labelled.
+        labels: for every fact, the label of its passage (`"P12"`), where passages are labelled.
     """
 
     text: str
@@ -57,7 +58,7 @@ class Names:
         self.used: set = set()
 
     def place(self) -> str:
-        """A name of one word, such as ``Velmar``."""
+        """A name of one word, such as `Velmar`."""
         while True:
             a, b = self.rng.choice(list("BDFGHKLMNPRSTVZ"), 2)
             e, i = self.rng.choice(list("aeiou"), 2)
@@ -98,7 +99,7 @@ def pick(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def distractor_count(tokens: int, cost: int) -> int:
-    """How many facts of ``cost`` tokens to hide beside the needed ones: one every 400 tokens.
+    """How many facts of `cost` tokens to hide beside the needed ones: one every 400 tokens.
 
     At most a quarter of the document, between 2 and 60.
     """
@@ -116,8 +117,8 @@ def weave(
     """Hide facts as lines of their own in real text.
 
     Every fact's depth is drawn from U[0, 1) on its own (or given, for the first facts, by
-    ``depths``) and met to within half a unit. Document, a blank line and the question have at most
-    ``tokens`` tokens.
+    `depths`) and met to within half a unit. Document, a blank line and the question have at most
+    `tokens` tokens.
 
     Raises:
         ValueError: the facts leave no room for text.
@@ -144,9 +145,9 @@ def weave(
 def weave_passages(
     ground: Ground, rng: np.random.Generator, facts: list[Fact], tokens: int, question: str
 ) -> Woven:
-    """Like :func:`weave`, but the document is numbered passages, ``[P1] ...``, ``[P2] ...``.
+    """Like `weave`, but the document is numbered passages, `[P1] ...`, `[P2] ...`.
 
-    Every fact is a passage of its own; the others are real text of about ``PASSAGE`` tokens.
+    Every fact is a passage of its own; the others are real text of about `PASSAGE` tokens.
     """
     corpus, count = ground.corpus, ground.count
     label = count(f"x\n\n[P{max(100, tokens // PASSAGE)}] y") - count("x") - count("y")
@@ -174,7 +175,7 @@ def weave_passages(
 def _passages(
     corpus: Corpus, rng: np.random.Generator, room: int, size: int, label: int
 ) -> tuple[list[int], list[int]]:
-    """Units at which passages of about ``size`` tokens begin and end, and tokens up to each end."""
+    """Units at which passages of about `size` tokens begin and end, and tokens up to each end."""
     units, ends, used = [_run(corpus, rng, room - label)[0]], [], 0
     while True:
         first, left = units[-1], room - used - label
@@ -188,7 +189,7 @@ def _passages(
 
 
 def _run(corpus: Corpus, rng: np.random.Generator, room: int) -> tuple[int, int]:
-    """A run of units from a random one on, of at most ``room`` tokens."""
+    """A run of units from a random one on, of at most `room` tokens."""
     first = int(rng.integers(len(corpus)))
     for _ in range(20):  # a start whose first unit fits
         if corpus.reach(first, max(room, 0)) > first:
@@ -208,50 +209,7 @@ def _nearest(bounds: np.ndarray, depths: np.ndarray) -> np.ndarray:
     return np.where(closer, right - 1, right)
 
 
-def row(
-    woven: Woven,
-    *,
-    family: str,
-    task: str,
-    question: str,
-    answer: str,
-    reward: str,
-    reference: str,
-    gold: list[int],
-    evidence: str,
-    **columns,
-) -> dict:
-    """A finished row; ``gold`` says which of the woven facts the answer needs."""
-    verifiers = {
-        "aliases": [],
-        "items": [],
-        "distractors": [],
-        "passages": [],
-        "passage_ids": [],
-        "answerable": True,
-        "points": [],
-        "form": "",
-        "headings": [],
-        "min_words": 0,
-        "max_words": 0,
-        "hops": 1,
-    }
-    unknown = columns.keys() - verifiers
-    assert not unknown, unknown
-    return {
-        "document": woven.text,
-        "source": "dgrpo",
-        "language": "en",
-        "question": question,
-        "answer": answer,
-        "response_reference": reference,
-        "family": family,
-        "task": task,
-        "reward": f"dgrpo.rewards:{reward}",
-        **verifiers,
-        **columns,
-        "evidence": evidence,
-        "privileged": reference,
-        "depths": [woven.depths[i] for i in gold],
-        "tokens": woven.tokens,
-    }
+def row(woven: Woven, *, gold: int, **columns) -> dict:
+    """A row about a woven document; the answer needs its first `gold` facts."""
+    columns = {"depths": woven.depths[:gold], "hops": max(1, gold), **columns}
+    return rows.row(document=woven.text, tokens=woven.tokens, **columns)

@@ -1,7 +1,7 @@
 """Contextual grounding: answers with exact quotes and citations, or the admission that none exists.
 
 The document is labelled passages about invented lighthouses among labelled real text. The answer is
-a line ``Answer: value`` and, for every passage it rests on, a line ``Quote: "sentence" [P12]``.
+a line `Answer: value` and, for every passage it rests on, a line `Quote: "sentence" [P12]`.
 """
 
 import numpy as np
@@ -126,7 +126,7 @@ def _others(ground, rng, tokens, names, place, asked) -> tuple[list[str], list[s
 
 
 def _row(ground, rng, tokens, task, question, right, gold, others, wrong) -> dict:
-    """``gold``: (passage, sentence to quote) pairs; ``right`` None: not answerable."""
+    """`gold`: (passage, sentence to quote) pairs; `right` None: not answerable."""
     facts = [Fact(text, True) for text, _ in gold] + [Fact(text) for text in others]
     woven = weave_passages(ground, rng, facts, tokens, question)
     pairs = list(zip(gold, woven.labels, strict=False))
@@ -135,20 +135,18 @@ def _row(ground, rng, tokens, task, question, right, gold, others, wrong) -> dic
     evidence = "\n\n".join(f"[{label}] {text}" for (text, _), label in pairs)
     return row(
         woven,
+        gold=len(gold),
         family=FAMILY,
         task=task,
         question=question,
         answer=answer,
         reward="grounded",
-        reference=answer,
-        gold=list(range(len(gold))),
         evidence=evidence,
         aliases=[right] if right else [ABSTAIN],
         distractors=wrong,
         passages=[text for text, _ in gold],
         passage_ids=[label for _, label in pairs],
         answerable=right is not None,
-        hops=max(1, len(gold)),
     )
 
 

@@ -1,7 +1,7 @@
 """Real text to hide things in: any folder, or by default what every Python installation carries.
 
 The default is the standard library: its sources (without tests and installed packages) and its
-language reference (``pydoc_data.topics``). It differs between Python versions, so data made from it
+language reference (`pydoc_data.topics`). It differs between Python versions, so data made from it
 is the same only on the same version.
 """
 
@@ -11,18 +11,14 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
 
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", ".git"}
 LARGEST = 64 * 2**20  # bytes of one file
 
 
-def text_files(folder: str | Path | None = None, suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """All files of a folder, sorted by their relative path.
-
-    Args:
-        folder: where to look; None: the standard library's sources.
-        suffixes: only these; empty: ``.py`` of the standard library, everything of a folder.
+def text_files(folder: str | Path | None = None) -> list[Path]:
+    """All files of a folder, or the standard library's sources, sorted by their relative path.
 
     Raises:
         ValueError: the folder does not exist.
@@ -30,12 +26,11 @@ def text_files(folder: str | Path | None = None, suffixes: tuple[str, ...] = ())
     root = Path(folder or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         raise ValueError(f"haystack: got {str(folder)!r}, expected a folder of text files")
-    suffixes = suffixes or (() if folder else (".py",))
     found = []
     for place, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in SKIPPED and not f.startswith("config-")]
         paths = (Path(place, name) for name in names if not name.startswith("."))
-        found += [p for p in paths if not suffixes or p.suffix in suffixes]
+        found += [path for path in paths if folder or path.suffix == ".py"]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -55,7 +50,7 @@ def read_text(file: Path) -> str:
 
 
 def texts(folder: str | Path | None = None, report: Report | None = None) -> Iterator[tuple]:
-    """``(name, text)`` of every readable file; the others are counted in ``report``.
+    """`(name, text)` of every readable file; the others are counted in `report`.
 
     With no folder, the standard library's sources and then its language reference.
     """

@@ -14,8 +14,8 @@ class Attribute:
     Attributes:
         key: a word of the sentence that stands for the property.
         section: heading under which a report tells it.
-        sentence: with ``{x}`` for the lighthouse and ``{v}`` for the value.
-        question: with ``{x}``.
+        sentence: with `{x}` for the lighthouse and `{v}` for the value.
+        question: with `{x}`.
         low, high: range of a number; both 0: the value is a name.
     """
 
@@ -27,99 +27,34 @@ class Attribute:
     high: int = 0
 
 
-ATTRIBUTES = (
-    Attribute(
-        "tall",
-        "Building",
-        "The tower of the {x} lighthouse is {v} feet tall.",
-        "How many feet tall is the tower of the {x} lighthouse?",
-        31,
-        400,
-    ),
-    Attribute(
-        "days",
-        "Building",
-        "The building of the {x} lighthouse took {v} days.",
-        "How many days did the building of the {x} lighthouse take?",
-        401,
-        900,
-    ),
-    Attribute(
-        "steps",
-        "Building",
-        "The stair of the {x} lighthouse has {v} steps.",
-        "How many steps does the stair of the {x} lighthouse have?",
-        901,
-        1400,
-    ),
-    Attribute(
-        "crowns",
-        "Building",
-        "The work on the {x} lighthouse cost {v} crowns.",
-        "How many crowns did the work on the {x} lighthouse cost?",
-        10_000,
-        99_999,
-    ),
-    Attribute(
-        "candles",
-        "Light",
-        "The lamp of the {x} lighthouse is as bright as {v} candles.",
-        "As bright as how many candles is the lamp of the {x} lighthouse?",
-        500_000,
-        999_999,
-    ),
-    Attribute(
-        "barrels",
-        "Light",
-        "The lamp of the {x} lighthouse burns {v} barrels of oil in a year.",
-        "How many barrels of oil does the lamp of the {x} lighthouse burn in a year?",
-        1401,
-        2400,
-    ),
-    Attribute(
-        "hours",
-        "Light",
-        "The lamp of the {x} lighthouse was lit for {v} hours last year.",
-        "For how many hours was the lamp of the {x} lighthouse lit last year?",
-        2401,
-        4000,
-    ),
-    Attribute(
-        "kilograms",
-        "Light",
-        "The fog bell of the {x} lighthouse weighs {v} kilograms.",
-        "How many kilograms does the fog bell of the {x} lighthouse weigh?",
-        4001,
-        8000,
-    ),
-    Attribute(
-        "keeper",
-        "People",
-        "The keeper of the {x} lighthouse is called {v}.",
-        "What is the keeper of the {x} lighthouse called?",
-    ),
-    Attribute(
-        "inspector",
-        "People",
-        "The inspector of the {x} lighthouse is called {v}.",
-        "What is the inspector of the {x} lighthouse called?",
-    ),
-    Attribute(
-        "boat",
-        "People",
-        "The boat of the {x} lighthouse is called the {v}.",
-        "What is the boat of the {x} lighthouse called?",
-    ),
-    Attribute(
-        "visitors",
-        "People",
-        "The {x} lighthouse had {v} visitors in its best year.",
-        "How many visitors did the {x} lighthouse have in its best year?",
-        100_000,
-        400_000,
-    ),
-)
-
+# fmt: off
+ATTRIBUTES = tuple(Attribute(*fields) for fields in (
+    ("tall", "Building", "The tower of the {x} lighthouse is {v} feet tall.",
+     "How many feet tall is the tower of the {x} lighthouse?", 31, 400),
+    ("days", "Building", "The building of the {x} lighthouse took {v} days.",
+     "How many days did the building of the {x} lighthouse take?", 401, 900),
+    ("steps", "Building", "The stair of the {x} lighthouse has {v} steps.",
+     "How many steps does the stair of the {x} lighthouse have?", 901, 1400),
+    ("crowns", "Building", "The work on the {x} lighthouse cost {v} crowns.",
+     "How many crowns did the work on the {x} lighthouse cost?", 10_000, 99_999),
+    ("candles", "Light", "The lamp of the {x} lighthouse is as bright as {v} candles.",
+     "As bright as how many candles is the lamp of the {x} lighthouse?", 500_000, 999_999),
+    ("barrels", "Light", "The lamp of the {x} lighthouse burns {v} barrels of oil in a year.",
+     "How many barrels of oil does the lamp of the {x} lighthouse burn in a year?", 1401, 2400),
+    ("hours", "Light", "The lamp of the {x} lighthouse was lit for {v} hours last year.",
+     "For how many hours was the lamp of the {x} lighthouse lit last year?", 2401, 4000),
+    ("kilograms", "Light", "The fog bell of the {x} lighthouse weighs {v} kilograms.",
+     "How many kilograms does the fog bell of the {x} lighthouse weigh?", 4001, 8000),
+    ("keeper", "People", "The keeper of the {x} lighthouse is called {v}.",
+     "What is the keeper of the {x} lighthouse called?"),
+    ("inspector", "People", "The inspector of the {x} lighthouse is called {v}.",
+     "What is the inspector of the {x} lighthouse called?"),
+    ("boat", "People", "The boat of the {x} lighthouse is called the {v}.",
+     "What is the boat of the {x} lighthouse called?"),
+    ("visitors", "People", "The {x} lighthouse had {v} visitors in its best year.",
+     "How many visitors did the {x} lighthouse have in its best year?", 100_000, 400_000),
+))
+# fmt: on
 INTROS = (
     "The {x} lighthouse stands on a rock before the coast.",
     "Sailors have known the {x} lighthouse for a long time.",

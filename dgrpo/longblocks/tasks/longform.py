@@ -38,16 +38,14 @@ def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         "report, and nothing about other lighthouses."
     )
     facts = [Fact(text, True) for text in texts] + [Fact(text) for text in others]
-    answer = _written(form, told, texts, headings)
     return row(
         weave(ground, rng, facts, tokens, question),
+        gold=many,
         family=FAMILY,
         task="report",
         question=question,
-        answer=answer,
+        answer=_written(form, told, texts, headings),
         reward="coverage",
-        reference=answer,
-        gold=list(range(many)),
         evidence="\n".join(texts),
         points=[[a.key, v] for a, v in told],
         distractors=wrong,
@@ -55,7 +53,6 @@ def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         headings=headings,
         min_words=low,
         max_words=high,
-        hops=many,
     )
 
 

@@ -31,7 +31,8 @@ def variable_tracing(ground: Ground, rng: np.random.Generator, tokens: int) -> d
         f'{start} show? End with a line that says "Answer: " and then the number alone.'
     )
     wrong = [entities[-1] for _, entities in chains[1:]]
-    return _chain_row(ground, rng, tokens, "variable_tracing", question, chains, value, wrong)
+    texts = [text for some, _ in chains for text in some]
+    return _row(ground, rng, tokens, "variable_tracing", question, texts, hops, value, wrong)
 
 
 def _dials(names: Names, hops: int) -> tuple[list[str], list[str]]:
@@ -55,12 +56,13 @@ def relations(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         'End with a line that says "Answer: " and then the name alone.'
     )
     wrong = entities[:-1] + [others[-1] for _, others in chains[1:]]
-    made = _chain_row(ground, rng, tokens, "relations", question, chains, entities[-1], wrong)
+    texts = [text for some, _ in chains for text in some]
+    made = _row(ground, rng, tokens, "relations", question, texts, hops, entities[-1], wrong)
     return made | {"aliases": called(start + hops, entities[-1])}
 
 
 def relation_chain(names: Names, start: int, hops: int) -> tuple[list[str], list[str]]:
-    """The facts of a chain from the ``start``-th relation on, and its ``hops + 1`` entities."""
+    """The facts of a chain from the `start`-th relation on, and its `hops + 1` entities."""
     kinds = [RELATIONS[start + i][0] for i in range(hops + 1)]
     entities = [names.person() if kind in PEOPLE else names.place() for kind in kinds]
     pairs = zip(entities[:-1], entities[1:], strict=True)
@@ -69,7 +71,7 @@ def relation_chain(names: Names, start: int, hops: int) -> tuple[list[str], list
 
 
 def called(place: int, name: str) -> list[str]:
-    """What the entity at a place of :data:`RELATIONS` may be called, the bare name first."""
+    """What the entity at a place of `RELATIONS` may be called, the bare name first."""
     form = CALLED.get(RELATIONS[place][0])
     return [name, form.format(name)] if form else [name]
 
@@ -88,25 +90,6 @@ def _chains(ground: Ground, tokens: int, make) -> list[tuple[list[str], list[str
     cost = ground.count("\n".join(first[0])) // len(first[0])
     more = distractor_count(tokens, cost) // len(first[0])
     return [first, *(make() for _ in range(max(1, more)))]
-
-
-def _chain_row(ground, rng, tokens, task, question, chains, answer, distractors) -> dict:
-    facts = [Fact(text, i == 0) for i, (texts, _) in enumerate(chains) for text in texts]
-    gold = chains[0][0]
-    return row(
-        weave(ground, rng, facts, tokens, question),
-        family=FAMILY,
-        task=task,
-        question=question,
-        answer=answer,
-        reward="exact_match",
-        reference="\n".join([*gold, f"Answer: {answer}"]),
-        gold=list(range(len(gold))),
-        evidence="\n".join(gold),
-        aliases=[answer],
-        distractors=distractors,
-        hops=len(gold),
-    )
 
 
 def counting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
@@ -135,7 +118,7 @@ def counting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         "most": [ship for ship, _, _ in records if ship != largest[0]],
     }[kind]
     question = f'{asked}? End with a line that says "Answer: " and then the {what} alone.'
-    return _gathered(ground, rng, tokens, "counting", question, texts, many, str(answer), wrong)
+    return _row(ground, rng, tokens, "counting", question, texts, many, str(answer), wrong)
 
 
 def comparison(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
@@ -157,25 +140,22 @@ def comparison(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         'End with a line that says "Answer: " and then the name alone.'
     )
     wrong = [name for name in listed if name != best]
-    return _gathered(ground, rng, tokens, "comparison", question, texts, many, best, wrong)
+    return _row(ground, rng, tokens, "comparison", question, texts, many, best, wrong)
 
 
-def _gathered(ground, rng, tokens, task, question, texts, many, answer, distractors) -> dict:
-    """A row whose answer needs the first ``many`` of the facts, and no particular order."""
-    woven = weave(
-        ground, rng, [Fact(text, i < many) for i, text in enumerate(texts)], tokens, question
-    )
+def _row(ground, rng, tokens, task, question, texts, many, answer, distractors) -> dict:
+    """A row whose answer needs the first `many` of the facts."""
+    facts = [Fact(text, i < many) for i, text in enumerate(texts)]
     return row(
-        woven,
+        weave(ground, rng, facts, tokens, question),
+        gold=many,
         family=FAMILY,
         task=task,
         question=question,
         answer=answer,
         reward="exact_match",
         reference="\n".join([*texts[:many], f"Answer: {answer}"]),
-        gold=list(range(many)),
         evidence="\n".join(texts[:many]),
         aliases=[answer],
         distractors=[str(value) for value in distractors],
-        hops=many,
     )

@@ -1,9 +1,9 @@
 """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
-The completion first copies every passage that it needs, with its label, between ``<RETRIEVAL>``
-and ``</RETRIEVAL>``, then gives the answer on a line of its own. As a row: the column
-``response_reference`` is the completion to train on (SFT), ``passages`` and ``passage_ids`` are
-what the reward ``dgrpo.rewards:retrieval`` compares with.
+The completion first copies every passage that it needs, with its label, between `<RETRIEVAL>`
+and `</RETRIEVAL>`, then gives the answer on a line of its own. As a row: the column
+`response_reference` is the completion to train on (SFT), `passages` and `passage_ids` are
+what the reward `dgrpo.rewards:retrieval` compares with.
 """
 
 import re
@@ -22,7 +22,7 @@ from dgrpo.longblocks.tasks.facts import (
     weave_passages,
 )
 from dgrpo.longblocks.tasks.multihop import RELATIONS, called, described, relation_chain
-from dgrpo.text.problems import BadRow
+from dgrpo.text import BadRow
 
 FAMILY = "retrieval"
 RULES = (
@@ -96,17 +96,15 @@ def _row(woven: Woven, question, gold, labels, answers, wrong) -> dict:
     answer = "\n".join(["<RETRIEVAL>", *copied, "</RETRIEVAL>", f"Answer: {answers[0]}"])
     return row(
         woven,
+        gold=len(gold),
         family=FAMILY,
         task="retrieval",
         question=question,
         answer=answer,
         reward="retrieval",
-        reference=answer,
-        gold=list(range(len(gold))),
         evidence="\n\n".join(copied),
         aliases=answers,
         distractors=wrong,
         passages=gold,
         passage_ids=labels,
-        hops=len(gold),
     )

@@ -4,27 +4,34 @@ A model reads a stretch of a document and asks a question, with the answer and w
 evidence. What is checked: the evidence must stand in the document, and a second pass (the same or
 another model) must find that the document alone supports the answer and no other. What fails a
 check, or the endpoint, is dropped with its reason and counted; the rest becomes rows like those of
-:mod:`dgrpo.longblocks.tasks.make`.
+`dgrpo.longblocks.tasks.make`.
 """
 
 import json
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dgrpo.endpoint import Endpoint
-from dgrpo.longblocks.tasks.asking import KINDS, checked, judged, question_prompt, row_of
+from dgrpo.endpoint import Endpoint, EndpointError
 from dgrpo.longblocks.tasks.corpus import unit_cuts, unit_tokens
 from dgrpo.longblocks.tasks.haystack import texts
-from dgrpo.longblocks.tasks.make import META, MakeResult, claim, load_tokenizer, schema
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.longblocks.tasks.questions import (
+    KINDS,
+    MAX_TOKENS,
+    checked,
+    judged,
+    question_prompt,
+    row_of,
+)
+from dgrpo.longblocks.tasks.rows import META, MakeResult, claim, write_part
+from dgrpo.longblocks.tasks.tokenizer import load_tokenizer
+from dgrpo.text import BadRow, Report
 
 UNREACHABLE = "endpoint unreachable"
+FILE_ROWS = 64
 GIVE_UP = 20  # requests in a row that reach nothing, after which the rest is not tried
 
 
@@ -39,12 +46,13 @@ class SynthesisSettings:
         documents: folder of text files.
         count: questions to ask (rows that pass are fewer).
         tokens: longest stretch of a document.
-        tokenizer: folder or hub name that measures it, or ``"bytes"``.
+        tokenizer: folder or hub name that measures it, or `"bytes"`.
         judge_endpoint, judge_model: who judges; empty: the one that asks.
         kinds: kinds of questions, asked for in turn.
         seed: of the stretches, and sent along.
+        temperature: of the questions; the judge has 0.
         threads: requests at a time.
-        key_variable, temperature, timeout, retries: see :class:`~dgrpo.endpoint.Endpoint`.
+        key_variable, timeout, retries, pause: see `dgrpo.endpoint.Endpoint`.
     """
 
     out: str
@@ -74,22 +82,15 @@ class SynthesisSettings:
 
     def asker(self) -> Endpoint:
         """The endpoint that asks."""
-        return self._at(self.endpoint, self.model, self.temperature)
+        return self._at(self.endpoint, self.model)
 
     def judge(self) -> Endpoint:
-        """The endpoint that judges, at temperature 0."""
-        return self._at(self.judge_endpoint or self.endpoint, self.judge_model or self.model, 0.0)
+        """The endpoint that judges."""
+        return self._at(self.judge_endpoint or self.endpoint, self.judge_model or self.model)
 
-    def _at(self, url: str, model: str, temperature: float) -> Endpoint:
-        return Endpoint(
-            url,
-            model,
-            self.key_variable,
-            temperature,
-            timeout=self.timeout,
-            retries=self.retries,
-            pause=self.pause,
-        )
+    def _at(self, url: str, model: str) -> Endpoint:
+        how = (self.key_variable, self.timeout, self.retries, self.pause, self.threads)
+        return Endpoint(url, model, *how)
 
 
 def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = print) -> MakeResult:
@@ -100,10 +101,8 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
     """
     asker, judge = settings.asker(), settings.judge()
     out = Path(settings.out)
-    (out / META).mkdir(parents=True, exist_ok=True)
     kept = ("out", "threads", "timeout", "retries", "pause", "key_variable", "endpoint")
-    known = {name: value for name, value in asdict(settings).items() if name not in kept}
-    claim(out / META / "settings.json", known)
+    claim(out, {name: value for name, value in asdict(settings).items() if name not in kept})
     report = Report(log, out / META / "problems.jsonl")
     stretches = _Stretches(settings, report)
     journal = _Journal(out / META / "asked.jsonl")
@@ -114,32 +113,44 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
             raise BadRow(UNREACHABLE, "not tried after many failures in a row")
         name, text = stretches.text(number)
         kind = settings.kinds[number % len(settings.kinds)]
-        seed = settings.seed * 1_000_003 + number
-        asked = checked(kind, asker.ask(question_prompt(kind, text), seed=seed), text)
+        chat, seed = question_prompt(kind, text), settings.seed * 1_000_003 + number
+        reply = asker.chat(chat, temperature=settings.temperature, max_tokens=MAX_TOKENS, seed=seed)
+        asked = checked(kind, reply, text)
         judged(judge, asked, text, seed)
         return {"number": number, "kind": kind, "name": name, **asked}
 
+    def one_or_problem(number: int) -> dict | BadRow:
+        try:
+            return one(number)
+        except BadRow as problem:
+            return problem
+        except EndpointError as error:
+            return BadRow(error.reason, error.detail)
+        except Exception as error:  # an answer that the checks did not foresee
+            return BadRow("malformed answer", f"{type(error).__name__}: {error}")
+
+    earlier = list(journal.done.values())
     todo = [n for n in range(settings.count) if n not in journal.done]
-    with ThreadPoolExecutor(settings.threads) as pool:
-        waiting = {pool.submit(one, n): n for n in todo}
-        for future in as_completed(waiting):
-            number = waiting[future]
-            try:
-                journal.add(future.result())
-                silent = 0
-            except Exception as error:  # of the endpoint, the checks, or of an answer unforeseen
-                problem = error
-                if not isinstance(error, BadRow):
-                    problem = BadRow("malformed answer", f"{type(error).__name__}: {error}")
-                silent = silent + 1 if problem.reason == UNREACHABLE else 0
-                report.drop(problem, f"question {number} ({stretches.name(number)})")
-                if not problem.reason.startswith("endpoint"):
-                    journal.add({"number": number, "dropped": problem.reason})
-    for entry in journal.done.values():  # of earlier runs
-        if "dropped" in entry and entry["number"] not in waiting.values():
+    for index, found in asker.each(one_or_problem, todo):
+        number = todo[index]
+        if not isinstance(found, BadRow):
+            journal.add(found)
+            silent = 0
+            continue
+        silent = silent + 1 if found.reason == UNREACHABLE else 0
+        report.drop(found, f"question {number} ({stretches.name(number)})")
+        if not found.reason.startswith("endpoint"):
+            journal.add({"number": number, "dropped": found.reason})
+    for entry in earlier:
+        if "dropped" in entry:
             report.counts[entry["dropped"]] = report.counts.get(entry["dropped"], 0) + 1
-    files = _write(out, journal, stretches)
-    report.kept = sum("dropped" not in entry for entry in journal.done.values())
+    passed = [entry for _, entry in sorted(journal.done.items()) if "dropped" not in entry]
+    files = []
+    for number, start in enumerate(range(0, len(passed), FILE_ROWS)):
+        some = passed[start : start + FILE_ROWS]
+        rows = [row_of(entry, stretches.text(entry["number"])[1]) for entry in some]
+        files.append(write_part(out, number, rows))
+    report.kept = len(passed)
     log(f"{report.summary()}; {len(files)} files in {out}")
     return MakeResult(report.kept, report, files)
 
@@ -177,7 +188,7 @@ class _Stretches:
 
 
 class _Journal:
-    """What was asked so far, a line a question."""
+    """What was asked so far, one line per question."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -195,22 +206,3 @@ class _Journal:
         self.done[entry["number"]] = entry
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _write(out: Path, journal: _Journal, stretches: _Stretches) -> list[Path]:
-    import pyarrow
-    import pyarrow.parquet
-
-    passed = [e for _, e in sorted(journal.done.items()) if "dropped" not in e]
-    files = []
-    for number, start in enumerate(range(0, len(passed), 64)):
-        rows = [
-            row_of(entry, stretches.text(entry["number"])[1])
-            for entry in passed[start : start + 64]
-        ]
-        file = out / f"part-{number:05d}.parquet"
-        table = pyarrow.Table.from_pylist(rows, schema=schema())
-        pyarrow.parquet.write_table(table, file.with_suffix(".partial"), compression="zstd")
-        os.replace(file.with_suffix(".partial"), file)
-        files.append(file)
-    return files

@@ -32,7 +32,7 @@ class CodeFile:
     totals: tuple[int, ...]
 
     def head(self, room: int) -> tuple[str, int]:
-        """The longest beginning of at most ``room`` tokens, and its tokens."""
+        """The longest beginning of at most `room` tokens, and its tokens."""
         n = int(np.searchsorted(self.totals, room, side="right")) - 1
         return (self.text[: self.cuts[n]], self.totals[n]) if n > 0 else ("", 0)
 
@@ -159,13 +159,13 @@ def _code_row(ground: Ground, rng, tokens: int, task: str, choose, ask) -> dict:
         if _told_once(woven.text, text, chain):
             return row(
                 woven,
+                gold=1,
                 family=FAMILY,
                 task=task,
                 question=question,
                 answer=answer,
                 reward="exact_match",
                 reference="\n".join([f"In {file.name}:", *_steps(chain), f"Answer: {answer}"]),
-                gold=[0],
                 evidence=text.rstrip(),
                 aliases=[answer],
                 distractors=[w for w in wrong if w and w != answer][:8],

@@ -159,6 +159,11 @@ class Reward(Settings):
     options: dict[str, Any] = {}
     """Further keyword arguments of the function."""
 
+    @property
+    def title(self) -> str:
+        """The name in metrics."""
+        return self.name or self.path.rpartition(":")[2]
+
 
 class Rewards(Settings):
     """How completions are scored."""

@@ -8,23 +8,19 @@ which one token is generated. The server must allow as many log-probabilities as
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dgrpo.endpoint import Endpoint, EndpointError
 from dgrpo.trainer.batch import Sample
 
 log = logging.getLogger(__name__)
 
+PATH = "/v1/completions"
 ROUNDING = 1e-3  # a server's log-probability may lie above 0 by so much
 
 
@@ -34,11 +30,7 @@ class HttpTopK:
     Args:
         url: of the server, e.g. "http://localhost:8000" (its `/v1/completions` is called).
         model: name under which it serves the teacher.
-        api_key: sent as a bearer token where given.
-        timeout: seconds for one request.
-        retries: further attempts where the failure may pass (connection, time-out, status 429 or
-            5xx).
-        workers: requests under way at once.
+        key_variable, timeout, retries, workers: see `Endpoint`.
     """
 
     def __init__(
@@ -46,22 +38,15 @@ class HttpTopK:
         url: str,
         model: str,
         *,
-        api_key: str | None = None,
+        key_variable: str = "OPENAI_API_KEY",
         timeout: float = 600.0,
         retries: int = 3,
         workers: int = 16,
     ):
         base = url.rstrip("/").removesuffix("/v1")
-        if not base.startswith(("http://", "https://")):
-            raise ValueError(f"url: got {url!r}, expected one that begins with http:// or https://")
-        self.url = f"{base}/v1/completions"
-        self.model = model
-        self.timeout = timeout
-        self.retries = retries
-        self.workers = workers
-        self.headers = {"Content-Type": "application/json"}
-        if api_key:
-            self.headers["Authorization"] = f"Bearer {api_key}"
+        self.endpoint = Endpoint(
+            base, model, key_variable, timeout=timeout, retries=retries, workers=workers
+        )
 
     def topk(self, samples: Sequence[Sample], k: int) -> list[tuple[Tensor, Tensor] | None]:
         """For each sample (C, k + 1) ids and log-probabilities: the sampled token, the k likeliest.
@@ -71,59 +56,32 @@ class HttpTopK:
         Raises:
             ConnectionError: not one request succeeded.
         """
-        errors: list[Exception] = []
+        url = f"{self.endpoint.url}{PATH}"
 
-        def ask(sample: Sample) -> tuple[Tensor, Tensor] | None:
+        def ask(sample: Sample) -> tuple[Tensor, Tensor] | Exception:
             try:
                 return self._ask(sample, k)
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                errors.append(error)
-                log.warning(
-                    "teacher at %s: no answer for group %d, sample %d: %s",
-                    self.url,
-                    sample.group,
-                    sample.index,
-                    error,
-                )
-                return None
+            except (EndpointError, ValueError) as error:
+                place = f"group {sample.group}, sample {sample.index}"
+                log.warning("teacher at %s: no answer for %s: %s", url, place, error)
+                return error
 
-        with ThreadPoolExecutor(self.workers) as pool:
-            answers = list(pool.map(ask, samples))
-        if samples and len(errors) == len(samples):
+        answers = dict(self.endpoint.each(ask, samples))
+        failed = {i: answer for i, answer in answers.items() if isinstance(answer, Exception)}
+        if samples and len(failed) == len(samples):
             raise ConnectionError(
-                f"teacher: no request to {self.url} succeeded, the last failed with: {errors[-1]}"
+                f"teacher: no request to {url} succeeded, the last failed with: "
+                f"{list(failed.values())[-1]}"
             )
-        return answers
+        return [None if i in failed else answers[i] for i in range(len(samples))]
 
     def _ask(self, sample: Sample, k: int) -> tuple[Tensor, Tensor]:
         seen = sample.seen_by_teacher()
         ids = torch.cat([seen.prompt_ids, seen.completion_ids]).tolist()
-        body = {
-            "model": self.model,
-            "prompt": ids,
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": k,
-        }
-        answer = self._post(json.dumps(body).encode())
-        return parse_prompt_logprobs(answer, ids, seen.completion_ids.numel(), k)
-
-    def _post(self, body: bytes) -> Any:
-        for attempt in range(self.retries + 1):
-            try:
-                request = urllib.request.Request(self.url, body, self.headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                text = error.read().decode(errors="replace")[:500]
-                if error.code != 429 and error.code < 500:
-                    raise ValueError(f"status {error.code}: {text}") from error
-                failure: Exception = OSError(f"status {error.code}: {text}")
-            except (OSError, http.client.HTTPException) as error:  # no connection, time-out
-                failure = error
-            if attempt < self.retries:
-                time.sleep(min(30.0, 0.5 * 2**attempt))
-        raise failure
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        return parse_prompt_logprobs(
+            self.endpoint.post(PATH, body), ids, seen.completion_ids.numel(), k
+        )
 
 
 def parse_prompt_logprobs(

@@ -5,7 +5,8 @@ import pytest
 from dgrpo.data.rows import load_rows
 from dgrpo.longblocks.evaluation import evaluate
 from dgrpo.longblocks.evaluation.made import made
-from dgrpo.longblocks.tasks.make import MakeSettings, make
+from dgrpo.longblocks.tasks.catalog import MakeSettings
+from dgrpo.longblocks.tasks.make import make
 
 
 class Oracle:

@@ -3,7 +3,7 @@
 import pytest
 
 from dgrpo.longblocks.rewards import exact_match, final_number, item_f1, math, token_f1
-from dgrpo.longblocks.rewards.text import final_answer, normalise
+from dgrpo.longblocks.rewards.matching import final_answer, normalise
 
 CITIES = ["Paris", "London", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Bern"]
 

@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dgrpo.longblocks.rewards import judge
-from dgrpo.longblocks.rewards.runner import Reward, Scorer
+from dgrpo.longblocks.rewards.runner import Scorer
+from dgrpo.trainer.config import Reward
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -97,7 +98,7 @@ def test_an_answer_cannot_leave_its_marks_or_give_itself_a_score(url):
 
 
 def test_the_runner_leaves_out_what_was_not_judged(url):
-    reward = Reward("judge", options={"url": url, "model": "m", "retries": 1})
+    reward = Reward(path="judge", options={"url": url, "model": "m", "retries": 1})
     with Scorer([reward], timeout=20.0) as scorer:
         result = scorer(["p"] * 3, ["right", "refused", "wrong"], {"answer": ["gold"] * 3})
     assert result.failed.tolist() == [False, True, False]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.longblocks.rewards.runner import Reward, Scorer, score
+from dgrpo.longblocks.rewards.runner import Scorer, score
+from dgrpo.trainer.config import Reward
 
 SAMPLES = str(Path(__file__).with_name("samples.py"))
 ROOT = Path(__file__).parents[3]
@@ -20,14 +21,14 @@ ROOT = Path(__file__).parents[3]
 def run(name, completions, columns=None, timeout=20.0, **fields):
     prompts = ["p"] * len(completions)
     return score(
-        [Reward(f"{SAMPLES}:{name}", **fields)], prompts, completions, columns or {}, timeout
+        [Reward(path=f"{SAMPLES}:{name}", **fields)], prompts, completions, columns or {}, timeout
     )
 
 
 def test_weights_parts_and_options():
     rewards = [
-        Reward(f"{SAMPLES}:parts", weight=2.0, options={"bonus": 0.5}),
-        Reward("exact_match", name="em", weight=-1.0),
+        Reward(path=f"{SAMPLES}:parts", weight=2.0, options={"bonus": 0.5}),
+        Reward(path="exact_match", name="em", weight=-1.0),
     ]
     result = score(rewards, ["p"] * 2, ["a", "b"], {"answer": ["a", "a"]})
     assert result.total.tolist() == [2.0, 1.0]
@@ -53,7 +54,7 @@ def test_a_bad_sample_costs_itself_alone(bad, timeout, caplog):
 
 @pytest.mark.parametrize("bad", ["hang", "spin", "child", "die", "crash", "exit"])
 def test_a_hanging_or_dying_reward_costs_its_sample_alone(bad):
-    with Scorer([Reward(f"{SAMPLES}:moody")], timeout=1.2) as scorer:
+    with Scorer([Reward(path=f"{SAMPLES}:moody")], timeout=1.2) as scorer:
         start = time.monotonic()
         result = scorer(["p"] * 4, ["a", "bb", bad, "cccc"], {})
         assert time.monotonic() - start < 30
@@ -119,14 +120,14 @@ def test_a_reward_that_exits_ends_nothing(timeout):
 
 
 def test_an_error_of_several_lines_is_told_in_one():
-    with Scorer([Reward(f"{SAMPLES}:scolds")], timeout=None) as scorer:
+    with Scorer([Reward(path=f"{SAMPLES}:scolds")], timeout=None) as scorer:
         assert scorer.last_error is None
         scorer(["p"] * 2, ["a", "b"], {})
     assert scorer.last_error.startswith("reward scolds: ValueError: one line and another (")
 
 
 def test_one_bad_reward_of_two_fails_the_sample_but_keeps_the_other_part():
-    rewards = [Reward(f"{SAMPLES}:moody"), Reward("exact_match")]
+    rewards = [Reward(path=f"{SAMPLES}:moody"), Reward(path="exact_match")]
     result = score(rewards, ["p"] * 2, ["a", "raise"], {"answer": ["a", "raise"]})
     assert result.total.tolist() == [2.0, 0.0]
     assert result.parts["exact_match"].tolist() == [1.0, 1.0]
@@ -134,7 +135,7 @@ def test_one_bad_reward_of_two_fails_the_sample_but_keeps_the_other_part():
 
 def test_the_limit_is_of_the_batch(caplog):
     """A hang is looked for within as long again, and what was spent is told."""
-    with Scorer([Reward(f"{SAMPLES}:leisurely")], timeout=1.0) as scorer:
+    with Scorer([Reward(path=f"{SAMPLES}:leisurely")], timeout=1.0) as scorer:
         start = time.monotonic()
         result = scorer(["p"] * 40, ["a"] * 40, {})  # 4 seconds of work
         assert time.monotonic() - start < 6, "two seconds, and a few workers' start"
@@ -160,20 +161,25 @@ def test_a_hang_is_told_while_it_lasts(caplog, monkeypatch):
 def test_the_worker_is_light_and_takes_arrays():
     assert run("imported", ["a"]).total.tolist() == [0]
     assert score(
-        [Reward("exact_match"), Reward(f"{SAMPLES}:imported")], ["p"], ["a"], {"answer": ["b"]}
+        [Reward(path="exact_match"), Reward(path=f"{SAMPLES}:imported")],
+        ["p"],
+        ["a"],
+        {"answer": ["b"]},
     )[0].tolist() == [0]
     assert run("arrays", ["a", "b"]).total.tolist() == [0.25, 0.25]
 
 
 def test_math_verify_works_in_the_worker():
-    result = score([Reward("math")], ["p"] * 2, [r"\boxed{\frac12}", "3"], {"answer": ["0.5", "4"]})
+    result = score(
+        [Reward(path="math")], ["p"] * 2, [r"\boxed{\frac12}", "3"], {"answer": ["0.5", "4"]}
+    )
     assert result.total.tolist() == [1, 0]
 
 
 def test_thousands_of_samples_with_a_long_document_are_cheap():
     document = "words " * 200_000
     columns = {"answer": ["a"] * 4096, "document": [document] * 4096}
-    with Scorer([Reward("exact_match")]) as scorer:
+    with Scorer([Reward(path="exact_match")]) as scorer:
         start = time.monotonic()
         assert scorer(["p"] * 4096, ["a"] * 4096, columns).total.sum() == 4096
         assert time.monotonic() - start < 20, "the document is sent once"
@@ -206,18 +212,18 @@ def test_no_samples():
 @pytest.mark.parametrize("timeout", [20.0, None], ids=["worker", "this process"])
 def test_a_reward_that_cannot_be_imported_stops_at_once(path, message, timeout):
     with pytest.raises(ValueError, match=message):
-        Scorer([Reward(path)], timeout=timeout)
+        Scorer([Reward(path=path)], timeout=timeout)
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="expected one or more with different names"):
-        Scorer([Reward("math"), Reward("math")])
+        Scorer([Reward(path="math"), Reward(path="math")])
     with pytest.raises(ValueError, match="answer: got 1 values for 2 completions"):
-        score([Reward("exact_match")], ["p", "p"], ["a", "b"], {"answer": ["a"]})
+        score([Reward(path="exact_match")], ["p", "p"], ["a", "b"], {"answer": ["a"]})
 
 
 def test_a_killed_worker_is_replaced():
-    with Scorer([Reward(f"{SAMPLES}:pid")]) as scorer:
+    with Scorer([Reward(path=f"{SAMPLES}:pid")]) as scorer:
         first = int(scorer(["p"], ["a"], {}).parts["pid"][0])
         os.kill(scorer._worker.process.pid, signal.SIGKILL)
         scorer._worker.process.wait()
@@ -227,8 +233,9 @@ def test_a_killed_worker_is_replaced():
 
 HOST = """
 import sys
-from dgrpo.longblocks.rewards.runner import Reward, Scorer
-scorer = Scorer([Reward(sys.argv[1])], timeout=100)  # at the top level: no main guard needed
+from dgrpo.longblocks.rewards.runner import Scorer
+from dgrpo.trainer.config import Reward
+scorer = Scorer([Reward(path=sys.argv[1])], timeout=100)  # at the top level: no main guard needed
 print(scorer._worker.process.pid, flush=True)
 scorer(["p"], ["hang"], {})
 """

@@ -9,7 +9,7 @@ from dgrpo.data import load_rows
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.longblocks.tasks.chains import ChainTask, rows, write
 from dgrpo.longblocks.tasks.haystack import source_lines
-from dgrpo.longblocks.tasks.tokenizers import invented_names
+from dgrpo.longblocks.tasks.tokenizer import invented_names
 from dgrpo.text import encode_text
 
 

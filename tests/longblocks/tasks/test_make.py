@@ -1,4 +1,4 @@
-"""The files of ``dgrpo data make``."""
+"""The files of `dgrpo data make`."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from dgrpo.data import PromptStream, Source, load_rows
-from dgrpo.longblocks.tasks.families import TASKS, MakeSettings
-from dgrpo.longblocks.tasks.make import length, main, make
+from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings
+from dgrpo.longblocks.tasks.make import make
 
 
 def quiet(settings):
@@ -61,7 +61,7 @@ def test_an_interrupted_run_goes_on(settings):
     assert all(a.equals(pyarrow.parquet.read_table(f)) for a, f in zip(before, files, strict=True))
 
 
-def test_a_folder_of_other_settings_is_refused(settings):
+def test_a_folder_of_other_settings_raises(settings):
     quiet(settings(count=3))
     with pytest.raises(ValueError, match="holds data of other settings"):
         quiet(settings(count=3, seed=1))
@@ -128,32 +128,6 @@ def test_wrong_settings(settings, changes, message):
         settings(**changes)
 
 
-def test_lengths_in_words():
-    assert [length(t) for t in ("4096", "32k", "1M", "1.5k")] == [4096, 32768, 1 << 20, 1536]
-    with pytest.raises(ValueError, match="32k or 1M"):
-        length("long")
-
-
-def test_the_command_line(tmp_path, haystack, capsys):
-    out = tmp_path / "out"
-    wanted = [
-        str(out),
-        "--tasks",
-        "relations",
-        "--count",
-        "2",
-        "--tokens",
-        "6k",
-        "--processes",
-        "1",
-    ]
-    assert main([*wanted, "--haystack", haystack]) == 0
-    assert len(load_rows(out)) == 2
-    with pytest.raises(SystemExit):
-        main([*wanted, "--tasks", "riddles"])
-    assert "riddles" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_thousand_tasks_of_32k_tokens_in_five_minutes(tmp_path, tokenizer):
     import time
@@ -178,7 +152,7 @@ from dgrpo.trainer.batch import Sample, pack
 from dgrpo.data import PromptStream, Source
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.longblocks.tasks.make import make
-from dgrpo.longblocks.tasks.families import MakeSettings
+from dgrpo.longblocks.tasks.catalog import MakeSettings
 
 tokenizer = train_tokenizer(1024, 0)
 tokenizer.save_pretrained(sys.argv[1] + "/tokenizer")

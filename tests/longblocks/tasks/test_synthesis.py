@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dgrpo.data import load_rows
-from dgrpo.endpoint import Endpoint, parse_object
+from dgrpo.endpoint import Endpoint
 from dgrpo.longblocks import rewards
-from dgrpo.longblocks.tasks.asking import checked
-from dgrpo.longblocks.tasks.make import main
+from dgrpo.longblocks.tasks.command import main
+from dgrpo.longblocks.tasks.questions import checked, parse_object
 from dgrpo.longblocks.tasks.synthesis import SynthesisSettings, synthesize
 from dgrpo.text import BadRow
 
@@ -27,7 +27,7 @@ LONG = {
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by ``script(kind of request, seed) -> (status, content or raw bytes)``."""
+    """Answers by `script(kind of request, seed) -> (status, content or raw bytes)`."""
 
     daemon_threads = True
 
@@ -137,7 +137,7 @@ def test_nonsense_is_dropped_and_counted(settings, served, reply, reason):
         ({"points": [["1873"]]}, "too few points"),
         ({"points": [["1873"], ["Rome"], ["bridge"]]}, "point not in the document"),
         ({"points": [["1873", "dull"], ["Tavik"], ["bridge"]]}, "point not in its line"),
-        ({"points": [["1873"], ["Tavik"], ["bridge"], ["dull"]]}, "not one line a point"),
+        ({"points": [["1873"], ["Tavik"], ["bridge"], ["dull"]]}, "not one line per point"),
     ],
 )
 def test_points_must_stand_in_document_and_answer(change, reason):
@@ -227,7 +227,7 @@ def test_the_command_line(settings, served, tmp_path):
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="endpoint: got"):
+    with pytest.raises(ValueError, match="url: got"):
         Endpoint("localhost", "m")
     with pytest.raises(ValueError, match="model: got nothing"):
         Endpoint("http://x", "")

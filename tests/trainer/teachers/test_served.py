@@ -98,9 +98,10 @@ def test_few_tokens_served_bound_the_divergence_from_below(server):
     assert 0 < found[0] < found[1] < found[2] < found[3]
 
 
-def test_what_is_asked_of_the_server(server):
+def test_what_is_asked_of_the_server(server, monkeypatch):
+    monkeypatch.setenv("A_KEY", "key")
     samples = teacher_samples()
-    (ids, logprobs), *_ = HttpTopK(server.url, "name", api_key="key").topk(samples, 5)
+    (ids, logprobs), *_ = HttpTopK(server.url, "name", key_variable="A_KEY").topk(samples, 5)
     path, headers, body = server.requests[0]
     assert path == "/v1/completions" and headers["Authorization"] == "Bearer key"
     assert body["model"] == "name" and body["prompt_logprobs"] == 5 and body["max_tokens"] == 1
@@ -126,7 +127,7 @@ def test_a_sample_without_an_answer_has_no_teacher(server, caplog):
     teacher = ServedTeacher(HttpTopK(server.url, "t", workers=1), 3)
     teacher.attach(samples)
     assert teacher.missing == 1 and samples[0].topk is None
-    assert "status 400: not today" in caplog.text
+    assert "HTTP 400: not today" in caplog.text
     (micro,) = pack(samples, 25)
     head = teacher.head(micro)
     assert head.token_ids.shape == (micro.targets.numel(), 4)

@@ -32,13 +32,13 @@ class MakeSettings:
     """What to make.
 
     Attributes:
-        out: folder for the files ``part-00000.parquet`` and on.
-        tasks: names in :data:`TASKS`, or ``("all",)``.
+        out: folder for the files `part-00000.parquet` and on.
+        tasks: names in `TASKS`, or `("all",)`.
         count: rows in all, dealt out to tasks and lengths in turn.
         tokens: lengths of document and question, by the tokenizer.
-        tokenizer: folder or hub name, or ``"bytes"``: one token a byte.
+        tokenizer: folder or hub name, or `"bytes"`: one token a byte.
         haystack: folder of text or code; None: the standard library.
-        split: ``"train"``, or ``"test"``: from text that no training row has.
+        split: `"train"`, or `"test"`: from text that no training row has.
         seed: of everything.
         processes: how many to use.
         file_tokens: about how many tokens of text a file holds.
@@ -78,7 +78,7 @@ class MakeSettings:
 
 
 def make_row(ground: Ground, settings: MakeSettings, number: int) -> dict:
-    """Row ``number`` of the settings; deterministic. Raises ValueError where it cannot be made."""
+    """Row `number` of the settings; deterministic. Raises ValueError where it cannot be made."""
     names = settings.named
     task = names[number % len(names)]
     tokens = settings.tokens[number // len(names) % len(settings.tokens)]

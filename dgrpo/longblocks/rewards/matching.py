@@ -22,15 +22,20 @@ def column(values: Sequence | None, n: int) -> Sequence:
     return [None] * n if values is None else values
 
 
+def by_part(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
+    """The values of each part, from one tuple per sample with a value for each."""
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+
+
 def without_thinking(completion: str) -> str:
-    """What follows the last ``</think>``, or the whole completion if there is none."""
+    """What follows the last `</think>`, or the whole completion if there is none."""
     return completion.rpartition("</think>")[2]
 
 
 def final_answer(completion: str) -> str:
     """What follows the last "Answer:" at a line's start, to the line's end; else the last line.
 
-    Reasoning up to ``</think>`` is left out. A completion that lists several answers gives its last
+    Reasoning up to `</think>` is left out. A completion that lists several answers gives its last
     line only, so that listing gains nothing.
     """
     text = without_thinking(completion)
@@ -100,19 +105,19 @@ def guarded(precision: float, recall: float) -> float:
 
 
 def contains(text: str, part: str) -> bool:
-    """Whether normalised ``part`` stands in normalised ``text`` as whole words."""
+    """Whether normalised `part` stands in normalised `text` as whole words."""
     return f" {part} " in f" {text} "
 
 
 def repetition(text: str, size: int = 6) -> float:
-    """Share of the runs of ``size`` words that occurred before: near 1 in loops."""
+    """Share of the runs of `size` words that occurred before: near 1 in loops."""
     words = text.lower().split()
     runs = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def copied(text: str, document: str | None) -> float:
-    """Share of ``text`` that is copied in bulk: in runs of 24 or more words of ``document`` within
+    """Share of `text` that is copied in bulk: in runs of 24 or more words of `document` within
     one line. A sentence taken over as a line of its own is shorter."""
     if not document:
         return 0.0
@@ -137,7 +142,7 @@ def _plain_words(document: str) -> str:
 
 
 def passages_of(document: str, ids: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(id, text) of the passages labelled "[id] text", for those of ``ids`` that there are."""
+    """(id, text) of the passages labelled "[id] text", for those of `ids` that there are."""
     for label in ids:
         start = re.search(rf"^[ \t]*\[{re.escape(label)}\]", document, re.M)
         if start:

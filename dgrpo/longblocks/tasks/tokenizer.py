@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer, trained on local text, for models trained from scratch."""
+"""Tokenizers: one that is loaded, or a small one trained on local text, for small models."""
 
 from functools import lru_cache
 
@@ -9,9 +9,18 @@ from dgrpo.longblocks.tasks.haystack import source_lines
 END, PAD = "<|end|>", "<|pad|>"
 
 
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or of the hub; `"bytes"` stays."""
+    if name == "bytes":
+        return name
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
 @lru_cache
 def invented_names(n: int) -> tuple[str, ...]:
-    """``n`` distinct invented names such as ``Lerax``; the first ones of a fixed sequence."""
+    """`n` distinct invented names such as `Lerax`; the first ones of a fixed sequence."""
     if n > 20_000:
         raise ValueError(f"names: got {n}, expected at most 20000")
     rng = np.random.default_rng(20605)
@@ -33,13 +42,13 @@ def train_tokenizer(
 
     Args:
         vocab_size: size of the vocabulary with the 256 bytes and 2 special tokens, without names.
-        names: this many of :func:`invented_names` become tokens of their own.
+        names: this many of `invented_names` become tokens of their own.
         folder: text to train on; None: the standard library's sources. The last tenth of the lines
             (the held-out ones) is left out.
         seed: of the sample of lines that is used (about 1 MB).
 
     Returns:
-        PreTrainedTokenizerFast with ``eos_token`` and ``pad_token``.
+        PreTrainedTokenizerFast with `eos_token` and `pad_token`.
 
     Raises:
         ValueError: fewer than 258 tokens.

@@ -7,8 +7,8 @@ import pytest
 
 from dgrpo.longblocks import rewards
 from dgrpo.longblocks.dataset import icr_source
+from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
 from dgrpo.longblocks.tasks.facts import Fact, Names, weave, weave_passages
-from dgrpo.longblocks.tasks.families import TASKS, MakeSettings, make_row
 from dgrpo.longblocks.tasks.retrieval import from_passages
 from dgrpo.text import count_tokens
 

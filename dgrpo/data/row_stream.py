@@ -6,21 +6,21 @@ from collections.abc import Iterator
 import numpy as np
 
 from dgrpo.data.rows import is_function, looks_local, open_table, parse_line, renamed, row_files
-from dgrpo.text.problems import BadRow, Report
+from dgrpo.text import BadRow, Report
 
 
 class RowStream:
     """One pass over files or a hub dataset, in bounded memory, resumable.
 
-    Iterating gives ``(where, row)`` or ``(where, BadRow)``. :meth:`state` is where to go on.
+    Iterating gives `(where, row)` or `(where, BadRow)`. `state` is where to go on.
 
     Args:
-        path: as for :func:`load_rows`, without functions.
+        path: as for `load_rows`, without functions.
         split: of a hub dataset.
-        columns: ``{our name: name in the file}``.
+        columns: `{our name: name in the file}`.
         report: files that cannot be opened are counted here.
         seed, epoch: the order of the files.
-        state: from :meth:`state`.
+        state: from `state`.
     """
 
     def __init__(

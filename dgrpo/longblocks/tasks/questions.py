@@ -1,9 +1,11 @@
 """What a model is asked when it makes questions, and how its answers are checked."""
 
+import json
 import re
 
-from dgrpo.endpoint import Endpoint, parse_object
-from dgrpo.text.problems import BadRow
+from dgrpo.endpoint import Endpoint
+from dgrpo.longblocks.tasks.rows import row
+from dgrpo.text import BadRow
 
 FORMAT = (
     "Answer with one JSON object and nothing else, with the keys: "
@@ -36,7 +38,8 @@ JUDGE = (
     'JSON object and nothing else: {"verdict": "supported", "unsupported" or "ambiguous", '
     '"reason": "..."}.'
 )
-FAMILY = {"multi_hop": "token_f1", "grounding": "token_f1", "long_form": "coverage"}
+REWARDS = {"multi_hop": "token_f1", "grounding": "token_f1", "long_form": "coverage"}
+MAX_TOKENS = 2048  # of a reply
 
 
 def question_prompt(kind: str, document: str) -> list[dict]:
@@ -71,12 +74,12 @@ def checked(kind: str, reply: str, document: str) -> dict:
 
 
 def _points(found: dict, answer: str, document: str) -> list[list[str]]:
-    """The points of a list, one a line, so that the answer covers them all."""
+    """The points of a list, one per line, so that the answer covers them all."""
     points, lines = found.get("points"), answer.split("\n")
     if not isinstance(points, list) or len(points) < 3:
         raise BadRow("too few points", repr(points)[:80])
     if len(points) != len(lines) or not all(line.startswith("- ") for line in lines):
-        raise BadRow("not one line a point", f"{len(points)} points, {len(lines)} lines")
+        raise BadRow("not one line per point", f"{len(points)} points, {len(lines)} lines")
     for point, line in zip(points, lines, strict=True):
         phrases = _texts({"point": point}, "point")
         if not all(_contains(document, phrase) for phrase in phrases):
@@ -89,11 +92,12 @@ def _points(found: dict, answer: str, document: str) -> list[list[str]]:
 def judged(judge: Endpoint, asked: dict, document: str, seed: int) -> None:
     """Have a question judged. Raises BadRow unless the verdict is "supported"."""
     task = f"Question: {asked['question']}\nProposed answer: {asked['answer']}"
-    reply = judge.ask(
+    reply = judge.chat(
         [
             {"role": "system", "content": JUDGE},
             {"role": "user", "content": f"<document>\n{document}\n</document>\n\n{task}"},
         ],
+        max_tokens=MAX_TOKENS,
         seed=seed,
     )
     found = parse_object(reply)
@@ -107,42 +111,49 @@ def judged(judge: Endpoint, asked: dict, document: str, seed: int) -> None:
 def row_of(entry: dict, document: str) -> dict:
     """A row like those that are made without a model."""
     long, words = entry["kind"] == "long_form", len(entry["answer"].split())
-    rule = 'End with a line that says "Answer: " and then the answer alone.'
+    rule, answer = (
+        'End with a line that says "Answer: " and then the answer alone.',
+        entry["answer"],
+    )
+    wanted = {}
     if long:
+        low, high = words // 3, 3 * words
         rule = (
             'Write a list, one fact a line, each line beginning with "- ", of between '
-            f"{words // 3} and {3 * words} words, and nothing else."
+            f"{low} and {high} words, and nothing else."
         )
-    answer = entry["answer"] if long else f"Answer: {entry['answer']}"
-    return {
-        "id": f"asked-{entry['kind']}-{entry['number']}",
-        "document": document,
-        "source": entry["name"],
-        "language": "",
-        "question": f"{entry['question']} {rule}",
-        "answer": entry["answer"],
-        "response_reference": "\n".join([*([] if long else entry["evidence"]), answer]),
-        "family": entry["kind"],
-        "task": "asked",
-        "reward": f"dgrpo.rewards:{FAMILY[entry['kind']]}",
-        "aliases": entry["aliases"],
-        "items": [],
-        "distractors": [],
-        "passages": entry["evidence"],
-        "passage_ids": [],
-        "answerable": True,
-        "points": entry["points"],
-        "form": "bullets" if long else "",
-        "headings": [],
-        "min_words": words // 3 if long else 0,
-        "max_words": 3 * words if long else 0,
-        "hops": len(entry["evidence"]),
-        "evidence": "\n".join(entry["evidence"]),
-        "privileged": answer,
-        "depths": [],
-        "tokens": 0,
-        "seed": 0,
-    }
+        wanted = {"form": "bullets", "min_words": low, "max_words": high}
+    else:
+        answer = f"Answer: {answer}"
+    made = row(
+        document=document,
+        question=f"{entry['question']} {rule}",
+        answer=entry["answer"],
+        family=entry["kind"],
+        task="asked",
+        reward=REWARDS[entry["kind"]],
+        evidence="\n".join(entry["evidence"]),
+        reference="\n".join([*([] if long else entry["evidence"]), answer]),
+        aliases=entry["aliases"],
+        passages=entry["evidence"],
+        points=entry["points"],
+        hops=len(entry["evidence"]),
+        **wanted,
+    )
+    own = {"id": f"asked-{entry['kind']}-{entry['number']}", "source": entry["name"], "seed": 0}
+    return made | own | {"language": "", "privileged": answer}
+
+
+def parse_object(text: str) -> dict:
+    """Read the JSON object in a model's answer, also inside a code fence; BadRow without one."""
+    start, end = text.find("{"), text.rfind("}")
+    try:
+        found = json.loads(text[start : end + 1])
+    except ValueError as error:
+        raise BadRow("no JSON in the answer", f"{error}; got {text[:120]!r}") from None
+    if not isinstance(found, dict):
+        raise BadRow("no JSON in the answer", f"got {text[:120]!r}")
+    return found
 
 
 def _text(found: dict, name: str) -> str:

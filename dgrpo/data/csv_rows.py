@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from dgrpo.text.problems import BadRow
+from dgrpo.text import BadRow
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -34,7 +34,7 @@ class Cells:
                 nonlocal position, line
                 for data in stream:
                     position, line = position + len(data), line + 1
-                    yield data.decode("utf-8", "surrogateescape")  # complained of when it is read
+                    yield data.decode("utf-8", "surrogateescape")  # reported when the row is read
 
             reader = csv.reader(texts(), delimiter=self.delimiter)
             while True:
@@ -44,7 +44,7 @@ class Cells:
                 except csv.Error:
                     if not self.header:
                         raise
-                    cells = [""]  # complained of when it is read
+                    cells = [""]  # reported when the row is read
                 if cells is None:
                     break
                 if cells and self.header:
