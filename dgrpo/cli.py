@@ -11,12 +11,20 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgrpo.trainer.config import PRESETS, describe, load
+from dgrpo.extras import MissingExtra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Bad input is told on stderr, with status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command. Returns the exit status: 2, and a line on stderr, for bad input."""
+    try:
+        return dispatch(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError, MissingExtra) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Parse the arguments and run what they ask for."""
     if arguments[:2] == ["data", "make"]:
         from dgrpo.longblocks.tasks.make import main as make
 
@@ -31,11 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.arguments += rest
-    try:
-        return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.run(options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,12 +58,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=settings_help(),
         formatter_class=raw,
     )
-    command.add_argument(
-        "arguments",
-        nargs="*",
-        metavar="FILE key=value",
-        help="YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it",
-    )
+    text = "YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it"
+    command.add_argument("arguments", nargs="*", metavar="FILE key=value", help=text)
     command.add_argument("--stage", help="run this stage of the file alone")
     command.add_argument("--show", action="store_true", help="print the settings and do nothing")
     command.set_defaults(run=train)
@@ -129,6 +129,8 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_help() -> str:
     """All settings with type, default and meaning, and the presets."""
+    from dgrpo.trainer.config import PRESETS, describe
+
     lines = ["settings (group.name=value, values in YAML):"]
     group = ""
     for name, kind, default, text in describe():
@@ -136,12 +138,9 @@ def settings_help() -> str:
         if head != group:
             group = head
             lines.append("")
-        shown = (
-            "null" if default is None else repr(default) if isinstance(default, str) else default
-        )
-        shown = str(default) if default == "required" else str(shown)
-        if len(shown) > 40:
-            shown = shown[:37] + "..."
+        quoted = isinstance(default, str) and default != "required"
+        shown = "null" if default is None else repr(default) if quoted else str(default)
+        shown = shown if len(shown) <= 40 else shown[:37] + "..."
         lines.append(f"  {name}  ({kind}, {shown})")
         lines.append(textwrap.indent(textwrap.fill(text or "", 90), " " * 8))
     lines += ["", "method.preset sets, where not overridden:"]
@@ -157,10 +156,10 @@ def train(options: argparse.Namespace) -> int:
     overrides = [text for text in options.arguments if "=" in text]
     if len(files) > 1:
         raise ValueError(f"train: got the files {files}, expected one; settings are key=value")
+    from dgrpo.trainer.config import dump, load
+
     stages = load(files[0] if files else None, overrides, options.stage)
     if options.show:
-        from dgrpo.trainer.config import dump
-
         for name, settings in stages.items():
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
