@@ -93,7 +93,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel, tree):
 
 @pytest.fixture
 def loss_only(tmp_path):
-    """The folder of commands of a new venv that has torch, triton and what they require, by link."""
+    """The folder of commands of a new venv with torch, triton and what they require, by link."""
     venv.create(tmp_path / "venv", with_pip=True)
     (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
     for name in required("torch", "triton"):
