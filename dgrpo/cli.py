@@ -6,12 +6,18 @@ Anything heavy is imported by the command that needs it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgrpo.extras import MissingExtra
+
+if TYPE_CHECKING:
+    from dgrpo.trainer.signals import Interruption
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +35,7 @@ def dispatch(arguments: list[str]) -> int:
         from dgrpo.longblocks.tasks.make import main as make
 
         return make(arguments[2:])
-    wanted = parser()
+    wanted = parser(arguments[0] if arguments else "")
     options, rest = wanted.parse_known_args(arguments)
     late = {  # what may come after an option as well
         train: all("=" in text[1:] for text in rest),
@@ -42,8 +48,10 @@ def dispatch(arguments: list[str]) -> int:
     return options.run(options)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parser(chosen: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands. The arguments of `eval` need imports: only if it is chosen."""
+    from dgrpo.trainer.config import settings_help
+
     raw = argparse.RawDescriptionHelpFormatter
     main_parser = argparse.ArgumentParser(
         prog="dgrpo", description="Post-training of language models on long sequences."
@@ -58,10 +66,19 @@ def parser() -> argparse.ArgumentParser:
         epilog=settings_help(),
         formatter_class=raw,
     )
-    text = "YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it"
-    command.add_argument("arguments", nargs="*", metavar="FILE key=value", help=text)
+    command.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="FILE key=value",
+        help="YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it",
+    )
     command.add_argument("--stage", help="run this stage of the file alone")
     command.add_argument("--show", action="store_true", help="print the settings and do nothing")
+    command.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on in a folder that was trained with another method, teacher or data",
+    )
     command.set_defaults(run=train)
 
     command = commands.add_parser("generate", help="complete a prompt with a model")
@@ -71,46 +88,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-tokens", type=int, default=256, help="longest completion (256)")
     command.set_defaults(run=generate)
 
-    from dgrpo.longblocks.evaluation import LOADERS, RULER_TASKS
-    from dgrpo.longblocks.tasks.families import TASKS
-
     command = commands.add_parser(
         "eval",
         help="score a model on long-context tasks, rows or public benchmarks",
         description="Prints a table by task and length with 95 % intervals. The exit status is 1 "
         "where nothing could be scored.",
     )
-    _model_arguments(command)
-    add = command.add_argument
-    add("arguments", nargs="*", metavar="FILE", help="rows: JSONL, parquet, a folder, as --rows")
-    add(
-        "--reward",
-        metavar="PATH",
-        help="scores all rows: a name in dgrpo.longblocks.rewards, module:function "
-        "or file.py:function (each row's own column reward)",
-    )
-    add("--tasks", help=f"those of dgrpo data make, made here: all, or some of {', '.join(TASKS)}")
-    add(
-        "--ruler",
-        metavar="TASKS",
-        help="in the manner of RULER, made here: all, or some of " + ", ".join(RULER_TASKS),
-    )
-    add("--lengths", default="4096", help="lengths of these, such as 4k,32k (4096)")
-    add("--count", type=int, default=100, help="items of each task and length (100)")
-    add("--rows", action="append", default=[], metavar="FILE", help="rows to score")
-    add(
-        "--benchmark",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help=f"a user's file of {', '.join(LOADERS)}",
-    )
-    add("--lm-eval", metavar="TASKS", help="tasks of lm-eval by comma, where it is installed")
-    add("--limit", type=int, help="items of each source at most (all)")
-    add("--max-tokens", type=int, help="longest completion (the row's own, else 256)")
-    add("--batch", type=int, default=8, help="prompts at once (8)")
-    add("--against", metavar="JSON", help="earlier results.json: paired differences to it")
-    add("--out", help="folder for results.json and the heat map")
+    if chosen == "eval":
+        from dgrpo.longblocks.evaluation.arguments import add_arguments
+
+        _model_arguments(command)
+        add_arguments(command)
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser(
@@ -127,58 +115,72 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
-def settings_help() -> str:
-    """All settings with type, default and meaning, and the presets."""
-    from dgrpo.trainer.config import PRESETS, describe
-
-    lines = ["settings (group.name=value, values in YAML):"]
-    group = ""
-    for name, kind, default, text in describe():
-        head = name.rpartition(".")[0]
-        if head != group:
-            group = head
-            lines.append("")
-        quoted = isinstance(default, str) and default != "required"
-        shown = "null" if default is None else repr(default) if quoted else str(default)
-        shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        lines.append(f"  {name}  ({kind}, {shown})")
-        lines.append(textwrap.indent(textwrap.fill(text or "", 90), " " * 8))
-    lines += ["", "method.preset sets, where not overridden:"]
-    for name, values in PRESETS.items():
-        shown = ", ".join(f"{key}={value}" for key, value in values.items()) or "the defaults above"
-        lines.append(textwrap.indent(textwrap.fill(f"{name}: {shown}", 90), " " * 4))
-    return "\n".join(lines)
-
-
 def train(options: argparse.Namespace) -> int:
-    """`dgrpo train`."""
+    """`dgrpo train`. Its status is 128 and the signal's number where one asked for the end."""
+    from dgrpo.trainer.signals import Interrupted, listening
+
+    with listening(then=signal.SIG_DFL) as asked:
+        try:
+            status = _train(options, asked)
+        except (Exception, Interrupted):
+            if asked.number is None:
+                raise
+            status = 128 + asked.number
+            _tell(f"stopped while starting ({asked.name})")
+        _flush()
+        return status
+
+
+def _train(options: argparse.Namespace, asked: Interruption) -> int:
+    from dgrpo.trainer.config import dump, load
+
     files = [text for text in options.arguments if "=" not in text]
     overrides = [text for text in options.arguments if "=" in text]
     if len(files) > 1:
         raise ValueError(f"train: got the files {files}, expected one; settings are key=value")
-    from dgrpo.trainer.config import dump, load
-
     stages = load(files[0] if files else None, overrides, options.stage)
     if options.show:
         for name, settings in stages.items():
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
+    for name, settings in stages.items():
+        _tell(f"{name or 'train'}: {settings.method.preset or 'own method'}, in {settings.out}")
+    _tell("loading torch and transformers")
     from dgrpo import distributed as ranks
     from dgrpo.trainer import Diverged, RewardsFailed, train_stages
     from dgrpo.trainer.checkpoint import CheckpointError
 
     try:
-        outcomes = train_stages(stages)
-        first = ranks.rank() == 0
+        outcomes = train_stages(stages, allow_changes=options.allow_changes)
     except (Diverged, RewardsFailed, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except ranks.FirstRankFailed:
+        return 2  # rank 0 says why
     finally:
+        asked.deferred = True  # nothing is under way any more
         ranks.leave()
-    for name, outcome in outcomes.items() if first else ():
+    for name, outcome in outcomes.items():
         label = f"{name}: " if name else ""
-        print(f"{label}{outcome.status} at step {outcome.step} in {outcome.folder}")
-    return 0
+        why = f" ({signal.Signals(outcome.signal).name})" if outcome.signal else ""
+        _tell(f"{label}{outcome.status} at step {outcome.step} in {outcome.folder}{why}")
+    number = asked.number or next((o.signal for o in outcomes.values() if o.interrupted), None)
+    return 128 + number if number else 0
+
+
+def _tell(text: str) -> None:
+    """Prints a line at once, on rank 0. A terminal or a pipe that is gone is no error."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
+
+def _flush() -> None:
+    """Lets Python end well although standard output is gone: it would change the exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def generate(options: argparse.Namespace) -> int:

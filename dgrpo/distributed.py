@@ -5,10 +5,17 @@ Everything works without `torch.distributed` initialised: one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+_T = TypeVar("_T")
+
+
+class FirstRankFailed(ValueError):
+    """What rank 0 does for all of them failed there; its own error says why."""
 
 
 def rank() -> int:
@@ -28,6 +35,27 @@ def totals(values: Sequence[float], device: torch.device) -> list[float]:
     summed = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(summed)
     return summed.tolist()
+
+
+def first(call: Callable[[], _T]) -> _T | None:
+    """`call()` on rank 0, None elsewhere. COLLECTIVE.
+
+    Raises what it raises, and there `FirstRankFailed` on the other ranks.
+    """
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = call()
+        except Exception as caught:
+            error = caught
+    if world() > 1:
+        told = [None if error is None else str(error)]
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        if rank() and told[0] is not None:
+            raise FirstRankFailed(told[0])
+    if error is not None:
+        raise error
+    return value
 
 
 def wait() -> None:

@@ -32,15 +32,29 @@ from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.trainer import finished, train_stages
 from dgrpo.trainer.config import RunSettings, load
 from dgrpo.trainer.report import write_report
+from dgrpo.trainer.signals import ENDING, Interrupted, listening
 
 SETTINGS = Path(__file__).with_name("tiny.yaml")
 BRANCHES = ("teacher", "cold")  # stages named so, and a number, run side by side
 TEACHER, MAIN, ARMS = "teacher-5", "dgrpo", ("grpo", "distill")
-STOPPED = 130  # exit status after Ctrl-C, as shells have it
+STOPPED = 130  # exit status of a process of `side_by_side` that a signal stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is not finished, prints the table; 0, or 130 where it was interrupted."""
+    """Runs what is not finished, prints the table; 0, or 128 and the number of a signal."""
+    with listening() as asked:
+        try:
+            status = recipe(argv)
+        except Interrupted:
+            status = STOPPED
+        if status == STOPPED:
+            print("\nstopped; the same command goes on from here")
+            return 128 + (asked.number or signal.SIGINT)
+        return status
+
+
+def recipe(argv: Sequence[str] | None) -> int:
+    """What `main` does: 0, 2 for wrong settings, or STOPPED."""
     parser = argparse.ArgumentParser(description="The recipe with tiny models on a CPU.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over tiny.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder (runs/tiny)")
@@ -57,12 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     left = [
         n for part in wanted for names in part.values() for n in names if not finished(stages[n])
     ]
-    try:
-        done = all(run(out, options.overrides, stages, part) for part in wanted)
-    except KeyboardInterrupt:
-        done = False
-    if not done:
-        print("\nstopped; the same command goes on from here")
+    if not all(run(out, options.overrides, stages, part) for part in wanted):
         return STOPPED
     print(f"\n{table(out, [n for n in (MAIN, *ARMS) if finished(stages[n])])}")
     report = write_report(out / MAIN)
@@ -98,7 +107,7 @@ def run(
         return side_by_side(out, overrides, parts)
     torch.set_num_threads(1)
     chosen = {name: stages[name] for names in parts.values() for name in names}
-    return all(outcome.status != "stopped" for outcome in train_stages(chosen).values())
+    return not any(outcome.interrupted for outcome in train_stages(chosen).values())
 
 
 def side_by_side(out: Path, overrides: Sequence[str], parts: dict[str, list[str]]) -> bool:
@@ -108,22 +117,20 @@ def side_by_side(out: Path, overrides: Sequence[str], parts: dict[str, list[str]
         context.Process(target=branch, args=(out, overrides, label, names))
         for label, names in parts.items()
     ]
-    for child in children:
-        child.start()
-
-    def forward(number: int, _frame: object) -> None:
-        for child in children:
-            child.terminate()
-
-    before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         for child in children:
+            child.start()
+        for child in children:
             child.join()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except Interrupted:
+        started = [child for child in children if child.pid is not None]
+        for child in started:
+            child.terminate()
+        for child in started:
+            child.join()
+        return False
     codes = {child.exitcode for child in children}
-    if codes - {0, STOPPED, -signal.SIGTERM, -signal.SIGINT}:
+    if codes - {0, STOPPED, *(-number for number in ENDING)}:
         raise SystemExit(f"error: a stage failed, see above (exit statuses {sorted(codes)})")
     return codes == {0}
 
@@ -138,10 +145,10 @@ def branch(out: Path, overrides: Sequence[str], label: str, names: Sequence[str]
             if not finished(stages[name]):
                 print(f"-- {name}")
             outcome = train_stages({name: stages[name]})[name]
-            if outcome.status == "stopped":
-                sys.exit(STOPPED)
             if outcome.status == "finished":
                 print(f"-- {name} finished at step {outcome.step}")
+            if outcome.interrupted:
+                sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(STOPPED)
 

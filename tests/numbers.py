@@ -63,9 +63,21 @@ def print_ops(backend: str) -> None:
     print(backend, "logprobs", digest(*scored))
 
 
+@contextlib.contextmanager
+def to_stderr():
+    """What this process and its children print goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+
+
 def run(wanted) -> None:
     """Train, with what the run prints out of the way, and print what it left."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with to_stderr(), contextlib.redirect_stdout(sys.stderr):
         train(wanted)
     print_run(Path(wanted.out))
 
@@ -95,8 +107,8 @@ def main() -> None:
         for preset in PRESETS:
             run(settings(home, out / preset, preset))
         run(settings(home, out / "lora", "dgrpo", **LORA))
-        sys.stdout.flush()
-        ranks = test_ranks.on_ranks.__wrapped__(home, Folders)
+        with to_stderr():
+            ranks = test_ranks.on_ranks.__wrapped__(home, Folders)
         for case in test_ranks.CASES:
             print_run(ranks / case)
 

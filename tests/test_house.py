@@ -29,7 +29,7 @@ SIZES = {
         5700,
         ("kernels", "dgrpo/ops", "dgrpo/objectives", "dgrpo/testing", "dgrpo/head.py"),
     ),
-    "the trainer": (10800, ("dgrpo/trainer", "dgrpo/data", "dgrpo/text", "dgrpo/cli.py")),
+    "the trainer": (11400, ("dgrpo/trainer", "dgrpo/data", "dgrpo/text", "dgrpo/cli.py")),
     "LongBlocks": (5900, ("dgrpo/longblocks",)),
 }
 HEAVY = {"transformers", "pydantic", "datasets", "peft", "matplotlib", "rich", "yaml", "trl"}
@@ -147,9 +147,25 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_library_loads_torch_alone():
-    ours = loaded_by("import dgrpo") - loaded_by("import torch")
+    assert "torch" not in loaded_by("import dgrpo"), "until a loss is asked for"
+    ours = loaded_by("from dgrpo import linear_loss") - loaded_by("import torch")
     assert "dgrpo" in ours
     assert not ours & {*HEAVY, "triton", "accelerate", "safetensors", "tensorboard"}, ours
+
+
+def test_the_command_line_loads_what_a_command_needs():
+    """`dgrpo train` speaks before it imports torch."""
+    code = "import dgrpo.cli; dgrpo.cli.parser('train')"
+    assert not loaded_by(code) & {"torch", "numpy", *(HEAVY - {"pydantic", "yaml"})}
+
+
+def test_the_package_gives_what_it_names_and_no_more():
+    code = (
+        "import dgrpo; assert all(hasattr(dgrpo, name) for name in dgrpo.__all__)\n"
+        "assert dgrpo.ops.linear_loss is dgrpo.linear_loss and dgrpo.objectives\n"
+        "assert not hasattr(dgrpo, 'linear_lost')"
+    )
+    assert "torch" in loaded_by(code)
 
 
 def test_files_are_short():

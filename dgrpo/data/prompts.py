@@ -13,6 +13,7 @@ import numpy as np
 from dgrpo.data.books import Books
 from dgrpo.data.cursors import Pass, Shuffled
 from dgrpo.data.render import Prompt, PromptEncoder, Source
+from dgrpo.data.survey import Survey
 from dgrpo.text.problems import BadRow, Report
 
 
@@ -103,20 +104,21 @@ class PromptStream:
                 prompts.append(prompt)
         return prompts
 
-    def survey(self, seconds: float) -> tuple[int, Report]:
-        """How many rows could be read in some seconds, drawn at random, and what was wrong.
+    def survey(self, seconds: float) -> list[Survey]:
+        """What each source's rows are like, from those that can be read in some seconds.
 
-        Streaming sources are left out. The stream stands where it stood.
+        They are drawn at random; those of a streaming source are left alone. The stream stands
+        where it stood.
         """
-        looked, report = 0, Report(lambda line: None)
+        found = []
         for number, cursor in enumerate(self.cursors):
-            end = time.monotonic() + seconds / len(self.cursors)
+            part, end = Survey(cursor.size), time.monotonic() + seconds / len(self.cursors)
             for index in np.random.default_rng(0).permutation(cursor.size or 0):
                 if time.monotonic() > end:
                     break
-                looked += 1
-                self._prepare(number, *cursor.at(int(index)), report)
-        return looked, report
+                part.add(self._prepare(number, *cursor.at(int(index)), part.report))
+            found.append(part)
+        return found
 
     def state_dict(self) -> dict:
         """Where the stream stands, JSON-able, valid on any number of ranks."""
@@ -145,13 +147,26 @@ class PromptStream:
         self.index, self.taken = state["index"], list(state["taken"])
         self.report.load_state_dict(state["report"])
 
-    def _next(self) -> Prompt | None:
+    def length(self, rows: int) -> int:
+        """Prompts from the beginning to the end, where the first source has ``rows`` in all."""
+        if len(self.sources) == 1:
+            return rows
+        index, taken = 0, [0] * len(self.sources)
+        while (number := self._furthest_behind(index, taken)) or taken[0] < rows:
+            index, taken[number] = index + 1, taken[number] + 1
+        return index
+
+    def _furthest_behind(self, index: int, taken: Sequence[int]) -> int:
+        """The source of position ``index``: the one that is furthest behind its share."""
         total = sum(source.weight for source in self.sources)
         behind = [
-            source.weight / total * (self.index + 1) - taken
-            for source, taken in zip(self.sources, self.taken, strict=True)
+            source.weight / total * (index + 1) - count
+            for source, count in zip(self.sources, taken, strict=True)
         ]
-        number = max(range(len(behind)), key=behind.__getitem__)
+        return max(range(len(behind)), key=behind.__getitem__)
+
+    def _next(self) -> Prompt | None:
+        number = self._furthest_behind(self.index, self.taken)
         cursor, epochs = self.cursors[number], self.epochs if number == 0 else None
         while epochs is None or cursor.epoch < epochs:
             found = cursor.next()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-import yaml
 
 from dgrpo import distributed as ranks
 from dgrpo.data import Prompt, PromptStream, Source
@@ -17,8 +15,11 @@ from dgrpo.longblocks.rewards.runner import Reward, Scorer
 from dgrpo.trainer.attempts import gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.trainer.columns import check_columns
-from dgrpo.trainer.config import DataSource, RunSettings, dump, parse_file
+from dgrpo.trainer.config import DataSource, RunSettings
+from dgrpo.trainer.history import CHECKPOINTS, History
+from dgrpo.trainer.length import Length
 from dgrpo.trainer.loading import load_tokenizer
+from dgrpo.trainer.lock import FolderLock
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.models import (
     load_objective,
@@ -32,24 +33,64 @@ from dgrpo.trainer.optim import make_optimizers
 from dgrpo.trainer.policy import PolicyModel, fsdp
 from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.run import Run, unpack_pending
-from dgrpo.trainer.seeds import seed_all, seeded
+from dgrpo.trainer.seeds import seed_all
+from dgrpo.trainer.signals import Interruption
+from dgrpo.trainer.start import loading_model, parameters, say, summary
 
 log = logging.getLogger(__name__)
 
-SURVEY = 5.0  # seconds in which rows are read at the start, to say how many will be dropped
 
-
-def build(settings: RunSettings) -> Run:
+def build(
+    settings: RunSettings, *, allow_changes: bool = False, asked: Interruption | None = None
+) -> Run:
     """Everything of a run, continued from its folder's last checkpoint where it has one.
 
-    Starts torch.distributed under torchrun. Raises ValueError on settings that do not fit the
-    model or the data.
+    Holds the folder until `Run.close`. Starts torch.distributed under torchrun.
+
+    Args:
+        allow_changes: go on in a folder that was trained with another method, teacher or data.
+        asked: tells the run whether a signal asks for its end.
+
+    Raises:
+        ValueError: the folder is another run's, or settings do not fit it, the model or the data.
     """
     transformers.logging.disable_progress_bar()
     seed_all(settings.seed)  # rows from a function are the same on every rank
     device, mesh = place(settings)
+    folder = ranks.first(lambda: _open_folder(settings, allow_changes))
+    try:
+        return _build(settings, folder, device, mesh, asked or Interruption())
+    except BaseException:
+        if folder is not None:
+            folder[0].release()
+        raise
+
+
+def _open_folder(settings: RunSettings, allow_changes: bool) -> tuple[FolderLock, History]:
+    """Takes hold of the run's folder, and compares its settings with those that it has."""
+    lock = FolderLock(Path(settings.out))
+    try:
+        history = History(settings)
+        if not allow_changes:
+            history.check()
+    except BaseException:
+        lock.release()
+        raise
+    return lock, history
+
+
+def _build(
+    settings: RunSettings,
+    folder: tuple[FolderLock, History] | None,
+    device: torch.device,
+    mesh: Any,
+    asked: Interruption,
+) -> Run:
     tokenizer = load_tokenizer(settings.model)
+    say(loading_model(settings, device))
     model = shard(load_policy(settings.model, settings.seed), settings, mesh, device)
+    say(f"model: {parameters(model)}")
+    asked.check()
     if len(tokenizer) > model.vocab_size:
         raise ValueError(
             f"model.tokenizer: got {len(tokenizer)} tokens for a head of {model.vocab_size} rows, "
@@ -66,14 +107,18 @@ def build(settings: RunSettings) -> Run:
         "memory_budget": settings.head.memory_budget,
         "backend": settings.head.backend,
     }
+    if method.teaches() and method.teacher == "model":
+        say(f"teacher: loading {settings.teacher.name}")
     teacher = load_teacher(settings, model, tokenizer, mesh, device, options)
+    asked.check()
+    say("data: reading rows")
     objective, per_sequence = load_objective(method.objective)
     optimizer = settings.optimizer
     stream = _stream(
         settings,
         settings.data.sources,
         tokenizer,
-        epochs=settings.epochs,
+        epochs=settings.epochs if settings.steps is None else None,  # rows come round again
         context=_context(settings, model, getattr(teacher, "model", None)),
         reserve=settings.rollout.max_tokens if method.sequences == "rollout" else None,
     )
@@ -111,18 +156,22 @@ def build(settings: RunSettings) -> Run:
             weight_decay=optimizer.weight_decay,
         ),
         checkpointer=Checkpointer(
-            Path(settings.out) / "checkpoints",
+            Path(settings.out) / CHECKPOINTS,
             keep=settings.checkpoint.keep,
             asynchronous=settings.checkpoint.asynchronous,
             frozen=lora is None,
         ),
         log=None,  # type: ignore[arg-type]  # after the checkpoint: it cuts the metrics back to it
         gradient_scale=1 if mesh is None else fsdp.gradient_scale(mesh),
-        steps=_known_steps(settings, stream.size),
+        asked=asked,
     )
+    if folder is not None:
+        run.lock, run.history = folder
+        run.length = Length(settings, stream)
+    asked.check()
     seed_all(settings.seed + ranks.rank())
     _resume(run)
-    _tell_rows(run)
+    asked.check()
     return run
 
 
@@ -180,21 +229,6 @@ def _check_room(setting: str, tokens: int, context: int | None) -> None:
         )
 
 
-def _tell_rows(run: Run) -> None:
-    """How many rows will be dropped, as far as a few seconds of reading can tell."""
-    if ranks.rank() or run.finished():
-        return
-    with seeded(0):  # how many rows are looked at must not move the generators of hooks
-        looked, report = run.stream.survey(SURVEY)
-    if report.dropped:
-        total = sum(cursor.size or 0 for cursor in run.stream.cursors)
-        rows = f"{looked} rows" if looked == total else f"{looked} rows looked at ({total} in all)"
-        verb = "is" if report.dropped == 1 else "are"
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(report.counts.items()))
-        first = f"data: of {rows} {report.dropped} {verb} dropped: {reasons}"
-        run.log.message("\n".join([first, *report.lines()[1:]]))
-
-
 def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list[Prompt]:
     """This rank's prompts of the evaluation."""
     if not settings.evaluate.sources:
@@ -218,18 +252,9 @@ def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list
     return prompts
 
 
-def _known_steps(settings: RunSettings, rows: int | None) -> int | None:
-    """Optimiser steps in all: the setting, or what the epochs give before any row is dropped."""
-    if settings.steps is not None or rows is None or settings.epochs is None:
-        return settings.steps
-    batches = math.ceil(rows * settings.epochs / settings.batch.prompts)
-    return batches * settings.batch.updates
-
-
 def _resume(run: Run) -> None:
     """Continues from the newest checkpoint, or starts the folder's files."""
-    settings, folder = run.settings, run.folder
-    state = None
+    settings, history, state = run.settings, run.history, None
     if settings.resume:
         optimizers = [rated.optimizer for rated in run.optimizers]
         state = run.checkpointer.restore(run.model, optimizers)
@@ -238,9 +263,15 @@ def _resume(run: Run) -> None:
         run.stream.load_state_dict(state.data)
         run.pending = unpack_pending(state)
         run.saved_step = state.step
+        run.look_at_until()
+    changes = [] if history is None else history.changes
+    if history is not None:
+        for line in [*run.lock.notes, *summary(run)]:
+            say(line)
+        history.begin()
     run.log = RunLog(
-        folder,
-        total_steps=run.steps,
+        run.folder,
+        total_steps=run.expected_steps(),
         tensorboard=settings.log.tensorboard,
         wandb=settings.log.wandb,
         settings=settings.model_dump(),
@@ -248,38 +279,9 @@ def _resume(run: Run) -> None:
         live=None if settings.log.progress else False,
     )
     run.show_warnings()
-    if ranks.rank() == 0:
-        changes = _write_settings(folder / "settings.yaml", settings)
-        if state is not None:
-            run.log.message(f"going on from the checkpoint of step {state.step}")
-            for change in changes:
-                run.log.message(f"changed since the last start: {change}")
-            if run.finished():
-                run.log.message("no step is left; for a run of its own, set another `out`")
-
-
-def _write_settings(path: Path, settings: RunSettings) -> list[str]:
-    """Writes the settings beside the run; those of the last start stay as settings.before.yaml.
-
-    Returns what changed, "group.name: old -> new".
-    """
-    changes = []
-    if path.exists():
-        before, after = _flat(parse_file(path)), _flat(yaml.safe_load(dump(settings)))
-        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-        changes = [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names]
-        if changes:
-            path.replace(path.with_name("settings.before.yaml"))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump(settings))
-    os.replace(temporary, path)
-    return changes
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value} of a tree of settings."""
-    flat = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
+    if state is not None:
+        run.log.message(f"going on from the checkpoint of step {state.step}")
+        for change in changes:
+            run.log.message(f"changed since the last start: {change}")
+        if run.finished():
+            run.log.message("no step is left; for a run of its own, set another `out`")

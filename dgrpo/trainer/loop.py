@@ -15,10 +15,7 @@ sequence parallelism, a critic.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,9 +25,11 @@ from dgrpo import distributed as ranks
 from dgrpo.trainer.build import build
 from dgrpo.trainer.checkpoint import export
 from dgrpo.trainer.collect import collect
-from dgrpo.trainer.config import RunSettings, dump
+from dgrpo.trainer.config import RunSettings
+from dgrpo.trainer.history import DONE, History, finished, last_step
 from dgrpo.trainer.record import evaluate, evaluated, profiled, record
 from dgrpo.trainer.run import Run, pack_pending
+from dgrpo.trainer.signals import ENDING, Interrupted, listening
 from dgrpo.trainer.update import (
     attach_teacher,
     backward,
@@ -42,11 +41,20 @@ from dgrpo.trainer.update import (
 
 
 class Outcome(NamedTuple):
-    """How a run ended."""
+    """How a run ended, and the signal that asked for its end, if one did.
+
+    A signal may come too late to stop a run, but not too late for what would come after it.
+    """
 
     status: Literal["finished", "stopped", "already done"]
     step: int
     folder: Path
+    signal: int | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether nothing should be run after this."""
+        return self.signal is not None
 
 
 class Diverged(RuntimeError):
@@ -57,35 +65,78 @@ class RewardsFailed(RuntimeError):
     """Every sample's reward failed in too many batches in a row."""
 
 
-def train_stages(stages: Mapping[str, RunSettings]) -> dict[str, Outcome]:
-    """Each stage in order; one that is finished is not run again. Ends early when stopped."""
-    outcomes = {}
-    for name, settings in stages.items():
-        if finished(settings):
-            outcomes[name] = Outcome("already done", 0, Path(settings.out))
-            continue
-        outcomes[name] = train(settings)
-        if outcomes[name].status == "stopped":
-            break
+def train_stages(
+    stages: Mapping[str, RunSettings], *, allow_changes: bool = False
+) -> dict[str, Outcome]:
+    """Each stage in order; one that is finished is not run again. Ends early on a signal.
+
+    With `allow_changes` a stage goes on although its folder was trained with another method,
+    teacher or data. Without it that raises ValueError, before anything is trained.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for settings in stages.values() if not allow_changes else ():
+        History(settings).check()
+    with listening() as asked:
+        for name, settings in stages.items():
+            try:
+                outcomes[name] = already_done(settings) or train(
+                    settings, allow_changes=allow_changes
+                )
+            except Interrupted:  # between two runs
+                outcomes[name] = stopped_at_start(settings, asked.number)
+            if outcomes[name].interrupted:
+                break
     return outcomes
 
 
-def finished(settings: RunSettings) -> bool:
-    """Whether the run's folder says that it came to its end with these very settings."""
-    done = Path(settings.out) / "done.yaml"
-    return done.exists() and done.read_text() == dump(settings)
+def already_done(settings: RunSettings) -> Outcome | None:
+    """The outcome of a run that is finished; None where it is not."""
+    folder = Path(settings.out)
+    return Outcome("already done", last_step(folder), folder) if finished(settings) else None
 
 
-def train(settings: RunSettings) -> Outcome:
+def train(settings: RunSettings, *, allow_changes: bool = False) -> Outcome:
     """One run, continued from its folder's last checkpoint where it has one.
 
-    SIGINT and SIGTERM end it after the step at hand, with a checkpoint. Raises `Diverged` after
-    `optimizer.max_skipped` steps without a finite loss and gradient, and `RewardsFailed` after
-    `rewards.max_failed` batches without a single reward, the last good state saved.
+    SIGINT, SIGTERM and SIGHUP end it after the step at hand with a checkpoint, or at once while it
+    still starts; the outcome is "stopped". Raises `Diverged` after `optimizer.max_skipped` steps
+    without a finite loss and gradient, and `RewardsFailed` after `rewards.max_failed` batches
+    without a single reward, the last good state saved.
+
+    Args:
+        settings: of the run.
+        allow_changes: go on although the folder was trained with another method, teacher or data;
+            else that raises ValueError.
+
+    Raises:
+        FolderInUse: another run is under way in the folder.
     """
-    run = build(settings)
+    with listening() as asked:
+        try:
+            run = build(settings, allow_changes=allow_changes, asked=asked)
+            asked.deferred = True
+            return loop(run)
+        except Exception:
+            if asked.number is None or asked.deferred:
+                raise
+            # Other ranks that the signal ended first are missed in a collective of the start.
+            return stopped_at_start(settings, asked.number)
+        except Interrupted:
+            return stopped_at_start(settings, asked.number)
+        finally:
+            asked.deferred = False
+
+
+def stopped_at_start(settings: RunSettings, number: int | None) -> Outcome:
+    """The outcome of a run that a signal ended before it trained."""
+    folder = Path(settings.out)
+    return Outcome("stopped", last_step(folder), folder, number)
+
+
+def loop(run: Run) -> Outcome:
+    """Trains to the end, and closes the run. COLLECTIVE."""
     try:
-        with interruptible(run), profiled(run) as profile:
+        with profiled(run) as profile:
             if run.state.step == 0:
                 evaluate_once(run)
             while (batch := collect(run)) is not None:
@@ -172,43 +223,34 @@ def save_if_finite(run: Run) -> tuple[bool, str]:
 
 
 def finish(run: Run) -> Outcome:
-    """The last scores, checkpoint and exported model. COLLECTIVE."""
-    if run.stopping:
+    """The last checkpoint, scores and exported model. COLLECTIVE."""
+    if run.state.step or not run.stopping:
         save(run)
         run.checkpointer.wait()
+    if not run.stopping:
+        evaluate_once(run)
+    if run.stopping:
         run.log.message(f"stopped after step {run.state.step}; the same command goes on from there")
-        return Outcome("stopped", run.state.step, run.folder)
-    evaluate_once(run)
-    if run.stream.report.dropped:
+        return Outcome("stopped", run.state.step, run.folder, asked_by(run))
+    # On the folder of a finished run, of which nothing was left to train.
+    done = run.history is not None and (run.folder / DONE).exists()
+    kept = done and (run.folder / "export").exists()
+    done, kept = (total > 0 for total in ranks.totals([done, kept], run.device))
+    if run.stream.report.dropped and not done:
         run.log.message(f"data: {run.stream.report.summary()}")
-    save(run)
-    run.checkpointer.wait()
-    if run.settings.checkpoint.export:
+    if run.settings.checkpoint.export and not kept:
         name = run.settings.checkpoint.export_dtype
         dtype = getattr(torch, name) if name else None
         export(run.model, run.folder / "export", tokenizer=run.tokenizer, dtype=dtype)
         if run.settings.model.lora is not None:
             export(run.model, run.folder / "adapter", dtype=dtype, merge=False)
-    if ranks.rank() == 0:
-        (run.folder / "done.yaml").write_text(dump(run.settings))
-    ranks.wait()
-    return Outcome("finished", run.state.step, run.folder)
+    if run.history is not None and not done:
+        run.history.end()
+    status = "already done" if done else "finished"
+    return Outcome(status, run.state.step, run.folder, asked_by(run))
 
 
-@contextmanager
-def interruptible(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for an end after this step; a second one ends at once."""
-
-    def ask(number: int, _frame: object) -> None:
-        run.interrupted = True
-        signal.signal(number, before[number])
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def asked_by(run: Run) -> int | None:
+    """The signal that asked any rank to end; None where none did. COLLECTIVE."""
+    counts = ranks.totals([run.asked.number == number for number in ENDING], run.device)
+    return next((int(n) for n, count in zip(ENDING, counts, strict=True) if count), None)

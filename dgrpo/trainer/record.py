@@ -29,6 +29,8 @@ SCORE = "evaluation/reward"
 def record(run: Run, batch: Batch) -> None:
     """One line of metrics, samples now and then, held-out scores when due. COLLECTIVE."""
     state, settings = run.state, run.settings
+    if run.history is not None:
+        run.history.keep(state.step - 1)
     means = StepMetrics()
     measure_tokens(run, batch, means)
     measure_samples(run, batch, means)
@@ -57,6 +59,7 @@ def record(run: Run, batch: Batch) -> None:
     every = settings.evaluate.every
     if every and state.step % every == 0:
         metrics |= evaluate(run)
+    run.log.expect(run.expected_steps())
     run.log.log(state.step, metrics)
     if settings.log.samples and (state.step - 1) % settings.log.samples_every == 0:
         write_samples(run, batch)
@@ -123,7 +126,7 @@ def watch(run: Run, metrics: dict[str, float]) -> None:
     value = metrics[until.metric]
     average = counters.get("average", value) * until.smoothing + value * (1 - until.smoothing)
     counters["average"] = average
-    counters["reached"] = average >= until.above and run.state.step >= until.min_steps
+    run.look_at_until()
 
 
 def write_samples(run: Run, batch: Batch) -> None:
@@ -203,6 +206,8 @@ def evaluate(run: Run) -> dict[str, float]:
             f"step {step}: warning: no held-out completion has a reward, last error: "
             f"{run.scorer.last_error or 'on another rank'}"
         )
+    if ranks.totals([run.interrupted], run.device)[0] > 0:
+        run.stopping = True  # an evaluation is long: not one more step
     return found
 
 

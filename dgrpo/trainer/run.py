@@ -19,10 +19,14 @@ from dgrpo.trainer.attempts import Gate, TeacherContext
 from dgrpo.trainer.batch import Micro, Sample
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
+from dgrpo.trainer.history import History
+from dgrpo.trainer.length import Length
+from dgrpo.trainer.lock import FolderLock
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.optim import Rated
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.rollout import Sampler
+from dgrpo.trainer.signals import Interruption
 from dgrpo.trainer.standstill import Standstill
 from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
 
@@ -76,16 +80,46 @@ class Run:
     checkpointer: Checkpointer
     log: RunLog
     gradient_scale: int  # ranks over which gradients are averaged
-    steps: int | None  # optimiser steps in all, as far as known
     state: RunState = field(default_factory=RunState)
     pending: list[Batch] = field(default_factory=list)
-    interrupted: bool = False  # a signal came, on this rank
+    asked: Interruption = field(default_factory=Interruption)  # whether a signal came, on this rank
     stopping: bool = False  # on all ranks: this step is the last
     failed_in_row: int = 0  # batches since the start of which no sample has a reward, on any rank
     standstill: Standstill = field(default_factory=Standstill)
     saved_step: int | None = None
     clock: float = field(default_factory=time.perf_counter)  # when the last step was recorded
     warnings: logging.Handler | None = None
+    # On rank 0:
+    lock: FolderLock | None = None
+    history: History | None = None
+    length: Length | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """The steps that schedules refer to: those of the settings."""
+        return self.settings.steps
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal asks this rank to end."""
+        return self.asked.number is not None
+
+    def expected_steps(self) -> int | None:
+        """Optimiser steps in all, as far as known; None on other ranks than 0."""
+        if self.length is None:
+            return None
+        return self.length.steps(self.state.step, len(self.pending))
+
+    def look_at_until(self) -> None:
+        """Notes whether the average that `until` looks at is high enough."""
+        until, counters = self.settings.until, self.state.counters
+        average = counters.get("average")
+        counters["reached"] = (
+            until is not None
+            and average is not None
+            and average >= until.above
+            and self.state.step >= until.min_steps
+        )
 
     @property
     def sampled(self) -> bool:
@@ -144,7 +178,11 @@ class Run:
         if self.scorer is not None:
             self.scorer.close()
         self.log.close()
-        self.checkpointer.close()
+        try:
+            self.checkpointer.close()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
 
 def pack_pending(run: Run) -> RunState:

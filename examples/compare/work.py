@@ -21,7 +21,7 @@ ANSWER_SEED = 1  # of the training prompts and the teacher's sampling; validatio
 
 def train(stages: dict[str, RunSettings]) -> bool:
     """Each stage in order; False where a signal stopped one."""
-    return all(outcome.status != "stopped" for outcome in train_stages(stages).values())
+    return not any(outcome.interrupted for outcome in train_stages(stages).values())
 
 
 def answer(teacher: RunSettings, task: dict[str, Any], prompts: int, path: Path) -> bool:

@@ -61,6 +61,13 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_prints_its_table(tmp_path
     assert (out / "dgrpo" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_gives_its_status(tmp_path, number, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "prepare", lambda *_: os.kill(os.getpid(), number))
+    assert tiny.main(["--out", str(tmp_path)]) == 128 + number
+    assert "the same command goes on" in capsys.readouterr().out
+
+
 def test_bad_settings_are_named(tmp_path, capsys):
     assert tiny.main(["--out", str(tmp_path), "stages.dgrpo.stepz=3"]) == 2
     assert "did you mean steps?" in capsys.readouterr().err

@@ -61,7 +61,10 @@ def test_non_finite_steps_are_skipped_and_end_the_run(home, tmp_path):
         train(wanted)
     assert [line["skipped"] for line in metrics(tmp_path)] == [1, 2, 3]
     good = validate({**wanted.model_dump(), "steps": 4, "method": {"preset": "grpo"}})
-    run = build(good)  # the last good state was saved: it is the starting one
+    with pytest.raises(ValueError, match="--allow-changes"):
+        build(good)
+    # The last good state was saved: it is the starting one.
+    run = build(good, allow_changes=True)
     start = AutoModelForCausalLM.from_pretrained(home / "student")
     for ours, theirs in zip(run.model.model.parameters(), start.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -80,8 +83,8 @@ def test_parameters_that_are_not_finite_are_not_saved(home, tmp_path):
     with pytest.raises(
         Diverged, match=r"parameters are not finite either, checkpoint: steps \[1\]"
     ):
-        train(wanted)
-    train(settings(home, tmp_path, "sft", steps=2, checkpoint=checkpoint))
+        train(wanted, allow_changes=True)
+    train(settings(home, tmp_path, "sft", steps=2, checkpoint=checkpoint), allow_changes=True)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
 
 
@@ -133,9 +136,10 @@ def test_a_killed_run_goes_on_bitwise(home, tmp_path, processes):
 
 def test_changed_settings_are_told_when_a_run_goes_on(home, tmp_path, capsys):
     adamw = {"kind": "adamw", "lr": 0.01}
-    train(settings(home, tmp_path, "sft", optimizer=adamw))
+    first = settings(home, tmp_path, "sft", optimizer=adamw)
+    train(first)
     wanted = settings(home, tmp_path, "sft", optimizer={**adamw, "weight_decay": 0.5})
-    train(wanted)
+    assert train(wanted)[:2] == ("already done", 2)
     text = capsys.readouterr().out
     assert "changed since the last start: optimizer.weight_decay: 0.0 -> 0.5" in text
     assert "no step is left" in text
@@ -144,7 +148,7 @@ def test_changed_settings_are_told_when_a_run_goes_on(home, tmp_path, capsys):
     run.close()
     with pytest.raises(CheckpointError, match="got SGD, the checkpoint has AdamW"):
         build(settings(home, tmp_path, "sft"))
-    assert load(tmp_path / "settings.yaml")[""] == wanted
+    assert load(tmp_path / "settings.yaml")[""] == first  # the others trained nothing
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(home, tmp_path, processes):

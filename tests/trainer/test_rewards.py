@@ -65,7 +65,7 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_state_saved(home, tmp_
     message = str(raised.value)
     assert re.fullmatch(
         r"rewards: every sample failed in 3 batches in a row \(rewards.max_failed\), last error: "
-        r"reward broken: RuntimeError: no judge to be found \(test_trainer_rewards.py:\d+\); "
+        r"reward broken: RuntimeError: no judge to be found \(test_rewards.py:\d+\); "
         r"checkpoint: step 3 in .*; fix the reward and start the same command again",
         message,
     )

@@ -39,7 +39,7 @@ def test_an_over_long_prompt_is_dropped_with_its_place(
     assert "mixed.jsonl:4: beyond the model's context: " in caplog.text
     text = capsys.readouterr().out
     start, _, rest = text.partition("step 1/")
-    assert "data: of 24 rows 1 is dropped: 1 beyond the model's context" in start
+    assert "mixed.jsonl, 1 dropped: 1 beyond the model's context" in start
     assert "mixed.jsonl:4: 600 tokens of prompt + " in start
     assert "data: 23 rows kept, 1 dropped: 1 beyond the model's context" in rest
 
@@ -52,7 +52,7 @@ def test_a_prompt_must_leave_room_for_its_completion(home, tmp_path):
         run = build(settings(home, tmp_path / str(room), "grpo", epochs=1, rollout=rollout))
         run.close()
         assert run.stream.report.dropped == run.stream.index == 0  # only looked at
-        return run.stream.survey(9.0)[1].dropped
+        return run.stream.survey(9.0)[0].report.dropped
 
     assert dropped(256 - 16) == 0 and dropped(256 - 15) == COUNT  # every prompt has 16 tokens
 
@@ -118,7 +118,7 @@ def test_a_restart_drops_what_the_first_start_dropped(home, tmp_path, mixed):
 def test_streamed_rows_are_dropped_too(home, tmp_path, mixed):
     data = mixed((4, "prompt"))
     data["sources"][0]["streaming"] = True
-    run = build(settings(home, tmp_path / "run", "grpo", epochs=1, data=data))
+    run = build(settings(home, tmp_path / "run", "grpo", steps=None, epochs=1, data=data))
     assert len(run.stream.batch(COUNT)) == COUNT - 1
     run.close()
 

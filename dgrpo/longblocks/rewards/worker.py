@@ -24,9 +24,7 @@ import sys
 import threading
 import time
 import traceback
-import types
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,8 +52,7 @@ def load(path: str) -> Callable:
         if where.endswith(".py"):
             module = _from_file(Path(where))
         else:
-            with _light_parent(where):
-                module = importlib.import_module(where)
+            module = importlib.import_module(where)
     except Exception as error:
         text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
         raise ValueError(f"reward {path!r}: importing {where} failed: {error}{text}") from error
@@ -170,21 +167,6 @@ def _from_file(path: Path):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-@contextmanager
-def _light_parent(module: str):
-    """Import ``dgrpo.rewards`` without running ``dgrpo/__init__.py``, which imports torch."""
-    if not module.startswith(HOME) or "dgrpo" in sys.modules:
-        yield
-        return
-    parent = types.ModuleType("dgrpo")
-    parent.__path__ = [str(Path(__file__).parents[2])]
-    sys.modules["dgrpo"] = parent
-    try:
-        yield
-    finally:
-        del sys.modules["dgrpo"]  # a reward that imports dgrpo gets the real one
 
 
 def seed(number: int | None) -> None:

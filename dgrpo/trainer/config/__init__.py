@@ -1,6 +1,6 @@
 """Settings: their tree, the method presets, and how they are read from YAML and overrides."""
 
-from dgrpo.trainer.config.help import describe
+from dgrpo.trainer.config.help import describe, settings_help
 from dgrpo.trainer.config.load import dump, load, parse_file, validate
 from dgrpo.trainer.config.method import PRESETS, Coefficient, Method, Schedule
 from dgrpo.trainer.config.run import RunSettings
@@ -22,5 +22,6 @@ __all__ = [
     "dump",
     "load",
     "parse_file",
+    "settings_help",
     "validate",
 ]

@@ -2,12 +2,14 @@
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
 from pydantic_core import PydanticUndefined
 
 from dgrpo.trainer.config.base import Settings
+from dgrpo.trainer.config.method import PRESETS
 from dgrpo.trainer.config.run import RunSettings
 
 
@@ -30,6 +32,30 @@ def describe(settings: type[Settings] = RunSettings, prefix: str = "") -> Iterat
             yield Described(f"{prefix}{name}", _kind(field.annotation), default, field.description)
         if group is not None:
             yield from describe(group, f"{prefix}{name}.")
+
+
+def settings_help() -> str:
+    """All settings with type, default and meaning, and the presets."""
+    lines = ["settings (group.name=value, values in YAML):"]
+    group = ""
+    for name, kind, default, text in describe():
+        head = name.rpartition(".")[0]
+        if head != group:
+            group = head
+            lines.append("")
+        shown = (
+            "null" if default is None else repr(default) if isinstance(default, str) else default
+        )
+        shown = str(default) if default == "required" else str(shown)
+        if len(shown) > 40:
+            shown = shown[:37] + "..."
+        lines.append(f"  {name}  ({kind}, {shown})")
+        lines.append(textwrap.indent(textwrap.fill(text or "", 90), " " * 8))
+    lines += ["", "method.preset sets, where not overridden:"]
+    for name, values in PRESETS.items():
+        shown = ", ".join(f"{key}={value}" for key, value in values.items()) or "the defaults above"
+        lines.append(textwrap.indent(textwrap.fill(f"{name}: {shown}", 90), " " * 4))
+    return "\n".join(lines)
 
 
 def explain(problem: Any) -> str:

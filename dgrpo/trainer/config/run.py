@@ -45,9 +45,9 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it runs; auto: the GPU if there is one."""
     steps: PositiveInt | None = None
-    """Optimiser steps; null: as many as `epochs` give."""
+    """Optimiser steps, for which the rows come round again; null: as many as `epochs` give."""
     epochs: PositiveInt | None = 1
-    """Passes over the first source; null: no end but `steps`."""
+    """Passes over the first source, where `steps` is null."""
     until: Until | None = None
     """Early end by a metric."""
     resume: bool = True

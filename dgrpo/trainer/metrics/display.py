@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -38,6 +39,8 @@ def duration(seconds: float) -> str:
 class Display:
     """Shows the last steps as a table above a bar with the time left; on no terminal, prints lines.
 
+    A terminal that hung up or a pipe whose reader ended costs what would be shown, never the run.
+
     `done` steps are behind the run when it starts; the time left is estimated from those since.
     """
 
@@ -61,7 +64,11 @@ class Display:
             for name, title, form in COLUMNS
             if isinstance(record.get(name), int | float)
         ]
-        step, left = record["step"], self.time_left(record["step"])
+        with contextlib.suppress(OSError):
+            self._update(record["step"], shown)
+
+    def _update(self, step: int, shown: list[tuple[str, str]]) -> None:
+        left = self.time_left(step)
         if self._live is None:
             count = f"{step}/{self.total}" if self.total else f"{step}"
             parts = [f"{title} {text}" for title, text in shown]
@@ -103,13 +110,15 @@ class Display:
 
     def message(self, text: str) -> None:
         """Prints a line above the table."""
-        if self._live is None:
-            print(text, flush=True)
-        else:
-            self._live.console.print(text, markup=False, highlight=False)
+        with contextlib.suppress(OSError):
+            if self._live is None:
+                print(text, flush=True)
+            else:
+                self._live.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         """Leaves the last table on the screen."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError):
+                live.stop()

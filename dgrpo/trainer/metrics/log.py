@@ -85,6 +85,11 @@ class RunLog:
             self._wandb.log(numbers, step=step)
         self.display.update(record)
 
+    def expect(self, total_steps: int | None) -> None:
+        """Says anew how many steps the run has in all."""
+        if self.active:
+            self.display.total = total_steps
+
     def message(self, text: str) -> None:
         """Prints above the display."""
         if self.active:

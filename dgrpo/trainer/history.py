@@ -1,0 +1,169 @@
+"""Which settings a run's folder was trained with, and whether others may go on in it.
+
+    settings.yaml    of the stretch that trained last: a start that does not train leaves it alone
+    history/         one file for each stretch that trained, by date and by the step it went on from
+    done.yaml        a copy of settings.yaml, once the run came to its end
+
+A stretch is what one start of the run trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dgrpo.trainer.checkpoint import files
+from dgrpo.trainer.config import RunSettings, dump, parse_file, validate
+
+SETTINGS, HISTORY, DONE, METRICS = "settings.yaml", "history", "done.yaml", "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+# What is trained. A change of these makes the metrics of a folder those of two different runs.
+TRAINED = ("method", "teacher", "data", "model", "seed")
+COMPUTED = {  # fields of these groups that only say how or where it is computed
+    "model.checkpointing",
+    "model.liger",
+    "model.trust_remote_code",
+    "teacher.offload_body",
+    "teacher.host_above",
+    "teacher.url",
+    "teacher.key_variable",
+    "teacher.timeout",
+    "teacher.trust_remote_code",
+}
+_LONGEST = 120  # characters of a value in a message
+
+
+class Change(NamedTuple):
+    """A setting that differs."""
+
+    name: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_short(self.before)} -> {_short(self.after)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[Change]:
+    """Where two trees of settings differ; in lists of the same length entry by entry."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        pairs = [(key, before.get(key), after.get(key)) for key in {**before, **after}]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = [(str(place), *pair) for place, pair in enumerate(zip(before, after, strict=True))]
+    else:
+        # 1 and True, or 1 and 1.0, are not the same setting in words, but they are in effect.
+        return [] if before == after else [Change(name, before, after)]
+    return [
+        change
+        for key, old, new in pairs
+        for change in differences(old, new, f"{name}.{key}" if name else key)
+    ]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tree of a settings file in full: what an earlier version did not know has its default."""
+    tree = parse_file(path)
+    try:
+        return validate(tree).model_dump()
+    except ValueError:  # written by another version
+        return tree
+
+
+def last_step(folder: Path) -> int:
+    """The last step that a folder's metrics or checkpoints tell of; 0 without any."""
+    steps = files.complete_steps(folder / CHECKPOINTS)
+    path = folder / METRICS
+    for line in path.read_bytes().splitlines()[-2:] if path.exists() else ():
+        try:
+            steps.append(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):  # an unfinished line
+            continue
+    return max(steps, default=0)
+
+
+def finished(settings: RunSettings) -> bool:
+    """Whether the run's folder came to its end with exactly these settings."""
+    done = Path(settings.out) / DONE
+    return done.exists() and not differences(read(done), settings.model_dump())
+
+
+class History:
+    """The settings of one start of a run, beside those that its folder was trained with.
+
+    Attributes:
+        changes: to the settings of the last stretch that trained; none where none did.
+        trained: the folder's last step before this start.
+    """
+
+    def __init__(self, settings: RunSettings):
+        self.settings, self.folder = settings, Path(settings.out)
+        self.trained, self.kept = last_step(self.folder), False
+        path = self.folder / SETTINGS
+        self.changes: list[Change] = []
+        if path.exists():
+            self.changes = differences(read(path), settings.model_dump())
+
+    def check(self) -> None:
+        """Raises ValueError where what is trained is not what the folder was trained with."""
+        found = [change for change in self.changes if self._matters(change)]
+        if found and self.trained:
+            raise ValueError(
+                f"out: got {str(self.folder)!r}, which holds {self.trained} steps trained with "
+                f"other settings: {'; '.join(map(str, found))}; expected the same ones; set "
+                "another out for a run of its own, or go on with the changes by --allow-changes"
+            )
+
+    def _matters(self, change: Change) -> bool:
+        """Whether a change is one of what is trained. An unused teacher may change."""
+        group = change.name.partition(".")[0]
+        used = group != "teacher" or self.settings.method.teaches()
+        return group in TRAINED and change.name not in COMPUTED and used
+
+    def begin(self) -> None:
+        """Writes settings.yaml, unless it is that of a stretch that trained."""
+        if self.trained:
+            return
+        if self.changes and self.settings.resume:
+            # Scores from before the first step are of other settings, and all there is.
+            (self.folder / METRICS).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "evaluation", ignore_errors=True)
+        self.changes = []
+        _write(self.folder / SETTINGS, dump(self.settings))
+
+    def keep(self, step: int) -> None:
+        """Keeps these settings as those of a stretch that has trained on from `step`."""
+        if self.kept:
+            return
+        self.kept, text, current = True, dump(self.settings), self.folder / SETTINGS
+        folder = self.folder / HISTORY
+        folder.mkdir(exist_ok=True)
+        if self.trained and current.exists() and not any(folder.iterdir()):
+            # Of a version that kept no history.
+            date = datetime.fromtimestamp(current.stat().st_mtime)
+            _write(folder / _name(date, 0), current.read_text())
+        _write(folder / _name(datetime.now(), step), text)
+        _write(current, text)
+        (self.folder / DONE).unlink(missing_ok=True)  # there are steps after that end
+
+    def end(self) -> None:
+        """Notes that the run came to its end, with the settings that trained it."""
+        _write(self.folder / DONE, (self.folder / SETTINGS).read_text())
+
+
+def _name(date: datetime, step: int) -> str:
+    return f"{date:%Y-%m-%dT%H-%M-%S}-from-step-{step:08d}.yaml"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
