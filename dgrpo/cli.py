@@ -66,12 +66,8 @@ def parser(chosen: str = "") -> argparse.ArgumentParser:
         epilog=settings_help(),
         formatter_class=raw,
     )
-    command.add_argument(
-        "arguments",
-        nargs="*",
-        metavar="FILE key=value",
-        help="YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it",
-    )
+    text = "YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it"
+    command.add_argument("arguments", nargs="*", metavar="FILE key=value", help=text)
     command.add_argument("--stage", help="run this stage of the file alone")
     command.add_argument("--show", action="store_true", help="print the settings and do nothing")
     command.add_argument(
