@@ -18,15 +18,21 @@ def missing(text: str, page=ROOT / "README.md") -> set[str]:
     """The files, modules, names and targets in `text` that do not exist."""
     paths = set(re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*]", text))
     names = set(re.findall(r"(?<![\w./:@-])dgrpo(?:_kernels)?(?:\.\w+)+", text))
+    tests = set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", text))
     links = {link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link}
     targets = set(re.findall(r"(?:^    |`)make ([a-z][a-z-]*)", text, re.MULTILINE))
     made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     return {
         *(path for path in paths if not any(ROOT.glob(path))),
         *(name for name in names if not _exists(name)),
+        *(test for path, test in tests if not _holds(path, f"def {test}(")),
         *(link for link in links if not (page.parent / link).exists()),
         *(f"make {target}" for target in targets - made),
     }
+
+
+def _holds(path: str, text: str) -> bool:
+    return (ROOT / path).exists() and text in (ROOT / path).read_text()
 
 
 def _exists(name: str) -> bool:
@@ -52,6 +58,7 @@ def test_what_a_page_names_exists(page):
         "[data](docs/date.md)",
         "tests/ops/test_swep.py proves it",
         "`make tests`",
+        "tests/test_docs.py::test_what_is_gone",
     ],
 )
 def test_what_is_gone_is_found(text):
