@@ -26,7 +26,7 @@ help:
 	@echo 'make test-slow    run the slow tests: packaging, whole training runs'
 	@echo 'make test-triton  run the kernel tests under triton $(OLDEST_TRITON) and $(NEWEST_TRITON)'
 	@echo 'make bench        compare with other implementations at CPU sizes'
-	@echo 'make aot          compile every kernel for GPUs that are not there, and check the machine code'
+	@echo 'make aot          compile every kernel for GPUs without having one, and check the machine code'
 	@echo 'make lint         check style;  make format  apply it'
 	@echo 'make venv         only make $(VENV);  make clean  remove what the targets made'
 
@@ -61,10 +61,10 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed
-	@echo '== testing what is slow'
+	@echo '== running the slow tests'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-# A venv each: triton $(OLDEST_TRITON)'s interpreter needs numpy < 2.4, and torch's CPU build pins no triton.
+# One venv per version: triton $(OLDEST_TRITON)'s interpreter needs numpy < 2.4, and torch's CPU build pins no triton.
 .venv-triton-%/.installed: pyproject.toml constraints.txt
 	$(call make_venv,.venv-triton-$*)
 	@echo "== installing triton $* into .venv-triton-$*"

@@ -12,14 +12,25 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dgrpo.trainer.config import dump, load, settings_help
-from dgrpo.trainer.signals import Interrupted, Interruption, listening
+from dgrpo.extras import MissingExtra
+
+if TYPE_CHECKING:
+    from dgrpo.trainer.signals import Interruption
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Bad input is told on stderr, with status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command. Returns the exit status: 2, and a line on stderr, for bad input."""
+    try:
+        return dispatch(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError, MissingExtra) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Parse the arguments and run what they ask for."""
     if arguments[:2] == ["data", "make"]:
         from dgrpo.longblocks.tasks.command import main as make
 
@@ -34,15 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.arguments += rest
-    try:
-        return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.run(options)
 
 
 def parser(chosen: str = "") -> argparse.ArgumentParser:
     """The parser of all commands. The arguments of `eval` need imports: only if it is chosen."""
+    from dgrpo.trainer.config import settings_help
+
     raw = argparse.RawDescriptionHelpFormatter
     main_parser = argparse.ArgumentParser(
         prog="dgrpo", description="Post-training of language models on long sequences."
@@ -57,12 +66,8 @@ def parser(chosen: str = "") -> argparse.ArgumentParser:
         epilog=settings_help(),
         formatter_class=raw,
     )
-    command.add_argument(
-        "arguments",
-        nargs="*",
-        metavar="FILE key=value",
-        help="YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it",
-    )
+    text = "YAML file, such as examples/qwen3-1.7b-from-32b.yaml, and settings over it"
+    command.add_argument("arguments", nargs="*", metavar="FILE key=value", help=text)
     command.add_argument("--stage", help="run this stage of the file alone")
     command.add_argument("--show", action="store_true", help="print the settings and do nothing")
     command.add_argument(
@@ -108,6 +113,8 @@ def parser(chosen: str = "") -> argparse.ArgumentParser:
 
 def train(options: argparse.Namespace) -> int:
     """`dgrpo train`. Its status is 128 and the signal's number where one asked for the end."""
+    from dgrpo.trainer.signals import Interrupted, listening
+
     with listening(then=signal.SIG_DFL) as asked:
         try:
             status = _train(options, asked)
@@ -121,6 +128,8 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace, asked: Interruption) -> int:
+    from dgrpo.trainer.config import dump, load
+
     files = [text for text in options.arguments if "=" not in text]
     overrides = [text for text in options.arguments if "=" in text]
     if len(files) > 1:

@@ -1,7 +1,8 @@
-"""Wheel and editable install, each in a venv of its own, beside Hugging Face's package `kernels`.
+"""Wheel and editable install, each in a venv of its own.
 
-The venvs borrow torch and the rest from the environment that runs the tests; only `kernels` and
-the build's setuptools are downloaded.
+The venvs borrow what they need from the environment that runs the tests: one torch, triton and what
+these two require, the others all of it. Only Hugging Face's package `kernels` and the setuptools of
+the build are downloaded.
 """
 
 import os
@@ -11,14 +12,15 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from dgrpo.trainer.report.page import SCRIPTS
+from tests.alone import ROOT, python_blocks, required
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
 
 USE = """
 import torch, transformers, dgrpo, dgrpo_kernels
@@ -87,6 +89,36 @@ def test_wheel_holds_every_module_and_nothing_else(wheel, tree):
     assert packed - modules == {"dgrpo/py.typed", "dgrpo_kernels/py.typed", *page}
     assert modules <= packed and "dgrpo/ops/__init__.py" in packed
     assert "dgrpo_kernels/row_stats.py" in packed
+
+
+@pytest.fixture
+def loss_only(tmp_path):
+    """The folder of commands of a new venv with torch, triton and what they require, by link."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    for name in required("torch", "triton"):
+        files = metadata.distribution(name).files
+        for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(metadata.distribution(name).locate_file(top))
+    return tmp_path / "venv" / "bin"
+
+
+def test_wheel_without_extras_needs_torch_and_triton_alone(wheel, loss_only, tmp_path):
+    # --no-index: a requirement that the venv lacks fails the installation.
+    call(loss_only / "pip", "install", "--no-index", wheel, cwd=tmp_path)
+    (tmp_path / "readme.py").write_text("\n".join(python_blocks(ROOT / "README.md")))
+    call(loss_only / "python", "readme.py", cwd=tmp_path)
+    place = call(loss_only / "python", "-c", "import dgrpo; print(dgrpo.__file__)", cwd=tmp_path)
+    assert place.startswith(str(loss_only.parent))
+    for package in ("numpy", "transformers"):
+        with pytest.raises(AssertionError, match=f"No module named '{package}'"):
+            call(loss_only / "python", "-c", f"import {package}", cwd=tmp_path)
+    with pytest.raises(AssertionError, match=r"pip install 'dgrpo\[train\]'") as failed:
+        call(loss_only / "dgrpo", "--help", cwd=tmp_path)
+    assert "Traceback" not in str(failed.value)
+    with pytest.raises(AssertionError, match="No matching distribution found for"):
+        call(loss_only / "pip", "install", "--no-index", f"{wheel}[train]", cwd=tmp_path)
 
 
 def test_wheel_works_beside_hugging_face_kernels(wheel, environment, tmp_path):

@@ -1,5 +1,9 @@
 """Reading data: rows of files or of the hub, rendered to prompts, as a stream that resumes."""
 
+from dgrpo.extras import require
+
+require(__name__, "numpy", "datasets")
+
 from dgrpo.data.prompts import PromptStream
 from dgrpo.data.render import Prompt, Source, render_row
 from dgrpo.data.rows import load_rows

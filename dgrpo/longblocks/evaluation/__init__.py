@@ -1,5 +1,9 @@
 """Evaluation: long-context tasks made here, public benchmarks from files, tables and heat maps."""
 
+from dgrpo.extras import require
+
+require(__name__, "numpy", "transformers", "datasets")
+
 from dgrpo.longblocks.evaluation.benchmarks import (
     LOADERS,
     load_gsm8k,
