@@ -10,5 +10,6 @@ what can this GPU do at best?                               python -m bench.ceil
 where does one sweep spend its time?                        python -m bench.parts
 how long does a whole training step take?                   python -m bench.step
 what machine code do the kernels become?                    python -m bench.aot
+what does a row kernel's inner loop cost per column?        python -m bench.aot --loops
 all of it on a GPU, in one command                          bench/gpu.sh
 """
