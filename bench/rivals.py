@@ -38,6 +38,9 @@ class Provider:
     absent: str = ""
     ours: bool = False
     compiles: bool = False  # anew for every shape, which takes seconds
+    contract: bool = False  # its time is one that the library promises
+    most_tokens: int | None = None  # beyond which it is left out, for `too_many`
+    too_many: str = ""
 
     def step(self, case: Case) -> Tensor:
         """Forward and backward; gradients land in `case`. Returns the loss, a scalar."""

@@ -16,27 +16,11 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
+from bench.gpus import GPUS, Ceilings
 from bench.ours import MIB
 from bench.report import console, human, output_folder
 from bench.sizes import MODELS, Shape, heads
 from dgrpo.ops.plan import Plan, make_plan
-
-
-class Ceilings(NamedTuple):
-    """What a GPU reaches at best, and how that is known."""
-
-    flops: float  # bf16 products, per second
-    bandwidth: float  # bytes per second, read plus written
-    processors: int
-    source: str
-
-
-GPUS = {
-    "h200": Ceilings(790e12, 4.3e12, 132, "measured once with torch: an 8192^3 product, a copy"),
-    "h100": Ceilings(989e12, 3.35e12, 132, "data sheet peak, dense (SXM5)"),
-    "a100": Ceilings(312e12, 2.04e12, 108, "data sheet peak, dense (SXM4, 80 GB)"),
-    "b200": Ceilings(2250e12, 8.0e12, 148, "data sheet peak, dense"),
-}
 
 
 class Cost(NamedTuple):
@@ -123,7 +107,12 @@ def measured_ceilings(gpu: str) -> Ceilings | None:
         return None
     rate = report["copy_bytes_per_s"]
     processors = report["machine"]["gpu"]["multiprocessors"]
-    return Ceilings(best * 1e12, rate, processors, "measured by bench.ceilings")
+    return GPUS[gpu]._replace(
+        flops=best * 1e12,
+        bandwidth=rate,
+        processors=processors,
+        source="measured by bench.ceilings",
+    )
 
 
 def measured_step(gpu: str, shape: Shape) -> dict | None:
