@@ -11,5 +11,5 @@ where does one sweep spend its time?                        python -m bench.part
 how long does a whole training step take?                   python -m bench.step
 what machine code do the kernels become?                    python -m bench.aot
 what does a row kernel's inner loop cost per column?        python -m bench.aot --loops
-all of it on a GPU, in one command                          bench/gpu.sh
+all of it on a GPU, in calls that resume one another        bench/gpu.sh
 """
