@@ -5,6 +5,7 @@ Question                                                   Run
 how many bytes does one step of the loss need?              python -m bench.loss_memory
 how long does it take, and how near is that to the floor?   python -m bench.loss_speed
 how exact are its gradients?                                python -m bench.loss_precision
+what does the README's table of costs say?                  python -m bench.readme
 what does a shape cost on paper?                            python -m bench.roofline --gpu h200
 what can this GPU do at best?                               python -m bench.ceilings
 where does one sweep spend its time?                        python -m bench.parts

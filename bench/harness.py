@@ -16,8 +16,8 @@ import torch
 
 from bench.cases import Case
 from bench.memory import gpu_peak
-from bench.reference import BOTH, KL, errors, reference
-from bench.rivals import Provider
+from bench.provider import Provider
+from bench.reference import WITH_TEACHER, errors, reference
 from bench.sizes import Shape
 
 FLOOR_ROWS = 4096  # at which a GEMM of a head is as fast as it gets
@@ -135,7 +135,7 @@ def floor_ms(times: dict[str, list[float]], shape: Shape, terms: str) -> float:
 
     times: those of `gemms`, in ms.
     """
-    needed = ["z", "dHidden", "dW"] + (["t"] if terms in (KL, BOTH) else [])
+    needed = ["z", "dHidden", "dW"] + (["t"] if terms in WITH_TEACHER else [])
     measured = min(FLOOR_ROWS, shape.tokens)
     return sum(statistics.median(times[name]) for name in needed) * shape.tokens / measured
 

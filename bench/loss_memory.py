@@ -22,9 +22,9 @@ from bench import options
 from bench.cases import Case, make_case
 from bench.harness import NOT_REACHED, Row, new_row, too_slow, why
 from bench.memory import GIB, cpu_peaks, gpu_peak
+from bench.provider import Provider
 from bench.report import console, print_rows
 from bench.resume import Report
-from bench.rivals import Provider
 from bench.sizes import Shape, pair
 
 SHAPES = {

@@ -16,9 +16,9 @@ import time
 from bench import options
 from bench.cases import make_case
 from bench.harness import measure, not_reached
+from bench.provider import Provider
 from bench.report import console, print_rows
 from bench.resume import Report
-from bench.rivals import Provider
 from bench.sizes import Shape
 
 SHAPES = {

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.cases import Case, make_case
-from bench.rivals import RIVAL_MODULES, Provider
+from bench.provider import Provider
+from bench.rivals import RIVAL_MODULES
 from bench.sizes import Shape
 
 GIB = 2**30

@@ -7,7 +7,8 @@ import argparse
 import torch
 
 from bench.ours import MIB, ours
-from bench.rivals import Provider, rivals
+from bench.provider import Provider
+from bench.rivals import rivals
 
 GPU_BUDGETS = (1024 * MIB, 2048 * MIB)
 CPU_BUDGETS = (64 * MIB, 256 * MIB)  # CPU shapes are smaller: one that they do not fit in, first

@@ -78,3 +78,9 @@ def save(name: str, size: str, body: dict) -> Path:
     report = {"bench": name, "size": size, "machine": machine(), **body}
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
+
+
+def load(name: str, size: str) -> dict:
+    """The saved report of a bench; empty where there is none."""
+    path = output_folder() / f"{name}-{size}.json"
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from bench.harness import NOT_REACHED, Row
 from bench.machine import describe, machine
-from bench.report import output_folder, save
-from bench.rivals import Provider
+from bench.provider import Provider
+from bench.report import load, save
 from bench.sizes import Shape
 
 UNFINISHED = 75  # exit status: run again with --resume (EX_TEMPFAIL of sysexits.h)
@@ -22,8 +22,7 @@ UNFINISHED = 75  # exit status: run again with --resume (EX_TEMPFAIL of sysexits
 
 def saved(name: str, size: str) -> dict:
     """The report that an earlier run left for this bench, if it was made on such a machine."""
-    path = output_folder() / f"{name}-{size}.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    report = load(name, size)
     here, there = machine(), report.get("machine", {})
     alike = all(here.get(key) == there.get(key) for key in ("gpu", "cpu", "versions"))
     return report if alike else {}

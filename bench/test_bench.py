@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from bench import ceilings, harness, loss_memory, loss_precision, loss_speed, parts, summary
+from bench import ceilings, harness, loss_memory, loss_precision, loss_speed, parts, readme, summary
 from bench.cases import make_case
 from bench.gpus import GPUS
 from bench.harness import floor_ms, gemms, interleaved, measure, new_row
@@ -22,9 +22,9 @@ from bench.memory import cpu_peaks
 from bench.options import all_providers, chosen, device
 from bench.ours import MIB, teacher
 from bench.plots import draw
-from bench.reference import BOTH, CROSS_ENTROPY, KL, POLICY, errors, reference
+from bench.provider import Provider
+from bench.reference import BOTH, CROSS_ENTROPY, FORWARD_KL, KL, POLICY, errors, reference
 from bench.resume import UNFINISHED, Report
-from bench.rivals import Provider
 from bench.roofline import roofline
 from bench.sizes import Shape, heads, pair
 from dgrpo.ops.plan import padded
@@ -68,7 +68,7 @@ def test_every_provider_computes_its_terms(case, provider):
     assert max(found.values()) < 1e-4
 
 
-@pytest.mark.parametrize("claimed", [POLICY, KL, CROSS_ENTROPY])
+@pytest.mark.parametrize("claimed", [POLICY, KL, CROSS_ENTROPY, FORWARD_KL])
 def test_a_provider_of_other_terms_would_show(case, claimed):
     both = next(p for p in RUNNABLE if p.terms == BOTH)
     loss = both.step(case)
@@ -265,3 +265,19 @@ def test_a_reference_implementation_is_left_out_of_large_shapes():
     torch_rows = Provider("rows", BOTH, None, most_tokens=4096, too_many="tile by tile")
     assert new_row(torch_rows, TINY).absent == ""
     assert new_row(torch_rows, TINY.at(8192)).absent == "left out above N = 4096: tile by tile"
+
+
+def test_the_table_of_the_readme_is_made_of_the_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    only = ["--size", "tiny", "--repeats", "1", "--no-plot", "--only", "fused,eager,jsd"]
+    for bench in (loss_speed, loss_precision):
+        bench.main(only)
+    capsys.readouterr()
+    readme.main(["--size", "tiny"])
+    both, single, machine = capsys.readouterr().out.strip().split("\n\n")
+    assert both.splitlines()[2].startswith("| four matrix products alone |")
+    for name in ("ours, fused, 64 MiB", "ours, fused, 256 MiB", "full logits, eager"):
+        (line,) = [line for line in both.splitlines() if line.startswith(f"| {name} |")]
+        ms, share, error = line.strip("| ").split(" | ")[1:]
+        assert ms.isdigit() and share.endswith(" %") and error.endswith(" %")
+    assert "| Liger JSD |" in single and f"torch {torch.__version__}" in machine
