@@ -7,6 +7,7 @@ how long does it take, and how near is that to the floor?   python -m bench.loss
 how exact are its gradients?                                python -m bench.loss_precision
 what does the README's table of costs say?                  python -m bench.readme
 what does a shape cost on paper?                            python -m bench.roofline --gpu h200
+what should each shape cost, and each change give?          python -m bench.costs
 what can this GPU do at best?                               python -m bench.ceilings
 where does one sweep spend its time?                        python -m bench.parts
 how long does a whole training step take?                   python -m bench.step
