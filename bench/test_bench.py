@@ -18,7 +18,7 @@ from bench import ceilings, harness, loss_memory, loss_precision, loss_speed, pa
 from bench.cases import make_case
 from bench.gpus import GPUS
 from bench.harness import floor_ms, gemms, interleaved, measure, new_row
-from bench.memory import cpu_peaks
+from bench.memory import TOOK_LONGER, cpu_peaks
 from bench.options import all_providers, chosen, device
 from bench.ours import MIB, teacher
 from bench.plots import draw
@@ -281,3 +281,13 @@ def test_the_table_of_the_readme_is_made_of_the_reports(tmp_path, monkeypatch, c
         ms, share, error = line.strip("| ").split(" | ")[1:]
         assert ms.isdigit() and share.endswith(" %") and error.endswith(" %")
     assert "| Liger JSD |" in single and f"torch {torch.__version__}" in machine
+
+
+def test_a_provider_stopped_for_want_of_time_is_measured_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stopped = [f"{TOOK_LONGER} 1 s"] * 2
+    monkeypatch.setattr(loss_memory, "cpu_peaks", lambda *given, **options: stopped)
+    once = ["--size", "tiny", "--only", "eager", "--no-plot"]
+    assert loss_memory.main([*once, "--seconds", "5"]) == UNFINISHED
+    assert loss_memory.main(once) == 0  # with all of its time it is too slow for good
