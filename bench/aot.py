@@ -1,226 +1,38 @@
 """Would every Triton kernel run well on GPUs that are not here? Compiles and reads machine code.
 
-    python -m bench.aot          # the variants that matter, under a minute
-    python -m bench.aot --all    # every combination of options on every target
+    python -m bench.aot                  # the variants that matter, under a minute
+    python -m bench.aot --all            # every combination of options on every target
+    python -m bench.aot --loops          # what the inner loops cost a column, and what bounds them
+    python -m bench.aot --keep FOLDER    # the same, and a file of machine code per variant
 
-Each launcher is called with CPU tensors while a stand-in for Triton's driver names the target, so
-that exactly what would run is compiled: signature, specialisation, block size and warps. Fails on
-register spills, local memory, too much shared memory, and loads narrower than 16 bytes in a loop.
+Fails on register spills, local memory, too much shared memory, and loads narrower than 16 bytes in
+a loop.
 """
 
 from __future__ import annotations
 
-import os
-
-# The interpreter's functions do not compile; it is chosen when triton is first imported.
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud, or triton 3.9 warns
-
 import argparse
-import itertools
+import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
 
-import torch
+from bench.variants import (  # first: it turns the interpreter off
+    ROWS,
+    TARGETS,
+    Variant,
+    all_variants,
+    common_variants,
+    compiling,
+    core_variants,
+    loop_variants,
+)
+
+# isort: split
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
-from bench.disassembly import inspect
-from dgrpo_kernels import ROW_MULTIPLE, STATS, Logits, PolicyRows
-from dgrpo_kernels import triton_rows as kernels
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-ROWS, TOPK = 4, 64
-VOCAB = 152064  # Qwen2.5's; divisible by 16
-ODD_VOCAB = 50257  # GPT-2's; divisible by nothing
-FULL = ("reverse_kl", "forward_kl", "clipped_forward_kl", "jsd")
-
-
-class AheadOfTime:
-    """Stands in for Triton's driver: one target, nothing to launch on."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        """What Triton compiles for."""
-        return self.target
-
-    def get_current_device(self) -> GPUTarget:
-        """The key of Triton's cache of compiled kernels."""
-        return self.target
-
-    def get_current_stream(self, device: Any) -> int:
-        """No stream is ever used."""
-        return 0
-
-
-@contextmanager
-def compiling(target: GPUTarget) -> Iterator[list[Any]]:
-    """Launches within compile for `target` instead; yields the list of what was compiled."""
-    compiled, run, driver = [], JITFunction.run, triton.runtime.driver
-    before = driver._active
-
-    def compile_only(self: JITFunction, *args: Any, **options: Any) -> None:
-        compiled.append(run(self, *args, **{**options, "warmup": True}))
-
-    JITFunction.run = compile_only
-    driver.set_active(AheadOfTime(target))
-    try:
-        yield compiled
-    finally:
-        JITFunction.run = run
-        driver._active = before
-
-
-class Variant(NamedTuple):
-    """A launch to compile, under the name that the table shows."""
-
-    name: str
-    launch: Callable[[], None]
-
-
-def block(vocab: int, bias: bool = False, softcap: bool = False) -> Logits:
-    """A block of raw logits with a padded row stride."""
-    width = -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE
-    raw = torch.empty(ROWS, width)[:, :vocab]
-    return Logits(raw, torch.empty(width) if bias else None, softcap=30.0 if softcap else None)
-
-
-def statistics() -> torch.Tensor:
-    return torch.empty(STATS, ROWS)
-
-
-def targets() -> torch.Tensor:
-    return torch.zeros(ROWS, dtype=torch.int64)
-
-
-def stats_variant(
-    divergence: str, vocab: int = VOCAB, bias: bool = False, softcap: bool = False, **rest: Any
-) -> Variant:
-    """`row_stats`; without a teacher for the divergence "none"."""
-    z = block(vocab, bias, softcap)
-    t = None if divergence == "none" else z
-    launch = partial(
-        kernels.row_stats, z, t, targets(), statistics(), divergence=divergence, **rest
-    )
-    return Variant(f"row_stats {_label(divergence, vocab, bias, softcap, rest)}", launch)
-
-
-def divergence_variant(
-    divergence: str, vocab: int = VOCAB, bias: bool = False, softcap: bool = False
-) -> Variant:
-    """`row_divergence`, the second pass of the clipped forward KL and of the JSD."""
-    z = block(vocab, bias, softcap)
-    launch = partial(
-        kernels.row_divergence, z, z, statistics(), divergence=divergence, divergence_clip=1.0
-    )
-    return Variant(f"row_divergence {_label(divergence, vocab, bias, softcap, {})}", launch)
-
-
-def grad_variant(
-    divergence: str,
-    vocab: int = VOCAB,
-    bias: bool = False,
-    softcap: bool = False,
-    policy: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    **rest: Any,
-) -> Variant:
-    """`row_grad`, also with dGRPO fused in, of the least ("plain") or the most ("full") inputs."""
-    z = block(vocab, bias, softcap)
-    t = z if divergence in FULL else None
-    out = torch.empty(ROWS, z.raw.stride(0), dtype=dtype)[:, :vocab]
-    options = {"divergence": divergence, "divergence_clip": 1.0, **rest}
-    label = _label(divergence, vocab, bias, softcap, {str(dtype)[6:]: True, **rest})
-    if policy is None:
-        launch = partial(
-            kernels.row_grad, z, t, targets(), statistics(), torch.empty(3, ROWS), out, **options
-        )
-        return Variant(f"row_grad {label}", launch)
-    flags = (policy == "full",) * 4
-    rows = PolicyRows(
-        torch.empty(7, ROWS), torch.empty(7, ROWS), *flags, 0.2, 0.2, 3.0, 2.0, 0.1, 0.1
-    )
-    launch = partial(
-        kernels.row_grad, z, t, targets(), statistics(), None, out, policy=rows, **options
-    )
-    return Variant(f"row_grad {label} dgrpo {policy}", launch)
-
-
-def topk_variants(vocab: int = VOCAB) -> list[Variant]:
-    """Taking a top-k teacher's columns out of a row, and putting their gradients back."""
-    z = block(vocab, bias=True)
-    ids = torch.zeros(ROWS, TOPK, dtype=torch.int64)
-    grad = z.raw.bfloat16()
-    return [
-        Variant(f"topk_take {vocab}", partial(kernels.topk_take, z.raw, z.bias, ids)),
-        Variant(f"topk_put {vocab}", partial(kernels.topk_put, grad, ids, torch.empty(ROWS, TOPK))),
-    ]
-
-
-def _label(divergence: str, vocab: int, bias: bool, softcap: bool, rest: dict[str, Any]) -> str:
-    flags = {"bias": bias, "softcap": softcap, **rest}
-    return " ".join([divergence, str(vocab), *(name for name, on in flags.items() if on)])
-
-
-def common_variants() -> list[Variant]:
-    """Every divergence with and without a teacher, plain and with every option at once."""
-    everything = {"bias": True, "softcap": True, "round_policy": True, "vocab": ODD_VOCAB}
-    return [
-        *(stats_variant(name) for name in ("none", "reverse_kl", "forward_kl", "jsd")),
-        *(divergence_variant(name) for name in FULL[2:]),
-        *(grad_variant(name) for name in ("none", *FULL, "bucket")),
-        *(grad_variant(name, policy="plain") for name in ("none", "reverse_kl")),
-        stats_variant("reverse_kl", **everything),
-        grad_variant("jsd", **everything),
-        grad_variant("reverse_kl", policy="full", **everything),
-        grad_variant("reverse_kl", dtype=torch.float16),
-        grad_variant("reverse_kl", dtype=torch.float32),
-        grad_variant("reverse_kl", vocab=1000),
-        *topk_variants(),
-    ]
-
-
-def core_variants() -> list[Variant]:
-    """The heaviest few, for the targets that are not compiled in full."""
-    everything = {"bias": True, "softcap": True, "round_policy": True, "vocab": ODD_VOCAB}
-    return [
-        stats_variant("reverse_kl", **everything),
-        divergence_variant("jsd", ODD_VOCAB, bias=True, softcap=True),
-        divergence_variant("clipped_forward_kl", bias=True, softcap=True),
-        grad_variant("jsd", softcap=True, round_policy=True),
-        grad_variant("reverse_kl", policy="full"),
-        grad_variant("jsd", **everything),
-    ]
-
-
-def all_variants() -> list[Variant]:
-    """Every combination of options."""
-    found = []
-    heads = [(VOCAB, *flags) for flags in itertools.product((False, True), repeat=2)]
-    for vocab, bias, softcap in [*heads, (ODD_VOCAB, True, True), (1000, True, True)]:
-        head = {"vocab": vocab, "bias": bias, "softcap": softcap}
-        found += [divergence_variant(name, **head) for name in FULL[2:]]
-        for rounded in (False, True):
-            options = {**head, "round_policy": rounded}
-            found += [stats_variant(name, **options) for name in ("none", *FULL)]
-            for name, policy in itertools.product(
-                ("none", *FULL, "bucket"), (None, "plain", "full")
-            ):
-                found.append(grad_variant(name, policy=policy, **options))
-    for name, dtype in itertools.product(("none", *FULL), (torch.float16, torch.float32)):
-        found += [grad_variant(name, policy=policy, dtype=dtype) for policy in (None, "full")]
-    return found + topk_variants() + topk_variants(ODD_VOCAB)
+from bench.disassembly import cuobjdump, inspect
+from bench.gpus import GPUS, TYPICAL
+from bench.loops import Figures, figures, print_figures
 
 
 def check(target: str, variants: list[Variant]) -> int:
@@ -244,6 +56,32 @@ def check(target: str, variants: list[Variant]) -> int:
     return failures
 
 
+def loop_figures(target: str, variants: list[Variant], keep: Path | None) -> list[Figures]:
+    """Compile `variants` and count their inner loops; machine code goes to files in `keep`."""
+    found = []
+    for variant in variants:
+        programs: list[int] = []
+        with compiling(TARGETS[target], programs) as compiled:
+            variant.launch()
+        assert len(compiled) == 1, f"{variant.name}: launched {len(compiled)} kernels"
+        kernel, listing = compiled[0], cuobjdump(compiled[0].asm["cubin"])
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / f"{variant.name}.{target}.sass").write_text(listing)
+        counted = figures(
+            listing,
+            name=variant.name,
+            gpu=GPUS[TYPICAL[target]],
+            blocks=variant.blocks,
+            bias=variant.bias,
+            warps=kernel.metadata.num_warps,
+            shared=kernel.metadata.shared,
+            programs=programs[0] / ROWS,
+        )
+        found.append(counted)
+    return found
+
+
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -251,16 +89,34 @@ def main() -> int:
     )
     parser.add_argument("--all", action="store_true", help="every combination on every target")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--loops", action="store_true", help="count the inner loops (NVIDIA)")
+    parser.add_argument("--keep", type=Path, help="a folder for the machine code; with --loops")
+    parser.add_argument("--only", default="", help="variants whose name holds this; with --loops")
+    parser.add_argument("--json", action="store_true", help="print JSON; with --loops")
     arguments = parser.parse_args()
+    if arguments.loops or arguments.keep:
+        chosen = [variant for variant in loop_variants() if arguments.only in variant.name]
+        targets = [target for target in arguments.targets if target in TYPICAL]
+        found = [x for target in targets for x in loop_figures(target, chosen, arguments.keep)]
+        if arguments.json:
+            print(json.dumps([one._asdict() for one in found]))
+        else:
+            print_figures(found, f"triton {triton.__version__}")
+        return 0
+    return check_all(arguments.targets, everything=arguments.all)
+
+
+def check_all(targets: list[str], *, everything: bool) -> int:
+    """Check the variants of every target and print a table; returns the exit status."""
     print(f"triton {triton.__version__}; bytes a thread for loads and stores in loops")
     print(
         f"{'target':7} {'kernel, divergence, vocabulary, options':66} {'warps':5} {'regs':>5} "
         f"{'spills':6} {'stack':5} {'shared':>7} {'loads':5} {'stores':5}"
     )
     failures = 0
-    for target in arguments.targets:
+    for target in targets:
         few = common_variants() if target == "sm_90" else core_variants()
-        failures += check(target, all_variants() if arguments.all else few)
+        failures += check(target, all_variants() if everything else few)
     print(f"{failures} with faults" if failures else "no faults")
     return 1 if failures else 0
 

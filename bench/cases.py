@@ -8,7 +8,7 @@ measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ class Case:
     sequences: int  # the tokens are this many sequences of equal length
     clip: float = 0.2
     teacher_coef: float = 0.5
+
+    def first(self, rows: int) -> Case:
+        """The first `rows` tokens, a multiple of `sequences`; the head is the same leaf."""
+        return replace(
+            self,
+            shape=self.shape.at(rows),
+            hidden=self.hidden.detach()[:rows].requires_grad_(),
+            targets=self.targets[:rows],
+            advantages=self.advantages[:rows],
+            old_logprobs=self.old_logprobs[:rows],
+            teacher_hidden=self.teacher_hidden[:rows],
+        )
 
     def zero_grad(self) -> None:
         """Free the gradients of the last step."""

@@ -10,6 +10,7 @@ added to an fp32 sum, as the sweep adds up dW.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from rich.table import Table
 from bench import options
 from bench.harness import synchronize, time_once
 from bench.report import console, save
+from bench.resume import UNFINISHED, saved
 from bench.sizes import Shape, pair
 
 SHAPES = {
@@ -92,37 +94,55 @@ def _bind(function: Callable, *operands, **keywords) -> Callable[[], object]:
     return lambda: function(*operands, **keywords)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print, save."""
+def measured(shape: Shape, rows: int, device: torch.device, repeats: int) -> list[dict]:
+    """Milliseconds and FLOP/s of the products at M = `rows`, ready for JSON."""
+    found = []
+    for product in products(shape, rows, device):
+        entry = {"product": product.name, "M": rows, "output": product.output}
+        try:
+            entry["ms"] = burst_ms(product.run, repeats=repeats)
+            entry["tflops"] = product.flops / entry["ms"] / 1e9
+        except (RuntimeError, TypeError) as error:  # an output that this build cannot write
+            entry["absent"] = str(error).splitlines()[0][:120]
+        found.append(entry)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, save after the copy and after every M."""
     args = options.parser(__doc__).parse_args(argv)
     out, device = console(), options.device()
     shape, many_rows, copied = SHAPES[args.size]
-    end = time.monotonic() + args.seconds
-    rate = copy_rate(copied, device, args.repeats)
+    end, status = time.monotonic() + args.seconds, 0
+    body = saved("ceilings", args.size) if args.resume else {}
+    body = {
+        "shape": str(shape),
+        "copy_bytes_per_s": body.get("copy_bytes_per_s") or copy_rate(copied, device, args.repeats),
+        "rows": body.get("rows", []),
+    }
+    for rows in sorted(many_rows, reverse=True):
+        if any(row["M"] == rows for row in body["rows"]):
+            continue
+        if time.monotonic() > end:
+            out.print(f"out of time before M = {rows}")
+            status = UNFINISHED
+            break
+        body["rows"] += measured(shape, rows, device, args.repeats)
+        save("ceilings", args.size, body)
     table = Table(title=f"{shape}", title_justify="left", box=None)
     for heading in ("product", "M", "output", "ms", "TFLOP/s"):
         table.add_column(heading, justify="right")
-    found = []
-    for rows in sorted(many_rows, reverse=True):
-        if time.monotonic() > end:
-            out.print(f"out of time before M = {rows}")
-            break
-        for product in products(shape, rows, device):
-            entry = {"product": product.name, "M": rows, "output": product.output}
-            try:
-                entry["ms"] = burst_ms(product.run, repeats=args.repeats)
-                entry["tflops"] = product.flops / entry["ms"] / 1e9
-                cells = (f"{entry['ms']:.3f}", f"{entry['tflops']:.4g}")
-            except (RuntimeError, TypeError) as error:  # an output that this build cannot write
-                entry["absent"] = str(error).splitlines()[0][:120]
-                cells = ("", entry["absent"])
-            found.append(entry)
-            table.add_row(product.name, str(rows), product.output, *cells)
+    for row in body["rows"]:
+        cells = (
+            ["", row["absent"]] if "absent" in row else [f"{row['ms']:.3f}", f"{row['tflops']:.4g}"]
+        )
+        table.add_row(row["product"], str(row["M"]), row["output"], *cells)
     out.print(table)
-    out.print(f"copy of {copied / 2**30:.3g} GiB: {rate / 1e12:.4g} TB/s, read and written")
-    body = {"shape": str(shape), "copy_bytes_per_s": rate, "rows": found}
+    rate = body["copy_bytes_per_s"] / 1e12
+    out.print(f"copy of {copied / 2**30:.3g} GiB: {rate:.4g} TB/s, read and written")
     save("ceilings", args.size, body)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """What a compiled Triton kernel costs, read off its machine code without a GPU.
 
 NVIDIA: `cuobjdump`, which Triton's package carries; AMD: the assembly that the compiler keeps.
-A loop is the span of a backward branch.
+A loop is the span of a backward branch; NVIDIA's loops in detail: `bench.sass`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.sass import WIDE, instructions, loops
+
 # Bytes of shared memory that one program may ask for.
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 AMD_SHARED_LIMIT = 64 << 10
-WIDE = 16  # bytes of a load that streams well
 
-SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 AMD_WIDTHS = {"ubyte": 1, "sbyte": 1, "u8": 1, "ushort": 2, "sshort": 2, "short": 2, "u16": 2}
 AMD_WIDTHS |= {"dword": 4, "b32": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
@@ -73,34 +73,20 @@ def from_sass(listing: str, shared: int, shared_limit: int) -> MachineCode:
     """Read `cuobjdump -res-usage -sass`."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     assert usage, f"no resource usage in the disassembly: {listing[:200]}"
-    lines = [(int(at, 16), op, rest) for at, op, rest in SASS_LINE.findall(listing)]
-    jumps = [
-        (int(to[1], 16), at)
-        for at, op, rest in lines
-        if op.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", rest))
-    ]
-    loops = [(start, end) for start, end in jumps if start < end]  # equal: the padding at the end
+    lines = instructions(listing)
+    spans = [(loop.start, loop.end) for loop in loops(lines)]
 
     def moved(*names: str) -> list[int]:
         return [
-            _sass_width(op)
-            for at, op, _ in lines
-            if op.split(".")[0] in names and any(start <= at <= end for start, end in loops)
+            line.width
+            for line in lines
+            if line.name in names and any(start <= line.at <= end for start, end in spans)
         ]
 
-    spills = sum(op.split(".")[0] in ("STL", "LDL") for _, op, _ in lines)
+    spills = sum(line.name in ("STL", "LDL") for line in lines)
     loads, stores = moved("LDG", "LDGSTS"), moved("STG")
     registers, stack = int(usage[1]), int(usage[2])
     return MachineCode(registers, spills, stack, shared, shared_limit, loads, stores)
-
-
-def _sass_width(op: str) -> int:
-    """Bytes that a load or store such as `LDG.E.128` moves."""
-    parts = op.split(".")
-    bits = [int(part) for part in parts if part in ("64", "128", "256")]
-    if bits:
-        return bits[0] // 8
-    return 1 if {"U8", "S8"} & {*parts} else 2 if {"U16", "S16"} & {*parts} else 4
 
 
 def from_amdgcn(assembly: str, shared: int) -> MachineCode:

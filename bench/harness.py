@@ -1,7 +1,7 @@
 """Timing, the floor, and what a row of a table holds.
 
 Times are medians of repeats in which the providers take turns, so that a machine that slows down
-slows all alike. Every share is of a floor measured in the same run: the GEMMs that no exact dense
+slows all alike. Every share is of a floor measured in the same turns: the GEMMs that no exact dense
 loss can do without.
 """
 
@@ -16,11 +16,15 @@ import torch
 
 from bench.cases import Case
 from bench.memory import gpu_peak
-from bench.reference import BOTH, KL, errors, reference
-from bench.rivals import Provider
+from bench.provider import Provider
+from bench.reference import WITH_TEACHER, errors, reference
 from bench.sizes import Shape
 
 FLOOR_ROWS = 4096  # at which a GEMM of a head is as fast as it gets
+CONTRACT_REPEATS = 10  # rounds of what the library promises, whatever time is left
+PROBE_ROWS = 2048  # tells how long a step will take, where it has several times as many rows
+STEPS = 4  # of a provider, at least: errors, peak, two rounds
+NOT_REACHED = "not reached"  # how the reason of a row begins that a later run may fill in
 
 
 @dataclass
@@ -53,9 +57,18 @@ class Row:
 
 def new_row(provider: Provider, shape: Shape) -> Row:
     """The row of a provider before anything is measured."""
-    return Row(
-        shape.name, shape.tokens, provider.name, provider.terms, provider.ours, provider.absent
-    )
+    absent = provider.absent
+    if not absent and shape.tokens > (provider.most_tokens or shape.tokens):
+        absent = f"left out above N = {provider.most_tokens}: {provider.too_many}"
+    return Row(shape.name, shape.tokens, provider.name, provider.terms, provider.ours, absent)
+
+
+def not_reached(providers: Sequence[Provider], shape: Shape, seconds: float) -> list[Row]:
+    """Rows for a shape whose turn came after the `seconds` were over."""
+    rows = [new_row(provider, shape) for provider in providers]
+    for row in rows:
+        row.absent = row.absent or f"{NOT_REACHED} within {seconds:.0f} s"
+    return rows
 
 
 def synchronize() -> None:
@@ -122,7 +135,7 @@ def floor_ms(times: dict[str, list[float]], shape: Shape, terms: str) -> float:
 
     times: those of `gemms`, in ms.
     """
-    needed = ["z", "dHidden", "dW"] + (["t"] if terms in (KL, BOTH) else [])
+    needed = ["z", "dHidden", "dW"] + (["t"] if terms in WITH_TEACHER else [])
     measured = min(FLOOR_ROWS, shape.tokens)
     return sum(statistics.median(times[name]) for name in needed) * shape.tokens / measured
 
@@ -133,6 +146,24 @@ def why(error: BaseException) -> str:
         return "out of memory"
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+
+
+def too_slow(provider: Provider, case: Case, seconds: float, left: float) -> str:
+    """Why the provider does not run on this case: its steps would take too long.
+
+    Timed on the first rows only, twice, as the first step may compile; empty where it is fast
+    enough, or where only the whole would tell. seconds: for all providers; one that would take
+    half of them is skipped for good. left: of them; one that would take more is not reached.
+    """
+    if seconds == float("inf") or provider.compiles or case.shape.tokens < 4 * PROBE_ROWS:
+        return ""
+    probe = case.first(PROBE_ROWS)
+    provider.step(probe)
+    step = time_once(lambda: provider.step(probe)) / 1e3 * case.shape.tokens / PROBE_ROWS
+    case.zero_grad()
+    if STEPS * step > seconds / 2:
+        return f"skipped: about {step:.1f} s per step, too long for {seconds:.0f} s in all"
+    return f"{NOT_REACHED} within {seconds:.0f} s" if STEPS * step > left else ""
 
 
 def measure(
@@ -147,11 +178,11 @@ def measure(
 ) -> list[Row]:
     """Time, floor, peak bytes (GPU only) and errors of every provider on one case.
 
-    seconds: about how long; providers that are not reached say so. A provider that raises is out,
-    and says why. exact_whole: also the error of dW and of the loss, for which the reference reads
-    every token.
+    seconds: about how long; providers that are not reached say so, and one that alone would need
+    half of it is skipped. Providers of the contract get `CONTRACT_REPEATS` rounds
+    whatever it takes. A provider that raises is out, and says why. exact_whole: also the error of
+    dW and of the loss, for which the reference reads every token.
     """
-    gpu = case.hidden.is_cuda
     start = time.monotonic()
     rows, runs = [new_row(provider, case.shape) for provider in providers], {}
     terms = {row.terms for row in rows if not row.absent}
@@ -159,23 +190,36 @@ def measure(
     for provider, row in zip(providers, rows, strict=True):
         if row.absent:
             continue
-        if time.monotonic() - start > seconds * (0.6 if timed else 1.0):
-            row.absent = f"not reached within {seconds:.0f} s"
+        left = seconds * (0.6 if timed else 1.0) - (time.monotonic() - start)
+        if left < 0 and not provider.contract:
+            row.absent = f"{NOT_REACHED} within {seconds:.0f} s"
             continue
         try:
-            loss = provider.step(case)
-            for name, value in errors(case, exact[provider.terms], loss).items():
-                setattr(row, name, value)
-            row.peak_bytes = gpu_peak(provider, case) if gpu else None
-            runs[provider.name] = lambda provider=provider: provider.step(case)
+            if not provider.contract:
+                row.absent = too_slow(provider, case, seconds, left)
+            if not row.absent:
+                _try(provider, row, case, exact)
+                runs[provider.name] = lambda provider=provider: provider.step(case)
         except Exception as error:  # a rival that fails must not end the comparison
             row.absent = why(error)
         case.zero_grad()
-        if gpu:
+        if case.hidden.is_cuda:
             torch.cuda.empty_cache()
     if timed and runs:
-        _time(rows, runs, case, repeats, seconds - (time.monotonic() - start))
+        left = seconds - (time.monotonic() - start)
+        if all(provider.contract for provider in providers):
+            repeats, left = max(repeats, CONTRACT_REPEATS), float("inf")
+        _time(rows, runs, case, repeats, left)
     return rows
+
+
+def _try(provider: Provider, row: Row, case: Case, exact: dict) -> None:
+    """One step for the errors, which also compiles; on a GPU another for the peak."""
+    loss = provider.step(case)
+    for name, value in errors(case, exact[provider.terms], loss).items():
+        setattr(row, name, value)
+    if case.hidden.is_cuda:
+        row.peak_bytes = gpu_peak(provider, case)
 
 
 def _time(rows: list[Row], runs: dict, case: Case, repeats: int, seconds: float) -> None:

@@ -12,6 +12,7 @@ need stops growing there; the GPU's N lie beyond.
 
 from __future__ import annotations
 
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,10 +20,11 @@ import torch
 
 from bench import options
 from bench.cases import Case, make_case
-from bench.harness import Row, new_row, why
-from bench.memory import GIB, cpu_peaks, gpu_peak
-from bench.report import console, finish, print_rows
-from bench.rivals import Provider
+from bench.harness import NOT_REACHED, Row, new_row, too_slow, why
+from bench.memory import GIB, SECONDS, TOOK_LONGER, cpu_peaks, gpu_peak
+from bench.provider import Provider
+from bench.report import console, print_rows
+from bench.resume import Report
 from bench.sizes import Shape, pair
 
 SHAPES = {
@@ -39,42 +41,54 @@ def providers() -> list[Provider]:
     return options.all_providers()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print, save."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, save after every shape (GPU) or provider (CPU)."""
     parser = options.parser(__doc__)
     parser.add_argument(
         "--limit", type=float, default=4, help="GiB that a provider may take on a CPU"
     )
     args = parser.parse_args(argv)
-    out = console()
+    out, report = console(), Report("loss_memory", args.size, resume=args.resume)
     run = on_gpu if torch.cuda.is_available() else on_cpu
-    rows = run(SHAPES[args.size], args)
+    run(SHAPES[args.size], report, args)
     for shape in SHAPES[args.size]:
-        here = [row.as_json() for row in rows if row.tokens == shape.tokens]
-        print_rows(str(shape), here, COLUMNS, out)
-    finish("loss_memory", args.size, rows, out, plot=not args.no_plot)
+        print_rows(str(shape), report.at(shape), COLUMNS, out)
+    return report.finish(out, plot=not args.no_plot)
 
 
-def on_gpu(shapes: list[Shape], args) -> list[Row]:
-    """Peaks by the allocator, one step a provider and shape."""
+def on_gpu(shapes: list[Shape], report: Report, args) -> None:
+    """Peaks by the allocator, one step per provider and shape; ours on all shapes first."""
     everyone = options.chosen(providers(), args.only)
-    warm_up(everyone, make_case(shapes[0].at(1024), options.device()))
-    rows, end = [], time.monotonic() + args.seconds
-    for shape in shapes:
-        case = make_case(shape, options.device())
-        for provider in everyone:
-            row = new_row(provider, shape)
-            rows.append(row)
-            if not row.absent and time.monotonic() > end:
-                row.absent = f"not reached within {args.seconds:.0f} s"
-            if not row.absent:
-                try:
-                    row.peak_bytes = gpu_peak(provider, case)
-                except Exception as error:  # a rival that fails must not end the comparison
-                    row.absent = why(error)
-                case.zero_grad()
-                torch.cuda.empty_cache()
-    return rows
+    end = time.monotonic() + args.seconds
+    for ours in (True, False):
+        here = [provider for provider in everyone if provider.ours == ours]
+        if not any(report.missing(here, shape) for shape in shapes):
+            continue
+        warm_up(here, make_case(shapes[0].at(1024), options.device()))
+        for shape in shapes:
+            todo = report.missing(here, shape)
+            if todo:
+                case = make_case(shape, options.device())
+                report.add([peak_row(provider, case, end, args) for provider in todo])
+
+
+def peak_row(provider: Provider, case: Case, end: float, args) -> Row:
+    """The row of one provider on a GPU, unless its steps would take too long."""
+    row, left = new_row(provider, case.shape), end - time.monotonic()
+    if row.absent:
+        return row
+    if left < 0:
+        row.absent = f"{NOT_REACHED} within {args.seconds:.0f} s"
+        return row
+    try:
+        row.absent = too_slow(provider, case, args.seconds, left)
+        if not row.absent:
+            row.peak_bytes = gpu_peak(provider, case)
+    except Exception as error:  # a rival that fails must not end the comparison
+        row.absent = why(error)
+    case.zero_grad()
+    torch.cuda.empty_cache()
+    return row
 
 
 def warm_up(everyone: list[Provider], case: Case) -> None:
@@ -88,33 +102,37 @@ def warm_up(everyone: list[Provider], case: Case) -> None:
     case.zero_grad()
 
 
-def on_cpu(shapes: list[Shape], args) -> list[Row]:
-    """Peaks by the resident set: a process a provider, two at a time."""
+def on_cpu(shapes: list[Shape], report: Report, args) -> None:
+    """Peaks by the resident set: a process per provider, two at a time."""
     everyone = providers()
     wanted = {provider.name for provider in options.chosen(everyone, args.only)}
     end = time.monotonic() + args.seconds
 
     def peaks(number: int) -> list[Row]:
         rows = [new_row(everyone[number], shape) for shape in shapes]
-        left = min(180.0, end - time.monotonic())
+        left = min(SECONDS, end - time.monotonic())
         if rows[0].absent:
             found = [rows[0].absent] * len(rows)
         elif left <= 0:
-            found = [f"not reached within {args.seconds:.0f} s"] * len(rows)
+            found = [f"{NOT_REACHED} within {args.seconds:.0f} s"] * len(rows)
         else:
             limits = {"limit": int(args.limit * GIB), "seconds": left}
             found = cpu_peaks(providers, number, shapes, distinct=64, **limits)
         for row, peak in zip(rows, found, strict=True):
             if isinstance(peak, str):
-                row.absent = peak
+                # Stopped early for want of time: another run may give it all of its own.
+                cut = left < SECONDS and peak.startswith(TOOK_LONGER)
+                row.absent = f"{NOT_REACHED} within {args.seconds:.0f} s" if cut else peak
             else:
                 row.peak_bytes = peak
         return rows
 
-    numbers = [n for n, provider in enumerate(everyone) if provider.name in wanted]
+    missing = {provider.name for shape in shapes for provider in report.missing(everyone, shape)}
+    numbers = [n for n, provider in enumerate(everyone) if provider.name in wanted & missing]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return [row for rows in pool.map(peaks, numbers) for row in rows]
+        for rows in pool.map(peaks, numbers):
+            report.add(rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,13 +10,15 @@ tokens and of vocabulary columns. Compare equal `terms` only.
 
 from __future__ import annotations
 
+import sys
 import time
 
 from bench import options
 from bench.cases import make_case
-from bench.harness import measure
-from bench.report import console, finish, print_rows
-from bench.rivals import Provider
+from bench.harness import measure, not_reached
+from bench.provider import Provider
+from bench.report import console, print_rows
+from bench.resume import Report
 from bench.sizes import Shape
 
 SHAPES = {
@@ -44,25 +46,23 @@ def providers() -> list[Provider]:
     return options.all_providers()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print, save."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, save after every shape."""
     args = options.parser(__doc__).parse_args(argv)
-    out, rows = console(), []
+    out, report = console(), Report("loss_precision", args.size, resume=args.resume)
     end = time.monotonic() + args.seconds
     shapes = SHAPES[args.size]
     for index, (shape, teacher) in enumerate(shapes):
-        left = max(1.0, end - time.monotonic())
-        found = measure(
-            options.chosen(providers(), args.only),
-            make_case(shape, options.device(), **teacher),
-            seconds=left / (len(shapes) - index),
-            exact_tokens=512,
-            timed=False,
-        )
-        rows += found
-        print_rows(str(shape), [row.as_json() for row in found], COLUMNS, out)
-    finish("loss_precision", args.size, rows, out, plot=not args.no_plot)
+        everyone = report.missing(options.chosen(providers(), args.only), shape)
+        left = (end - time.monotonic()) / (len(shapes) - index)
+        if everyone and left <= 0:
+            report.add(not_reached(everyone, shape, args.seconds))
+        elif everyone:
+            case = make_case(shape, options.device(), **teacher)
+            report.add(measure(everyone, case, seconds=left, exact_tokens=512, timed=False))
+        print_rows(str(shape), report.at(shape), COLUMNS, out)
+    return report.finish(out, plot=not args.no_plot)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

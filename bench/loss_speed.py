@@ -11,15 +11,17 @@ with the providers, over the provider's own time. Compare equal `terms` only.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 
 from bench import options
 from bench.cases import make_case
-from bench.harness import measure
+from bench.harness import measure, not_reached
+from bench.provider import Provider
 from bench.reference import BOTH
-from bench.report import console, finish, print_rows
-from bench.rivals import Provider
+from bench.report import console, print_rows
+from bench.resume import Report
 from bench.sizes import Shape, pair
 
 SHAPES = {
@@ -56,31 +58,44 @@ def short_list(everyone: list[Provider]) -> list[Provider]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print, save."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, save after every shape: the contract on all of them first, then the rest."""
     parser = options.parser(__doc__)
     parser.add_argument("--all", action="store_true", help="all providers on all GPU shapes")
     args = parser.parse_args(argv)
-    out, rows = console(), []
+    out, report = console(), Report("loss_speed", args.size, resume=args.resume)
     end = time.monotonic() + args.seconds
     shapes = SHAPES[args.size]
-    for index, shape in enumerate(shapes):
-        left = max(1.0, end - time.monotonic())
-        everyone = options.chosen(providers(), args.only)
-        if shape.tokens > 4096 and index and not args.all:
-            everyone = short_list(everyone)
-        found = measure(
-            everyone,
-            make_case(shape, options.device()),
-            repeats=args.repeats,
+    for contract in (True, False):
+        for index, shape in enumerate(shapes):
+            everyone = options.chosen(providers(), args.only)
+            if shape.tokens > 4096 and index and not args.all:
+                everyone = short_list(everyone)
+            everyone = [p for p in everyone if p.contract == contract]
+            everyone = report.missing(everyone, shape)
+            if not everyone:
+                continue
+            left = end - time.monotonic()
+            if left <= 0 and not contract:
+                report.add(not_reached(everyone, shape, args.seconds))
+                continue
             # The first shape is the one of the contracts: it may take half of the time.
-            seconds=left / 2 if index == 0 and len(shapes) > 1 else left / (len(shapes) - index),
-            exact_whole=index == 0 or shape.tokens <= 8192,
-        )
-        rows += found
-        print_rows(str(shape), [row.as_json() for row in found], COLUMNS, out)
-    finish("loss_speed", args.size, rows, out, plot=not args.no_plot)
+            share = left / 2 if index == 0 and len(shapes) > 1 else left / (len(shapes) - index)
+            report.add(
+                measure(
+                    everyone,
+                    make_case(shape, options.device()),
+                    repeats=args.repeats,
+                    seconds=share,
+                    exact_whole=index == 0 or shape.tokens <= 8192,
+                )
+            )
+            if contract:
+                print_rows(f"{shape}, contract", report.at(shape), COLUMNS, out)
+    for shape in shapes:
+        print_rows(str(shape), report.at(shape), COLUMNS, out)
+    return report.finish(out, plot=not args.no_plot)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

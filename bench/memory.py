@@ -15,10 +15,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.cases import Case, make_case
-from bench.rivals import RIVAL_MODULES, Provider
+from bench.provider import Provider
+from bench.rivals import RIVAL_MODULES
 from bench.sizes import Shape
 
 GIB = 2**30
+SECONDS = 180.0  # that a provider may take on a CPU
+TOOK_LONGER = "took more than"  # how the reason of one begins that was stopped for it
 _M_MMAP_THRESHOLD = -3  # glibc malloc.h
 
 
@@ -85,7 +88,7 @@ def cpu_peaks(
     shapes: Sequence[Shape],
     *,
     limit: int = 4 * GIB,
-    seconds: float = 180,
+    seconds: float = SECONDS,
     **options,
 ) -> list[int | str]:
     """Peaks of one provider over `shapes`, in a fresh process that may grow by `limit` bytes.
@@ -105,7 +108,7 @@ def cpu_peaks(
     found: list[int | str] = []
     for _ in shapes:
         try:
-            found.append(ours.recv() if ours.poll(seconds) else f"took more than {seconds:.0f} s")
+            found.append(ours.recv() if ours.poll(seconds) else f"{TOOK_LONGER} {seconds:.0f} s")
         except EOFError:  # killed, or died in a library
             child.join()
             found.append(f"ended with exit code {child.exitcode}")

@@ -7,10 +7,11 @@ import argparse
 import torch
 
 from bench.ours import MIB, ours
-from bench.rivals import Provider, rivals
+from bench.provider import Provider
+from bench.rivals import rivals
 
 GPU_BUDGETS = (1024 * MIB, 2048 * MIB)
-CPU_BUDGETS = (64 * MIB,)  # CPU shapes are smaller: a budget that they do not fit in
+CPU_BUDGETS = (64 * MIB, 256 * MIB)  # CPU shapes are smaller: one that they do not fit in, first
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -24,10 +25,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "--only", default="", help="providers whose name holds one of these, comma-separated"
     )
     found.add_argument(
-        "--repeats", type=int, default=5 if default == "gpu" else 3, help="rounds of timing"
+        "--repeats",
+        type=int,
+        default=5 if default == "gpu" else 3,
+        help="rounds of timing; what the library promises gets at least 10",
     )
     found.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop measuring after this"
+    )
+    found.add_argument(
+        "--resume", action="store_true", help="measure only what the saved report lacks"
     )
     found.add_argument("--no-plot", action="store_true", help="write no PNG")
     return found

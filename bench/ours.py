@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 import dgrpo
 from bench.cases import Case
-from bench.reference import BOTH, KL, POLICY
-from bench.rivals import NEEDS_GPU, Provider, clipped_loss
+from bench.provider import NEEDS_GPU, Provider, clipped_loss
+from bench.reference import BOTH, CROSS_ENTROPY, FORWARD_KL, KL, POLICY
 from dgrpo.objectives.context import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo as dgrpo_objective
 
@@ -65,8 +66,8 @@ def plain_objective(case: Case, *, budget: int) -> Tensor:
     return out.loss
 
 
-def divergence_alone(case: Case, *, budget: int) -> Tensor:
-    """The KL term alone, as an objective of one line: 4 GEMM passes."""
+def divergence_alone(case: Case, *, budget: int, divergence: str = "reverse_kl") -> Tensor:
+    """A KL term alone, as an objective of one line: 4 GEMM passes."""
     weight = case.teacher_coef / case.shape.tokens
     out = dgrpo.linear_loss(
         case.hidden,
@@ -74,6 +75,21 @@ def divergence_alone(case: Case, *, budget: int) -> Tensor:
         case.targets,
         lambda stats, rows: weight * stats.divergence,
         teacher=teacher(case),
+        divergence=divergence,
+        rows=all_rows(case),
+        memory_budget=budget,
+    )
+    return out.loss
+
+
+def cross_entropy(case: Case, *, budget: int) -> Tensor:
+    """Cross-entropy, as an objective of one line: 3 GEMM passes."""
+    weight = -1 / case.shape.tokens
+    out = dgrpo.linear_loss(
+        case.hidden,
+        case.weight,
+        case.targets,
+        lambda stats, rows: weight * stats.logprobs,
         rows=all_rows(case),
         memory_budget=budget,
     )
@@ -111,12 +127,18 @@ def ours(budgets: tuple[int, ...]) -> list[Provider]:
         provider(f"fused, {budget // MIB} MiB", BOTH, fused, budget=budget, backend=backend)
         for budget in budgets
     ]
+    fastest = [replace(promised, contract=True) for promised in fastest]
     if gpu:
-        other = provider("fused, torch backend", BOTH, fused, budget=first, backend="torch")
+        other = replace(
+            provider("fused, torch backend", BOTH, fused, budget=first, backend="torch"),
+            most_tokens=4096,
+            too_many="a reference in plain torch, launched tile by tile",
+        )
     else:
         other = provider(
             "fused, triton backend", BOTH, fused, NEEDS_GPU, budget=first, backend="triton"
         )
+    kd = {"budget": first, "divergence": "forward_kl"}
     return [
         *fastest,
         other,
@@ -124,4 +146,6 @@ def ours(budgets: tuple[int, ...]) -> list[Provider]:
         provider("recompute", BOTH, recompute, budget=first),
         provider("fused, no teacher", POLICY, fused, budget=first, with_teacher=False),
         provider("linear_loss, KL alone", KL, divergence_alone, budget=first),
+        provider("linear_loss, SFT", CROSS_ENTROPY, cross_entropy, budget=first),
+        provider("linear_loss, KD", FORWARD_KL, divergence_alone, **kd),
     ]

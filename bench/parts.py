@@ -155,7 +155,6 @@ def main(argv: list[str] | None = None) -> None:
             }
         )
     step_ms = whole_step(case, budget, args.repeats)
-    print_parts(shape, plan, found, step_ms)
     body = {
         "shape": str(shape),
         "budget": budget,
@@ -165,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         "rows": found,
     }
     save("parts", args.size, body)
+    print_parts(shape, plan, found, step_ms)
 
 
 def whole_step(case: Case, budget: int, repeats: int) -> float:

@@ -2,6 +2,7 @@
 
 Shares no code with the library. The formulas of docs/mathematics.md, row by row:
     G = a (1[v=y] - p) + b p (log p - log q - KL),   dHidden = G W,   dW = G^T hidden
+with b (p - q) for the forward KL.
 A full fp64 `[N, V]` never exists: tokens are taken a block at a time, and dW only for some columns.
 """
 
@@ -17,6 +18,8 @@ from bench.cases import Case
 from dgrpo.testing import relative_error
 
 POLICY, KL, BOTH, CROSS_ENTROPY = "policy", "kl", "policy+kl", "cross-entropy"
+FORWARD_KL = "forward-kl"
+WITH_TEACHER = (KL, BOTH, FORWARD_KL)
 
 
 class Reference(NamedTuple):
@@ -43,10 +46,10 @@ def coefficients(case: Case, rows: Tensor, logp: Tensor, terms: str) -> tuple[Te
     """Losses but for the divergence, dL/dlogp and dL/dKL of the terms asked for, each (R,) fp64."""
     share = 1.0 / case.shape.tokens
     zero = torch.zeros_like(logp)
-    beta = zero + (share * case.teacher_coef if terms in (KL, BOTH) else 0.0)
+    beta = zero + (share * case.teacher_coef if terms in WITH_TEACHER else 0.0)
     if terms == CROSS_ENTROPY:
         return -share * logp, zero - share, beta
-    if terms == KL:
+    if terms in (KL, FORWARD_KL):
         return zero, zero, beta
     advantages = case.advantages[rows].double()
     ratio = (logp - case.old_logprobs[rows].double()).exp()
@@ -67,6 +70,9 @@ def _softmax(case: Case, rows: Tensor, weight: Tensor, teacher_weight: Tensor) -
 def _gradient(case: Case, at: _Softmax, terms: str) -> tuple[Tensor, Tensor]:
     """The weighted loss of these tokens, and G (R, V)."""
     losses, a, b = coefficients(case, at.rows, at.logprobs, terms)
+    if terms == FORWARD_KL:
+        q = at.p * (-at.gap).exp()
+        return (-b * (q * at.gap).sum(1)).sum(), b[:, None] * (at.p - q)
     grad = at.p * (b[:, None] * (at.gap - at.divergence[:, None]) - a[:, None])
     grad.scatter_add_(1, case.targets[at.rows, None], a[:, None])
     return (losses + b * at.divergence).sum(), grad

@@ -1,4 +1,4 @@
-"""What a bench leaves behind: a table, JSON with machine and command, a plot drawn from it."""
+"""What a bench leaves behind: a table, and JSON with machine and command."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import Row
-from bench.machine import describe, machine
+from bench.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -81,15 +80,7 @@ def save(name: str, size: str, body: dict) -> Path:
     return path
 
 
-def finish(
-    name: str, size: str, rows: Sequence[Row], out: Console, *, plot: bool = True, **more
-) -> None:
-    """Save the rows, draw them, and say where both are and on what they were measured."""
-    path = save(name, size, {**more, "rows": [row.as_json() for row in rows]})
-    report = json.loads(path.read_text())
-    written = [path.name]
-    if plot:
-        from bench.plots import draw
-
-        written.append(draw(report, path.with_suffix(".png")).name)
-    out.print(f"[dim]{describe(report['machine'])}; wrote {', '.join(written)}[/dim]")
+def load(name: str, size: str) -> dict:
+    """The saved report of a bench; empty where there is none."""
+    path = output_folder() / f"{name}-{size}.json"
+    return json.loads(path.read_text()) if path.exists() else {}

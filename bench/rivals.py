@@ -11,67 +11,20 @@ A rival that is not installed, or that cannot run here, stays in the list with t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case
+from bench.provider import NEEDS_GPU, Provider, clipped_loss
 from bench.reference import BOTH, CROSS_ENTROPY, KL, POLICY
+from bench.whole import torch_providers
 
-NEEDS_GPU = "its Triton kernels need a GPU"
 LIGER_MODULES = ("liger_kernel.chunked_loss",)
-TRL_MODULES = ("trl.kernels.chunked_logprob", "trl.kernels.chunked_divergence")
+TRL_MODULES = ("trl.trainer.utils", "trl.kernels.chunked_divergence")
 RIVAL_MODULES = LIGER_MODULES + TRL_MODULES  # those that run without a GPU
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute the loss. `absent` is why it cannot run here, empty if it can."""
-
-    name: str
-    terms: str
-    loss: Callable[[Case], Tensor]
-    absent: str = ""
-    ours: bool = False
-    compiles: bool = False  # anew for every shape, which takes seconds
-
-    def step(self, case: Case) -> Tensor:
-        """Forward and backward; gradients land in `case`. Returns the loss, a scalar."""
-        case.zero_grad()
-        loss = self.loss(case)
-        loss.backward()
-        return loss
-
-
-def clipped_loss(case: Case, logprobs: Tensor) -> Tensor:
-    """`-mean(min(rho A, clip(rho) A))`, as every GRPO trainer writes it. logprobs (N,)."""
-    ratio = (logprobs - case.old_logprobs).exp()
-    bounded = ratio.clamp(1 - case.clip, 1 + case.clip)
-    return -torch.minimum(ratio * case.advantages, bounded * case.advantages).mean()
-
-
-def full_logits(case: Case) -> Tensor:
-    """Both terms from whole `[N, V]` logits by autograd, as trainers do without a fused loss.
-
-    Logits come in the dtype of the inputs, softmax is in fp32.
-    """
-    log_p = F.linear(case.hidden, case.weight).float().log_softmax(-1)
-    log_q = F.linear(case.teacher_hidden, case.teacher_weight).float().log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    logprobs = log_p.gather(1, case.targets[:, None])[:, 0]
-    return clipped_loss(case, logprobs) + case.teacher_coef * divergence.mean()
-
-
-_compiled_full_logits = torch.compile(full_logits)
-
-
-def compiled_full_logits(case: Case) -> Tensor:
-    """`full_logits` under torch.compile."""
-    return _compiled_full_logits(case)
 
 
 def liger_grpo(case: Case) -> Tensor:
@@ -108,14 +61,28 @@ def liger_jsd(case: Case) -> Tensor:
     return case.teacher_coef * head(*inputs)
 
 
-def trl_logprobs(case: Case) -> Tensor:
-    """TRL's chunked log-probabilities (32768 columns, its default), then the clipped objective."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+class _Headed:
+    """What TRL's fused head patches: a model whose backbone gives the case's hidden states."""
 
-    found = ChunkedLogProbFunction.apply(
-        case.hidden, case.weight, None, case.targets, 1.0, 32768, None, 1.0, ()
-    )
-    return clipped_loss(case, found[0])
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+
+    def __init__(self, case: Case):
+        states = SimpleNamespace(last_hidden_state=case.hidden[None])
+        self.base_model = self.model = lambda **unused: states
+        self.get_output_embeddings = lambda: SimpleNamespace(weight=case.weight, bias=None)
+
+    def forward(self) -> None:
+        """Replaced by the patch."""
+
+
+def trl_logprobs(case: Case) -> Tensor:
+    """TRL's fused LM head with its defaults, then the clipped objective."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = _Headed(case)
+    add_fused_lm_head(model)
+    found = model.forward(fused_lm_head=True, shift_labels=case.targets[None])
+    return clipped_loss(case, found.log_probs[0])
 
 
 def trl_divergence(case: Case) -> Tensor:
@@ -177,8 +144,9 @@ def rivals() -> list[Provider]:
     cce_absent = missing("cut-cross-entropy", "cut_cross_entropy", gpu=True)
     quack_absent = missing("quack-kernels", "quack.linear_cross_entropy", gpu=True)
 
+    plain = torch_providers()
     policy = [
-        Provider("TRL logprob", POLICY, trl_logprobs, trl),
+        Provider("TRL fused head", POLICY, trl_logprobs, trl),
         Provider("Liger GRPO", POLICY, liger_grpo, liger),
         Provider("CCE exact", POLICY, cce, cce_absent),
     ]
@@ -187,10 +155,10 @@ def rivals() -> list[Provider]:
         Provider("Liger JSD", KL, liger_jsd, liger),
     ]
     return [
-        Provider("full logits, eager", BOTH, full_logits),
-        Provider("full logits, compiled", BOTH, compiled_full_logits, compiles=True),
+        *(provider for provider in plain if provider.terms == BOTH),
         *(both(p, d) for p in policy for d in divergence),
         *policy,
         *divergence,
+        *(provider for provider in plain if provider.terms != BOTH),
         Provider("quack cross-entropy", CROSS_ENTROPY, quack, quack_absent),
     ]

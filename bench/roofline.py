@@ -2,7 +2,8 @@
 
 Everything printed is computed, but for ceilings and times that come from a measurement on this
 kind of GPU (`bench/results`), which are marked so. The products and the row kernels are counted one
-after the other: only overlap, or second reads from the cache, can go below their sum.
+after the other: only overlap, or second reads from the cache, can go below their sum. The estimate
+below them adds what products of these blocks and the row kernels' machine code cost beyond that.
 
     python -m bench.roofline --gpu h200 --student qwen3-8b --teacher qwen3-32b --tokens 131072
 """
@@ -14,29 +15,16 @@ import json
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
+from bench.estimate import blocks_of, estimate
+from bench.gpus import GPUS, Ceilings
+from bench.loops import TOKENS, VOCAB, computed
 from bench.ours import MIB
 from bench.report import console, human, output_folder
 from bench.sizes import MODELS, Shape, heads
 from dgrpo.ops.plan import Plan, make_plan
-
-
-class Ceilings(NamedTuple):
-    """What a GPU reaches at best, and how that is known."""
-
-    flops: float  # bf16 products, per second
-    bandwidth: float  # bytes per second, read plus written
-    processors: int
-    source: str
-
-
-GPUS = {
-    "h200": Ceilings(790e12, 4.3e12, 132, "measured once with torch: an 8192^3 product, a copy"),
-    "h100": Ceilings(989e12, 3.35e12, 132, "data sheet peak, dense (SXM5)"),
-    "a100": Ceilings(312e12, 2.04e12, 108, "data sheet peak, dense (SXM4, 80 GB)"),
-    "b200": Ceilings(2250e12, 8.0e12, 148, "data sheet peak, dense"),
-}
 
 
 class Cost(NamedTuple):
@@ -115,6 +103,30 @@ def memory(shape: Shape, budget: int) -> dict[str, float]:
     return {**ours, "ours, together": sum(ours.values()), **whole}
 
 
+def print_estimate(shape: Shape, gpu: Ceilings, plan: Plan, out: Console) -> None:
+    """What the step should take with these blocks and the machine code of the row kernels."""
+    kernels, note = {}, "row kernels bound by HBM alone"
+    try:
+        found = computed(gpu.target)
+        kernels = {name.split("-")[0]: figures for (name, _), figures in found.items()}
+        note = "row kernels counted in their machine code"
+    except RuntimeError as error:
+        note += f" ({error})"
+    guess = estimate(shape, gpu, blocks_of(plan), kernels)
+    share = f"{100 * guess.share:.0f} % of the floor"
+    out.print(f"estimate, computed, {note}: {guess.ms:.0f} ms, {share}")
+    parts = (f"{name} {ms:.1f}" for name, ms in guess._asdict().items() if name != "floor")
+    out.print(f"  {', '.join(parts)}")
+    for name, one in kernels.items():
+        read = 1e3 * one.bytes_per_column * TOKENS * VOCAB / gpu.bandwidth
+        out.print(
+            f"  {name}: {one.instructions:.0f} instructions per 8 columns, {one.in_flight} loads "
+            f"in flight; at N = {TOKENS}, V = {VOCAB} issue allows {one.issue_ms:.1f} ms, "
+            f"MUFU {one.mufu_ms:.1f}, HBM {read:.1f}"
+        )
+    out.print()
+
+
 def measured_ceilings(gpu: str) -> Ceilings | None:
     """The ceilings that `bench.ceilings` found on this kind of GPU, if it was run there."""
     report = _load("ceilings-gpu.json", gpu)
@@ -123,7 +135,12 @@ def measured_ceilings(gpu: str) -> Ceilings | None:
         return None
     rate = report["copy_bytes_per_s"]
     processors = report["machine"]["gpu"]["multiprocessors"]
-    return Ceilings(best * 1e12, rate, processors, "measured by bench.ceilings")
+    return GPUS[gpu]._replace(
+        flops=best * 1e12,
+        bandwidth=rate,
+        processors=processors,
+        source="measured by bench.ceilings",
+    )
 
 
 def measured_step(gpu: str, shape: Shape) -> dict | None:
@@ -185,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     table.add_row("separate log-probability and KL kernels, 10 products", "", "", f"{separate:.1f}")
     out.print(table)
     out.print(f"share of the floor without overlap: at most {100 * found.share:.0f} %\n")
+    print_estimate(shape, ceilings, found.plan, out)
     table = Table(
         title="bytes beyond inputs and gradients, computed", title_justify="left", box=None
     )

@@ -1,6 +1,6 @@
 """How long does a whole training step take, and where does its time go, beside TRL's GRPOTrainer?
 
-python -m bench.step [--size tiny|cpu|gpu] [--steps 3]
+python -m bench.step [--size tiny|cpu|gpu] [--steps 3] [--resume]
 
 Rollouts, scoring (rewards, log-probabilities), the teacher's pass, and training (forward, backward,
 optimiser), with the same model, prompts, lengths and group size: see bench/step_run.py. TRL has no
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from bench.machine import describe
 from bench.report import console, human, percent, save
+from bench.resume import saved
 from bench.step_run import SIZES, VERBS, make_model, make_rows
 
 PROVIDERS = {
@@ -74,7 +75,7 @@ def table(title: str, rows: list[dict]) -> Table:
 
 
 def main() -> None:
-    """Runs every provider in turn, prints the table and writes step-SIZE.json."""
+    """Run every provider in turn, write step-SIZE.json after each, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,17 +83,26 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default=default, help=f"({default})")
     parser.add_argument("--steps", type=int, default=3, help="steps measured (3)")
     parser.add_argument("--seconds", type=float, default=300.0, help="for one trainer (300)")
+    parser.add_argument(
+        "--resume", action="store_true", help="run only the trainers that the saved report lacks"
+    )
     options = parser.parse_args()
-    size, rows = SIZES[options.size], []
+    size = SIZES[options.size]
+    before = saved("step", options.size) if options.resume else {}
+    same = before.get("steps") == options.steps
+    rows = [row for row in before.get("rows", []) if same and not row.get("absent")]
+    done = {row["provider"] for row in rows}
+    out = console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(size, folder / "model")
         make_model(size, folder / "teacher", width=size.teacher, seed=1)
         make_rows(size, folder, count=size.prompts * (options.steps + 1))
         for label, provider in PROVIDERS.items():
-            found = run(provider, options.size, options.steps, folder, options.seconds)
-            rows.append({"provider": label, **found})
-    out = console()
+            if label not in done:
+                found = run(provider, options.size, options.steps, folder, options.seconds)
+                rows.append({"provider": label, **found})
+                save("step", options.size, {"steps": options.steps, "rows": rows})
     out.print(table(f"One training step: {size.as_text()}", rows))
     path = save("step", options.size, {"steps": options.steps, "rows": rows})
     report = json.loads(path.read_text())

@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 
 import pytest
 import torch
 
-from bench import ceilings, loss_memory, loss_precision, loss_speed, parts, summary
+from bench import ceilings, harness, loss_memory, loss_precision, loss_speed, parts, readme, summary
 from bench.cases import make_case
-from bench.harness import floor_ms, gemms, interleaved, measure
-from bench.memory import cpu_peaks
+from bench.gpus import GPUS
+from bench.harness import floor_ms, gemms, interleaved, measure, new_row
+from bench.memory import TOOK_LONGER, cpu_peaks
 from bench.options import all_providers, chosen, device
 from bench.ours import MIB, teacher
 from bench.plots import draw
-from bench.reference import BOTH, CROSS_ENTROPY, KL, POLICY, errors, reference
-from bench.rivals import Provider
-from bench.roofline import GPUS, roofline
+from bench.provider import Provider
+from bench.reference import BOTH, CROSS_ENTROPY, FORWARD_KL, KL, POLICY, errors, reference
+from bench.resume import UNFINISHED, Report
+from bench.roofline import roofline
 from bench.sizes import Shape, heads, pair
 from dgrpo.ops.plan import padded
 from dgrpo.testing import oracle, relative_error
@@ -65,7 +68,7 @@ def test_every_provider_computes_its_terms(case, provider):
     assert max(found.values()) < 1e-4
 
 
-@pytest.mark.parametrize("claimed", [POLICY, KL, CROSS_ENTROPY])
+@pytest.mark.parametrize("claimed", [POLICY, KL, CROSS_ENTROPY, FORWARD_KL])
 def test_a_provider_of_other_terms_would_show(case, claimed):
     both = next(p for p in RUNNABLE if p.terms == BOTH)
     loss = both.step(case)
@@ -190,3 +193,101 @@ def test_parts_and_ceilings_write_what_the_summary_reads(tmp_path, monkeypatch, 
     for name, report in summary.load(tmp_path).items():
         assert all(value for _, value in summary.SECTIONS[name](report))
     assert "row_grad" in capsys.readouterr().out
+
+
+def test_what_ran_out_of_time_is_measured_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    path = tmp_path / "loss_speed-tiny.json"
+    names = ["--size", "tiny", "--repeats", "1", "--no-plot", "--only", "fused, 64,eager,trl"]
+
+    def rows(*more):
+        status = loss_speed.main([*names, *more])
+        return status, {row["provider"]: row for row in json.loads(path.read_text())["rows"]}
+
+    status, first = rows("--seconds", "0")
+    contract = first["ours, fused, 64 MiB"]
+    assert status == UNFINISHED and len(contract["ms_all"]) == 10  # promised, so always measured
+    assert first["full logits, eager"]["absent"].startswith("not reached")
+    status, second = rows("--resume")
+    assert status == 0 and second["ours, fused, 64 MiB"] == contract
+    assert second["full logits, eager"]["ms"]
+    monkeypatch.setattr(loss_speed, "measure", None)  # nothing is left to measure
+    assert rows("--resume") == (status, second)
+
+
+def test_a_report_of_another_machine_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    report = Report("loss_speed", "tiny", resume=False)
+    report.add([new_row(Provider("gone", BOTH, None, "not installed"), TINY)])
+    gone = Provider("gone", BOTH, None)
+    assert not Report("loss_speed", "tiny", resume=True).missing([gone], TINY)
+    path = tmp_path / "loss_speed-tiny.json"
+    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+    assert Report("loss_speed", "tiny", resume=True).missing([gone], TINY)
+
+
+def test_a_report_is_saved_after_every_shape(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    shapes = [TINY, TINY.at(128)]
+    monkeypatch.setitem(loss_speed.SHAPES, "tiny", shapes)
+    made = []
+
+    def fails_on_the_second(shape, *args, **options):
+        made.append(shape)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return make_case(shape, *args, **options)
+
+    monkeypatch.setattr(loss_speed, "make_case", fails_on_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        loss_speed.main(["--size", "tiny", "--repeats", "1", "--only", "eager", "--no-plot"])
+    report = Report("loss_speed", "tiny", resume=True)
+    assert report.at(TINY)[0]["ms"] and not report.at(shapes[1])
+
+
+def test_a_provider_that_would_take_too_long_is_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setattr(harness, "PROBE_ROWS", 8)
+
+    def slow(case):
+        time.sleep(0.01)
+        return (case.hidden.sum() + case.weight.sum()) * 0
+
+    long, case = Provider("slow", BOTH, slow), make_case(TINY, device())
+    found = harness.too_slow(long, case, seconds=0.4, left=0.4)  # 0.08 s a step, four steps
+    assert found.startswith("skipped: about 0.1 s per step")
+    assert harness.too_slow(long, case, seconds=4, left=0.1).startswith("not reached")
+    assert not harness.too_slow(long, case, seconds=4, left=4)
+    (row,) = measure([long], case, seconds=0.4)
+    assert row.absent.startswith("skipped") and row.ms is None
+
+
+def test_a_reference_implementation_is_left_out_of_large_shapes():
+    torch_rows = Provider("rows", BOTH, None, most_tokens=4096, too_many="tile by tile")
+    assert new_row(torch_rows, TINY).absent == ""
+    assert new_row(torch_rows, TINY.at(8192)).absent == "left out above N = 4096: tile by tile"
+
+
+def test_the_table_of_the_readme_is_made_of_the_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    only = ["--size", "tiny", "--repeats", "1", "--no-plot", "--only", "fused,eager,jsd"]
+    for bench in (loss_speed, loss_precision):
+        bench.main(only)
+    capsys.readouterr()
+    readme.main(["--size", "tiny"])
+    both, single, machine = capsys.readouterr().out.strip().split("\n\n")
+    assert both.splitlines()[2].startswith("| four matrix products alone |")
+    for name in ("ours, fused, 64 MiB", "ours, fused, 256 MiB", "full logits, eager"):
+        (line,) = [line for line in both.splitlines() if line.startswith(f"| {name} |")]
+        ms, share, error = line.strip("| ").split(" | ")[1:]
+        assert ms.isdigit() and share.endswith(" %") and error.endswith(" %")
+    assert "| Liger JSD |" in single and f"torch {torch.__version__}" in machine
+
+
+def test_a_provider_stopped_for_want_of_time_is_measured_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stopped = [f"{TOOK_LONGER} 1 s"] * 2
+    monkeypatch.setattr(loss_memory, "cpu_peaks", lambda *given, **options: stopped)
+    once = ["--size", "tiny", "--only", "eager", "--no-plot"]
+    assert loss_memory.main([*once, "--seconds", "5"]) == UNFINISHED
+    assert loss_memory.main(once) == 0  # with all of its time it is too slow for good
