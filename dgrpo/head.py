@@ -58,7 +58,10 @@ class HeadInputs:
         if self.mode not in MODES:
             raise ValueError(f"mode: got {self.mode!r}, expected one of {', '.join(MODES)}")
         for name, mode in (("objective", "loss"), ("sequence_objective", "stats")):
-            if getattr(self, name) is not None and self.mode != mode:
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: got {type(function).__name__}, expected a function")
+            if function is not None and self.mode != mode:
                 raise ValueError(
                     f"{name}: got a function with mode {self.mode!r}, expected mode {mode!r}, the "
                     "only one that calls it"
@@ -172,12 +175,12 @@ def _context(inputs: HeadInputs) -> Context:
             f"context: got {type(inputs.context).__name__}, expected Context for mode "
             f"{inputs.mode!r}"
         )
-    tokens = inputs.targets.numel()
+    shape = tuple(inputs.targets.shape)
     for name, value in inputs.context.per_token().items():
-        if value.numel() != tokens:
+        if tuple(value.shape) != shape:
             raise ValueError(
-                f"{name}: got shape {tuple(value.shape)} in context, expected ({tokens},), one "
-                "value per target"
+                f"{name}: got shape {tuple(value.shape)} in context, expected {shape}, that of "
+                "targets"
             )
     return inputs.context
 

@@ -22,7 +22,7 @@ def agreed(group: dist.ProcessGroup | None) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except (TypeError, ValueError) as problem:
+    except Exception as problem:
         if group is None:
             raise
         error = problem

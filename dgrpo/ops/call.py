@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dgrpo.ops.gemm import accumulator, writes_fp32
 from dgrpo.ops.heads import Head, make_head
-from dgrpo.ops.inputs import check_teacher_head, check_vocabulary
+from dgrpo.ops.inputs import check_vocabulary
 from dgrpo.ops.plan import Plan, make_plan
 from dgrpo.ops.shards import Shard
+from dgrpo.ops.teacher_checks import check_teacher_head
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 from dgrpo_kernels.rows import STATS
 
@@ -104,7 +105,7 @@ class Call:
             if isinstance(self.teacher, TeacherHead):
                 teacher_weight, teacher_bias = stack.enter_context(self.teacher.open())
                 if callable(self.teacher.weight):
-                    check_teacher_head(self.teacher, teacher_weight, self.device)
+                    check_teacher_head(self.teacher, teacher_weight, teacher_bias, self.device)
                     if self.shard is None:
                         check_vocabulary(len(weight), len(teacher_weight), self.vocab_size)
                 teacher = make_head(

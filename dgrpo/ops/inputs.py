@@ -10,7 +10,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 from dgrpo_kernels.rows import DIVERGENCES
 
 IGNORE = -100  # the target of a token without loss
@@ -40,11 +39,15 @@ def check_number(
     """A finite number >= `least` and > `above`, as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not (math.isfinite(value) and value >= least and value > above):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number >= least and number > above):
         bound = f" above {above:g}" if above > -math.inf else ""
         bound = f" of at least {least:g}" if least > -math.inf else bound
         raise ValueError(f"{name}: got {value}, expected a finite number{bound}")
-    return float(value)
+    return number
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -153,112 +156,6 @@ def check_divergence(divergence: object, clip: object, jsd_beta: object) -> None
         )
 
 
-def check_teacher(
-    teacher: object, targets: Tensor, device: torch.device, temperature: float
-) -> None:
-    """Shapes and dtypes of a teacher; its head's own are checked when it is opened."""
-    if isinstance(teacher, TopKTeacher):
-        if temperature != 1:
-            raise ValueError(
-                f"teacher_temperature: got {temperature} with a TopKTeacher, expected 1; its "
-                "log-probabilities are of one temperature, which is set where they come from"
-            )
-        return _check_topk(teacher, targets)
-    if not isinstance(teacher, TeacherHead):
-        raise TypeError(
-            f"teacher: got {type(teacher).__name__}, expected TeacherHead, TopKTeacher or None"
-        )
-    hidden = check_tensor("teacher.hidden", teacher.hidden)
-    if hidden.dim() not in (2, 3):
-        raise ValueError(f"teacher.hidden: got shape {shape(hidden)}, expected (Nt, Ht)")
-    if hidden.dtype not in FLOATS:
-        raise TypeError(f"teacher.hidden: got {hidden.dtype}, expected a floating dtype")
-    if hidden.device not in (device, torch.device("cpu")):
-        raise ValueError(f"teacher.hidden: got {hidden.device}, expected {device} or the host")
-    check_transform(1.0, teacher.logit_scale, teacher.logit_softcap, of="teacher.")
-    rows = teacher.rows
-    if rows is None:
-        if hidden.shape[:-1].numel() != targets.numel():
-            raise ValueError(
-                f"teacher.hidden: got {hidden.shape[:-1].numel()} rows, expected "
-                f"{targets.numel()}, one a token; or say with teacher.rows which belongs to which"
-            )
-        return None
-    if check_tensor("teacher.rows", rows).dtype != torch.int64 or rows.shape != targets.shape:
-        raise ValueError(
-            f"teacher.rows: got {rows.dtype} of shape {shape(rows)}, expected torch.int64 of shape "
-            f"{tuple(targets.shape)}, that of targets"
-        )
-    if rows.is_cpu:  # elsewhere asking would wait for the device: `check=True` does
-        check_teacher_rows(teacher)
-    return None
-
-
-def check_teacher_rows(teacher: TeacherHead) -> None:
-    """Raise for a row that the teacher does not have. A sync on a device."""
-    count = teacher.hidden.shape[:-1].numel()
-    outside = (teacher.rows < -1) | (teacher.rows >= count)
-    if bool(outside.any()):
-        raise ValueError(
-            f"teacher.rows: got {int(teacher.rows[outside][0])}, expected -1 to {count - 1}"
-        )
-
-
-def check_teacher_head(teacher: TeacherHead, weight: object, device: torch.device) -> None:
-    """Shape, dtype and device of a teacher's (opened) head."""
-    if is_dtensor(weight):
-        raise TypeError(
-            "teacher.weight: got a DTensor, expected a tensor; pass a function that gathers it for "
-            "the time of a pass (see TeacherHead)"
-        )
-    width = teacher.hidden.shape[-1]
-    if check_tensor("teacher.weight", weight).dim() != 2 or weight.shape[1] != width:
-        raise ValueError(
-            f"teacher.weight: got shape {shape(weight)}, expected (V, {width}), with the width of "
-            "teacher.hidden"
-        )
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"teacher.weight: got {weight.dtype}, expected a floating dtype")
-    given = teacher.hidden.dtype
-    exact = torch.promote_types(given, weight.dtype) == weight.dtype
-    if not exact and not torch.is_autocast_enabled(device.type):
-        raise TypeError(
-            f"teacher.hidden: got {given}, expected {weight.dtype} like teacher.weight, or one "
-            "that converts to it exactly; cast one of them, or call under autocast"
-        )
-    if weight.device != device:
-        raise ValueError(f"teacher.weight: got {weight.device}, expected {device}, like weight")
-    bias = teacher.bias
-    if bias is not None and check_tensor("teacher.bias", bias).shape != weight.shape[:1]:
-        raise ValueError(f"teacher.bias: got shape {shape(bias)}, expected ({len(weight)},)")
-
-
-def _check_topk(teacher: TopKTeacher, targets: Tensor) -> None:
-    ids = check_tensor("teacher.token_ids", teacher.token_ids)
-    logprobs = check_tensor("teacher.logprobs", teacher.logprobs)
-    if ids.dtype != torch.int64:
-        raise TypeError(f"teacher.token_ids: got {ids.dtype}, expected torch.int64")
-    tokens = (tuple(targets.shape), (targets.numel(),))
-    if ids.dim() < 2 or tuple(ids.shape[:-1]) not in tokens:
-        raise ValueError(
-            f"teacher.token_ids: got shape {shape(ids)}, expected ({targets.numel()}, K)"
-        )
-    if logprobs.shape != ids.shape or not logprobs.is_floating_point():
-        raise ValueError(
-            f"teacher.logprobs: got {logprobs.dtype} of shape {shape(logprobs)}, expected a "
-            f"floating dtype and shape {shape(ids)}, that of teacher.token_ids"
-        )
-    own = teacher.target_logprobs
-    if own is not None and tuple(check_tensor("teacher.target_logprobs", own).shape) not in tokens:
-        raise ValueError(
-            f"teacher.target_logprobs: got shape {shape(own)}, expected {tuple(targets.shape)}"
-        )
-    for name in ("token_ids", "logprobs", "target_logprobs"):
-        value = getattr(teacher, name)
-        if value is not None and value.device != targets.device:
-            raise ValueError(f"teacher.{name}: got {value.device}, expected {targets.device}")
-
-
 def check_vocabulary(columns: int, teacher_columns: int | None, vocab_size: int | None) -> int:
     """The number of compared columns."""
     sizes = [columns] if teacher_columns is None else [columns, teacher_columns]
@@ -283,11 +180,18 @@ def check_rows(rows: object, targets: Tensor) -> None:
             f"rows: got {rows.dtype} of shape {shape(rows)}, expected torch.int64 of shape (n,), "
             f"the flat indices of the unmasked tokens, n at most {targets.numel()}"
         )
-    outside = (rows < 0) | (rows >= targets.numel()) if rows.is_cpu else rows.new_empty(0)
+    if not rows.is_cpu:  # asking would wait for the device: `check=True` does
+        return
+    outside = (rows < 0) | (rows >= targets.numel())
     if bool(outside.any()):
         raise ValueError(
             f"rows: got {int(rows[outside][0])}, expected 0 to {targets.numel() - 1}, the flat "
             "indices of the unmasked tokens"
+        )
+    counts = torch.bincount(rows, minlength=1)
+    if int(counts.max()) > 1:
+        raise ValueError(
+            f"rows: got {int(counts.argmax())} more than once, expected each unmasked token once"
         )
 
 

@@ -15,6 +15,7 @@ from dgrpo.ops import inputs, values
 from dgrpo.ops.agreement import agree, agreed, local_part
 from dgrpo.ops.call import Call, needs
 from dgrpo.ops.shards import Shard
+from dgrpo.ops.teacher_checks import check_teacher, check_teacher_head, check_teacher_values
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 
 
@@ -150,9 +151,10 @@ def _check(
     if options.rows is not None:
         inputs.check_rows(options.rows, targets)
     if options.teacher is not None:
-        inputs.check_teacher(options.teacher, targets, weight.device, options.teacher_temperature)
+        check_teacher(options.teacher, targets, weight.device, options.teacher_temperature)
         if isinstance(options.teacher, TeacherHead) and not callable(options.teacher.weight):
-            inputs.check_teacher_head(options.teacher, options.teacher.weight, weight.device)
+            teacher = options.teacher
+            check_teacher_head(teacher, teacher.weight, teacher.bias, weight.device)
     if options.group is None and options.vocab_start is not None:
         raise ValueError(f"vocab_start: got {options.vocab_start} without group, expected None")
     inputs.pick_backend(options.backend, weight.device, weight.dtype)
@@ -175,11 +177,21 @@ def _check_values(
 ) -> None:
     vocabulary = columns if shard is None else shard.total
     values.check_targets(targets, vocabulary, options.rows)
-    values.check_teacher_values(options.teacher, targets, vocabulary, columns)
+    taught = _taught(targets, per_token)
+    check_teacher_values(options.teacher, targets, taught, vocabulary, columns)
     values.check_finite("hidden", hidden, where=targets != inputs.IGNORE)
     values.check_finite("weight", weight[:columns])
     values.check_bias("bias", None if options.bias is None else options.bias[:columns])
     values.check_per_token(per_token, targets)
+
+
+def _taught(targets: Tensor, per_token: dict[str, Tensor]) -> Tensor:
+    """Where a teacher's values can reach the loss: shaped like `targets`, bool."""
+    taught = targets != inputs.IGNORE
+    for name in ("token_weights", "teacher_coef"):
+        if name in per_token:
+            taught = taught & (per_token[name] != 0)
+    return taught
 
 
 def _lay_out(

@@ -177,7 +177,7 @@ def oracle_stats(
     value, teacher_logp = torch.zeros_like(logp), torch.zeros_like(logp)
     if teacher is not None:
         if hasattr(teacher, "token_ids"):
-            ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
+            ids = teacher.token_ids.flatten(0, -2)[rows]
             present = (ids >= 0).any(1)  # a row of padding alone has no teacher
             p, q, teacher_logp = _buckets(log_p, labels, teacher, rows)
             teacher_logp = torch.where(present, teacher_logp, 0.0)
@@ -218,8 +218,8 @@ def _buckets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p, log q over the K teacher tokens and a tail bucket, (R, K + 1); log q of the target."""
     vocab = log_p.shape[1]
-    ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
-    given = teacher.logprobs.reshape(-1, ids.shape[-1])[rows].double()
+    ids = teacher.token_ids.flatten(0, -2)[rows]
+    given = teacher.logprobs.flatten(0, -2)[rows].double()
     there = ids >= 0
     # Padding points to a column of its own, so that scattering it leaves the vocabulary alone.
     ids = torch.where(there, ids, vocab)

@@ -221,6 +221,8 @@ def test_an_objective_that_is_none():
 
 def test_triton_on_the_cpu_without_its_interpreter(monkeypatch):
     triton = pytest.importorskip("triton")
+    import dgrpo_kernels.triton_rows  # noqa: F401  # before: what is imported now stays uninterpreted
+
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     check(loss, {"backend": "triton"}, ValueError, "backend", "cpu 'torch' TRITON_INTERPRET")
 
