@@ -43,7 +43,7 @@ PRODUCTS = {
             "dgrpo/extras.py",
             "dgrpo/cli.py",
         ),
-        ("dgrpo.trainer", "dgrpo.data"),
+        ("dgrpo.trainer", "dgrpo.trainer.config", "dgrpo.data"),
     ),
     "LongBlocks": Product(
         5900,
@@ -60,7 +60,7 @@ PRODUCTS = {
 # Modules behind a door that another product imports all the same. This list only gets shorter.
 BEHIND_A_DOOR = {
     "dgrpo.data.books",
-    "dgrpo.data.passes",
+    "dgrpo.data.row_stream",
     "dgrpo.data.render",
     "dgrpo.objectives.context",
     "dgrpo.ops.gemm",
@@ -74,8 +74,7 @@ LAYERS = """
     trainer
     trainer.rollout trainer.teachers trainer.checkpoint trainer.metrics trainer.report
     trainer.policy trainer.batch data longblocks.tasks longblocks.rewards
-    trainer.attention trainer.config endpoint
-    text
+    trainer.attention trainer.config endpoint text
     head
     ops
     objectives dgrpo_kernels distributed extras
@@ -93,13 +92,6 @@ OPTIONAL = {"liger_kernel", "lm_eval", "langdetect", "wandb", "flash_attn", "vll
 ASK_FOR_RANKS = {
     "dgrpo.ops.agreement",
     "dgrpo.ops.shards",
-    "dgrpo.trainer.batch.packing",
-    "dgrpo.trainer.checkpoint.checkpointer",
-    "dgrpo.trainer.checkpoint.export",
-    "dgrpo.trainer.metrics.log",
-    "dgrpo.trainer.metrics.reduce",
-    "dgrpo.trainer.metrics.rollouts",
-    "dgrpo.trainer.policy.fsdp",
 }
 UNPACK = {"dgrpo.head"}  # modules of the loss that take a dataclass apart with vars()
 
