@@ -128,6 +128,12 @@ class PromptStream:
             "report": self.report.state_dict(),
         }
 
+    def fits(self, state: dict) -> bool:
+        """Whether `state_dict` gave `state` for the same sources with as many rows."""
+        names = [source.name or source.path for source in self.sources]
+        sizes = [cursor.get("size") for cursor in state["cursors"]]
+        return state["names"] == names and sizes == [cursor.size for cursor in self.cursors]
+
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`.
 

@@ -59,7 +59,10 @@ def build(
     device, mesh = place(settings)
     folder = ranks().only_first(lambda: _open_folder(settings, allow_changes))
     try:
-        return _build(settings, folder, device, mesh, asked or Interruption())
+        run = _build(settings, folder, device, mesh, asked or Interruption())
+        _resume(run, allow_changes)
+        run.asked.check()
+        return run
     except BaseException:
         if folder is not None:
             folder[0].release()
@@ -170,8 +173,6 @@ def _build(
         run.length = Length(settings, stream)
     asked.check()
     seed_all(settings.seed + ranks().rank)
-    _resume(run)
-    asked.check()
     return run
 
 
@@ -252,7 +253,7 @@ def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list
     return prompts
 
 
-def _resume(run: Run) -> None:
+def _resume(run: Run, allow_changes: bool) -> None:
     """Continues from the newest checkpoint, or starts the folder's files."""
     settings, history, state = run.settings, run.history, None
     if settings.resume:
@@ -260,7 +261,10 @@ def _resume(run: Run) -> None:
         state = run.checkpointer.restore(run.model, optimizers)
     if state is not None:
         run.state = state
-        run.stream.load_state_dict(state.data)
+        if allow_changes and not run.stream.fits(state.data):
+            say("data: other rows than before, read from their beginning")
+        else:
+            run.stream.load_state_dict(state.data)
         run.pending = unpack_pending(state)
         run.saved_step = state.step
         run.look_at_until()

@@ -104,7 +104,7 @@ def test_no_reward_at_all_is_no_failure(home, tmp_path):
 
 
 def test_the_command_line_says_so_in_a_line_and_exits_with_1(home, tmp_path, capsys):
-    fatal = str(Path(HERE).with_name("rewards") / "samples.py") + ":fatal"
+    fatal = str(Path(HERE).parents[1] / "longblocks" / "rewards" / "samples.py") + ":fatal"
     rewards = {"functions": [{"path": fatal}], "timeout": 20.0, "max_failed": 1}
     wanted = settings(home, tmp_path / "run", "grpo", rewards=rewards, rollout={"group_size": 2})
     (tmp_path / "run.yaml").write_text(dump(wanted))
