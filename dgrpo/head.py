@@ -19,13 +19,13 @@ from dgrpo.ops import (
     TeacherHead,
     TokenStats,
     TopKTeacher,
-    linear_dgrpo_loss,
     linear_logprobs,
     linear_loss,
     linear_token_stats,
 )
 from dgrpo.ops.heads import transformed
-from dgrpo.ops.prepare import TEACHER_OPTIONS
+from dgrpo.ops.losses import dgrpo_loss
+from dgrpo.ops.prepare import TEACHER_OPTIONS, make_options
 
 MODES = ("loss", "stats", "logprobs")
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -198,9 +198,7 @@ def _fused(
     context: Context,
     options: dict[str, Any],
 ) -> HeadOutput:
-    out = linear_dgrpo_loss(
-        hidden, weight, targets, teacher=teacher, **vars(context), **options
-    )  # fmt: skip
+    out = dgrpo_loss(hidden, weight, targets, context, make_options(teacher=teacher, **options))
     metrics = {"ratio": out.ratio, "clipped": out.clipped, "clamped": out.clamped}
     return HeadOutput(*out[:5], metrics)
 

@@ -1,5 +1,7 @@
 """`FusedHead`: losses inside a module's own forward, equal to the ops that it calls."""
 
+from dataclasses import dataclass, fields
+
 import pytest
 import torch
 from torch import nn
@@ -160,6 +162,26 @@ def test_an_adapter_on_the_head_gets_its_gradient(case):
 def test_bad_inputs(case, inputs, error, words):
     with pytest.raises(error, match=words):
         head_of(case)(case.hidden, HeadInputs(case.targets, **inputs))
+
+
+@dataclass(frozen=True)
+class Gated(Context):
+    """A context with a field of one's own."""
+
+    gate: torch.Tensor | None = None  # (N,)
+
+
+@pytest.mark.parametrize("objective", [None, lambda stats, context: -context.gate * stats.logprobs])
+def test_a_new_field_of_the_context_needs_no_other_change(case, objective):
+    plain = context_of(case)
+    gated = Gated(**{f.name: getattr(plain, f.name) for f in fields(plain)}, gate=torch.rand(24))
+    head = head_of(case)
+    out = head(case.hidden, HeadInputs(case.targets, context=gated, objective=objective))
+    if objective is None:
+        want = head(case.hidden, HeadInputs(case.targets, context=plain)).loss
+    else:
+        want = -(gated.gate * out.logprobs).sum()  # masked tokens have a log-probability of 0
+    assert torch.allclose(out.loss, want)
 
 
 def test_from_something_else():

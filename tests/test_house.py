@@ -93,7 +93,7 @@ ASK_FOR_RANKS = {
     "dgrpo.ops.agreement",
     "dgrpo.ops.shards",
 }
-UNPACK = {"dgrpo.head"}  # modules of the loss that take a dataclass apart with vars()
+UNPACK = set()  # modules of the loss that take a dataclass apart with vars()
 
 
 def part_of(module: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,15 @@ from dgrpo.ops.steps import (
 from dgrpo.ops.sweep import sweep
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 from dgrpo.ops.values import check_finite
+
+PER_TOKEN = (  # fields of `Context` shaped like targets, or None
+    "advantages",
+    "token_weights",
+    "old_logprobs",
+    "ref_logprobs",
+    "policy_weights",
+    "sampler_logprobs",
+)
 
 
 class DgrpoOutput(NamedTuple):
@@ -175,41 +185,37 @@ def linear_dgrpo_loss(
         logit_scale, logit_softcap, vocab_size, policy_logits, rows, memory_budget, check, backend,
         group, vocab_start,
     )  # fmt: skip
-    per_token = {
-        "advantages": advantages,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "policy_weights": policy_weights,
-        "sampler_logprobs": sampler_logprobs,
-        "token_weights": token_weights,
-    }
-    if isinstance(teacher_coef, Tensor) and teacher_coef.dim():
-        per_token["teacher_coef"] = teacher_coef
-    scalars = {
-        "is_cap": is_cap,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "clip_dual": clip_dual,
-        "ref_coef": ref_coef,
-        "entropy_coef": entropy_coef,
-    }
+    context = Context(
+        advantages, token_weights, old_logprobs, ref_logprobs, policy_weights, sampler_logprobs,
+        is_cap, clip_low, clip_high, clip_dual, teacher_coef, ref_coef, entropy_coef,
+    )  # fmt: skip
+    return dgrpo_loss(hidden, weight, targets, context, options)
+
+
+@opaque
+def dgrpo_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, context: Context, options: Options
+) -> DgrpoOutput:
+    """`linear_dgrpo_loss` with its arguments in two records; `token_weights` may be None."""
+    per_token = {name: getattr(context, name) for name in PER_TOKEN}
+    if isinstance(context.teacher_coef, Tensor) and context.teacher_coef.dim():
+        per_token["teacher_coef"] = context.teacher_coef
     prepared = prepare(
         hidden,
         weight,
         targets,
         options,
         per_token,
-        lambda: _check_coefficients(per_token, teacher_coef, **scalars, check=check),
+        lambda: _check_coefficients(context, options.check),
     )
     call, given = prepared.call, dict(prepared.per_token)
     if "token_weights" not in given:
         given["token_weights"] = (
             given["advantages"].new_full((), 1 / max(call.count, 1)).expand(targets.shape)
         )
-    if isinstance(teacher_coef, Tensor):
-        teacher_coef = teacher_coef.detach()
-    given.setdefault("teacher_coef", teacher_coef)
-    context = Context(**given, **scalars)
+    if "teacher_coef" not in given and isinstance(context.teacher_coef, Tensor):
+        given["teacher_coef"] = context.teacher_coef.detach()
+    context = replace(context, **given)
 
     def objective(stats: TokenStats, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return dgrpo(stats, context.at(tokens))
@@ -224,41 +230,34 @@ def linear_dgrpo_loss(
     return DgrpoOutput(*common, metrics["ratio"], metrics["clipped"], metrics["clamped"])
 
 
-def _check_coefficients(
-    per_token: dict[str, Any],
-    teacher_coef: float | Tensor,
-    *,
-    is_cap: float | None,
-    clip_low: float,
-    clip_high: float,
-    clip_dual: float | None,
-    ref_coef: float,
-    entropy_coef: float,
-    check: bool,
-) -> None:
-    if per_token["advantages"] is None:
+def _check_coefficients(context: Context, check: bool) -> None:
+    if context.advantages is None:
         raise TypeError("advantages: got None, expected a tensor shaped like targets")
-    if not isinstance(teacher_coef, Tensor):
-        check_number("teacher_coef", teacher_coef)
-    elif check and not teacher_coef.dim():
-        check_finite("teacher_coef", teacher_coef)
-    check_number("clip_low", clip_low, least=0)
-    check_number("clip_high", clip_high, least=0)
-    check_number("ref_coef", ref_coef)
-    check_number("entropy_coef", entropy_coef)
-    if clip_dual is not None:
-        check_number("clip_dual", clip_dual, above=1)
-    if is_cap is not None:
-        check_number("is_cap", is_cap, above=0)
-        if per_token["sampler_logprobs"] is None:
-            raise ValueError(f"is_cap: got {is_cap} without sampler_logprobs, expected None")
-    if per_token["sampler_logprobs"] is not None and per_token["policy_weights"] is not None:
+    if not isinstance(context.teacher_coef, Tensor):
+        check_number("teacher_coef", context.teacher_coef)
+    elif check and not context.teacher_coef.dim():
+        check_finite("teacher_coef", context.teacher_coef)
+    check_number("clip_low", context.clip_low, least=0)
+    check_number("clip_high", context.clip_high, least=0)
+    check_number("ref_coef", context.ref_coef)
+    check_number("entropy_coef", context.entropy_coef)
+    if context.clip_dual is not None:
+        check_number("clip_dual", context.clip_dual, above=1)
+    if context.is_cap is not None:
+        check_number("is_cap", context.is_cap, above=0)
+        if context.sampler_logprobs is None:
+            raise ValueError(
+                f"is_cap: got {context.is_cap} without sampler_logprobs, expected None"
+            )
+    if context.sampler_logprobs is not None and context.policy_weights is not None:
         raise ValueError(
             "policy_weights: got a tensor beside sampler_logprobs, expected one of the two; both "
             "define the importance weight u"
         )
-    if ref_coef and per_token["ref_logprobs"] is None:
-        raise ValueError(f"ref_logprobs: got None with ref_coef={ref_coef}, expected a tensor")
+    if context.ref_coef and context.ref_logprobs is None:
+        raise ValueError(
+            f"ref_logprobs: got None with ref_coef={context.ref_coef}, expected a tensor"
+        )
 
 
 def _run(
