@@ -10,6 +10,7 @@ from dgrpo.data.rows import load_rows
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
 
+OTHERWISE = "set another out, or read the new rows from their beginning by --allow-changes"
 BLOCK = 256  # rows shuffled together while streaming
 
 
@@ -64,7 +65,7 @@ class Shuffled:
         if state["size"] != self.size:
             raise ValueError(
                 f"sources: {self.name!r} has {self.size} rows, had {state['size']} when the "
-                "position was saved; resume with the same data"
+                f"position was saved; resume with the same data, {OTHERWISE}"
             )
         self._start(state["epoch"], state["offset"])
         self.kept = state["kept"]

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dgrpo.data.books import Books
-from dgrpo.data.cursors import Pass, Shuffled
+from dgrpo.data.cursors import OTHERWISE, Pass, Shuffled
 from dgrpo.data.render import Prompt, PromptEncoder
+from dgrpo.data.rows import fingerprint
 from dgrpo.data.survey import Survey
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
@@ -80,6 +81,7 @@ class PromptStream:
             for i, source in enumerate(sources)
         ]
         self.books = [Books(s.books, self.report) if s.books else None for s in sources]
+        self.files = [fingerprint(source.path) for source in sources]
         self.index = 0
         self.taken = [0] * len(sources)
 
@@ -125,6 +127,7 @@ class PromptStream:
             "taken": list(self.taken),
             "cursors": [cursor.state() for cursor in self.cursors],
             "names": [source.name or source.path for source in self.sources],
+            "files": self.files,
             "report": self.report.state_dict(),
         }
 
@@ -132,22 +135,29 @@ class PromptStream:
         """Whether `state_dict` gave `state` for the same sources with as many rows."""
         names = [source.name or source.path for source in self.sources]
         sizes = [cursor.get("size") for cursor in state["cursors"]]
-        return state["names"] == names and sizes == [cursor.size for cursor in self.cursors]
+        same = state["names"] == names and state.get("files", self.files) == self.files
+        return same and sizes == [cursor.size for cursor in self.cursors]
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`.
 
         Raises:
-            ValueError: the sources are others, or have another number of rows.
+            ValueError: the sources are others, have another number of rows or other files.
         """
         names = [source.name or source.path for source in self.sources]
         if state["names"] != names:
             raise ValueError(
                 f"sources: got {names}, the saved position is of {state['names']}; "
-                "resume with the sources it was saved with"
+                f"resume with the sources it was saved with, {OTHERWISE}"
             )
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
             cursor.load(saved)
+        for name, old, new in zip(names, state.get("files", self.files), self.files, strict=True):
+            if old != new:
+                raise ValueError(
+                    f"sources: {name!r} has other rows than when the position was saved; resume "
+                    f"with the same data, {OTHERWISE}"
+                )
         self.index, self.taken = state["index"], list(state["taken"])
         self.report.load_state_dict(state["report"])
 

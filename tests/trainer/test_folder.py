@@ -269,25 +269,3 @@ def test_a_run_that_until_ended_goes_on_without_it(home, tmp_path):
     assert train(wanted).step == 3
     assert train(wanted).step == 3
     assert train(changed(wanted, until=None, steps=5)).step == 5
-
-
-def test_other_data_are_read_from_their_beginning_where_that_is_allowed(home, tmp_path):
-    wanted = settings(home, tmp_path / "run", "sft", steps=2)
-    train(wanted)
-    rows = (home / "rows.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "other.jsonl").write_text("".join(rows[:9]))
-    other = settings(
-        home,
-        tmp_path / "run",
-        "sft",
-        steps=4,
-        data={"sources": [{"path": str(tmp_path / "other.jsonl")}]},
-    )
-    with pytest.raises(ValueError, match="data.sources.0.path"):
-        train(other)
-    assert train(other, allow_changes=True).step == 4
-    (tmp_path / "other.jsonl").write_text("".join(rows[:7]))  # the same file, other rows
-    longer = changed(other, steps=5)
-    with pytest.raises(ValueError, match="has 7 rows, had 9"):
-        train(longer)
-    assert train(longer, allow_changes=True).step == 5

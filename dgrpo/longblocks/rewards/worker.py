@@ -41,7 +41,8 @@ def load(path: str) -> Callable:
     """The function that a path names.
 
     Args:
-        path: "name" of `dgrpo.rewards`, "package.module:name" or "folder/file.py:name".
+        path: "name" of `dgrpo.rewards`, "package.module:name" (installed, or in the current folder)
+            or "folder/file.py:name".
 
     Raises:
         ValueError: no such module, file or function; an error during its import.
@@ -52,6 +53,8 @@ def load(path: str) -> Callable:
         if where.endswith(".py"):
             module = _from_file(Path(where))
         else:
+            if os.getcwd() not in sys.path:  # absent where the program is an installed command
+                sys.path.append(os.getcwd())
             module = importlib.import_module(where)
     except Exception as error:
         text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,16 +36,18 @@ def from_pretrained(
         ValueError: weights that do not fit the folder's `config.json`; transformers alone would
             fill in random ones.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **kwargs,
-    )
-    _check_weights(info)
+    with _report_after() as emit:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        _check_weights(info)
+        emit()
     return _adapted(model, lora, liger)
 
 
@@ -81,6 +85,32 @@ def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
     layers = {"rope", "rms_norm", "swiglu", "geglu"}
     losses = {"cross_entropy", "fused_linear_cross_entropy"}
     return {name: name in layers for name in parameters if name in layers | losses}
+
+
+@contextmanager
+def _report_after() -> Iterator[Callable[[], None]]:
+    """Holds back transformers' table of odd weights until the function it yields is called.
+
+    Where they raise, the error says in one line what the table would say before it.
+    """
+    logger, held = logging.getLogger("transformers.modeling_utils"), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" in record.getMessage():
+            held.append(record)
+            return False
+        return True
+
+    def emit() -> None:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)
+
+    logger.addFilter(hold)
+    try:
+        yield emit
+    finally:
+        logger.removeFilter(hold)
 
 
 def _check_weights(info: dict[str, Any]) -> None:

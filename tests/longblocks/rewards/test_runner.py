@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dgrpo.longblocks.rewards import worker
 from dgrpo.longblocks.rewards.runner import Scorer, score
 from dgrpo.trainer.config import Reward
 
@@ -266,3 +267,14 @@ def test_the_worker_ends_with_its_host_even_while_it_hangs(tmp_path):
 
 def _is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
+    source = "def one(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n"
+    (tmp_path / "reward_lying_here.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
+    function = worker.load("reward_lying_here:one")
+    assert function(["p"], ["c"]) == [1.0]
+    with Scorer([Reward(path="reward_lying_here:one")]) as scorer:
+        assert scorer(["p"], ["c"], {}).total.tolist() == [1.0]

@@ -1,11 +1,13 @@
 """Hugging Face models from folders and configurations, and Liger's layers."""
 
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.policy.huggingface import (
@@ -72,6 +74,7 @@ def test_liger_replaces_layers_and_no_loss():
 
 LIGER = """
 import torch
+from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_model
 torch.cuda.is_available = lambda: True
 from dgrpo.trainer.policy.huggingface import apply_liger
@@ -90,3 +93,21 @@ assert norm.forward.__func__ is LigerRMSNorm.forward, norm.forward
 def test_liger_applies_to_the_models_at_hand(kind):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", LIGER.format(kind=kind)], check=True, env=environment)
+
+
+def test_weights_of_another_model_are_told_once(tmp_path, caplog, monkeypatch):
+    """transformers' own table stays for weights that are merely too many."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, "more": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    from_pretrained(str(tmp_path))
+    assert "LOAD REPORT" in caplog.text
+    caplog.clear()
+    other = {**weights, name: torch.zeros(3, 3)}
+    save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} has shape \[3, 3\]"):
+        from_pretrained(str(tmp_path))
+    assert "LOAD REPORT" not in caplog.text
