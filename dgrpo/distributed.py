@@ -14,6 +14,7 @@ ranks share one `data_rank`, and `totals` then needs the group of the dimensions
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -188,10 +189,15 @@ def sum_shards(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def leave() -> None:
-    """End this process's part in torch.distributed, where it has one."""
+    """End this process's part in torch.distributed, where it has one.
+
+    To be called where nothing holds a sharded model any more: its groups' threads abort a process
+    that ends before them.
+    """
     global _mesh
     _mesh = None
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # models are held by cycles of references
         dist.destroy_process_group()
 
 

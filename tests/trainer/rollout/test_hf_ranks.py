@@ -26,6 +26,7 @@ for part in ([0, 2], [0, 5]):  # rank 1 has three prompts, then none
     assert got == tokens(plain.generate(own, 3, sampling)), (rank, part)
 assert all(type(p.data).__name__ == "DTensor" for p in policy.parameters()), "sharded again"
 ranks().totals([1])  # waits for the other rank
+del plain, policy, sampler
 leave()
 """
 
