@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bench.gpus import Ceilings
 from bench.loops import TOKENS, VOCAB, Figures
 from bench.sizes import Shape
-from dgrpo.ops.plan import TILE, Plan
+from dgrpo.ops.blocks import TILE, Plan
 
 LOGITS_PRODUCT = 1.04  # z and t over their bound: their blocks are small, waves are not full
 ADDED_SHARE = 0.4  # of reading and writing dW that the product does not hide

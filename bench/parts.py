@@ -25,8 +25,9 @@ from bench.harness import FLOOR_ROWS, gemms, time_once
 from bench.ours import MIB, fused
 from bench.report import console, percent, save
 from bench.sizes import Shape, pair
+from dgrpo.objectives import Context
+from dgrpo.ops.blocks import Plan, make_plan, padded
 from dgrpo.ops.gemm import accumulate, accumulator, grad_hidden, project, writes_fp32
-from dgrpo.ops.plan import Plan, make_plan, padded
 from dgrpo_kernels.rows import POLICY_INPUTS, POLICY_OUTPUTS, STATS, Logits, PolicyRows
 
 SHAPES = {
@@ -79,7 +80,8 @@ def row_kernels(
         inputs[1], inputs[2] = case.advantages[:rows], case.old_logprobs[:rows]
         inputs[6] = case.teacher_coef
         outputs = torch.zeros(POLICY_OUTPUTS, rows, device=device)
-        coefficients, options = None, {"policy": PolicyRows(inputs, outputs, has_old=True)}
+        context = Context(inputs[1], inputs[0], inputs[2])
+        coefficients, options = None, {"policy": PolicyRows(inputs, outputs, context)}
     else:
         import dgrpo.ops.rows_torch as backend
 

@@ -24,7 +24,7 @@ from bench.loops import TOKENS, VOCAB, computed
 from bench.ours import MIB
 from bench.report import console, human, output_folder
 from bench.sizes import MODELS, Shape, heads
-from dgrpo.ops.plan import Plan, make_plan
+from dgrpo.ops.blocks import Plan, make_plan
 
 
 class Cost(NamedTuple):

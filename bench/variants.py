@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from dgrpo.objectives import Context
 from dgrpo_kernels import ROW_MULTIPLE, STATS, Logits, PolicyRows
 from dgrpo_kernels import triton_rows as kernels
 
@@ -134,7 +135,7 @@ def divergence_variant(
     """`row_divergence`, the second pass of the clipped forward KL and of the JSD."""
     z = block(vocab, bias, softcap, holes)
     launch = partial(
-        kernels.row_divergence, z, z, statistics(), divergence=divergence, divergence_clip=1.0
+        kernels.row_divergence, z, z, statistics(), divergence=divergence, parameter=1.0
     )
     return Variant(
         f"row_divergence {_label(divergence, vocab, bias, softcap, {})}", launch, 2, bias
@@ -156,17 +157,16 @@ def grad_variant(
     t = z if divergence in FULL else None
     reads = {"blocks": 1 if t is None else 2, "bias": bias}
     out = torch.empty(ROWS, z.raw.stride(0), dtype=dtype)[:, :vocab]
-    options = {"divergence": divergence, "divergence_clip": 1.0, **rest}
+    options = {"divergence": divergence, "parameter": 1.0, **rest}
     label = _label(divergence, vocab, bias, softcap, {str(dtype)[6:]: True, **rest})
     if policy is None:
         launch = partial(
             kernels.row_grad, z, t, targets(), statistics(), torch.empty(3, ROWS), out, **options
         )
         return Variant(f"row_grad {label}", launch, **reads)
-    flags = (policy == "full",) * 4
-    rows = PolicyRows(
-        torch.empty(7, ROWS), torch.empty(7, ROWS), *flags, 0.2, 0.2, 3.0, 2.0, 0.1, 0.1
-    )
+    given = torch.empty(ROWS) if policy == "full" else None
+    context = Context(torch.empty(ROWS), torch.empty(ROWS), *(given,) * 4, ref_coef=0.1)
+    rows = PolicyRows(torch.empty(7, ROWS), torch.empty(7, ROWS), context)
     launch = partial(
         kernels.row_grad, z, t, targets(), statistics(), None, out, policy=rows, **options
     )

@@ -8,24 +8,18 @@ dataclass, whose tensors FSDP leaves where and as they are (`cast_forward_inputs
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dgrpo.objectives.context import Context
-from dgrpo.ops import (
-    TeacherHead,
-    TokenStats,
-    TopKTeacher,
-    linear_logprobs,
-    linear_loss,
-    linear_token_stats,
-)
-from dgrpo.ops.heads import transformed
-from dgrpo.ops.losses import dgrpo_loss
-from dgrpo.ops.prepare import TEACHER_OPTIONS, make_options
+from dgrpo.objectives.dgrpo_loss import dgrpo
+from dgrpo.ops.autograd import run_loss, run_stats
+from dgrpo.ops.blocks import transformed
+from dgrpo.ops.options import Options
+from dgrpo.ops.steps import TokenStats
 
 MODES = ("loss", "stats", "logprobs")
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -33,7 +27,7 @@ Result = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """All that the head needs beside hidden states. Tensors (N,), one entry a hidden state.
+    """All that the head needs beside hidden states. Tensors (N,), one entry per hidden state.
 
     targets: int64, -100 = masked; `targets[n]` is what `hidden[n]` predicts.
     mode: "loss" (gradient in forward), "stats" (statistics, recomputed in backward; with
@@ -42,7 +36,8 @@ class HeadInputs:
     objective: `f(stats, context)` per token, from `dgrpo.objectives`; None = the fused dGRPO.
     sequence_objective: `f(stats, context)` over all tokens, for losses that couple them; mode
         "stats". Returns a scalar or per-token losses, which are summed; metrics beside, if any.
-    options: keyword arguments of the ops (`divergence`, `temperature`, `memory_budget`, ...).
+    options: those of the ops (teacher, rows, divergence, temperature, ...); the head sets `bias`,
+        `logit_scale` and `logit_softcap`, and scoring leaves those of a teacher out.
     """
 
     targets: Tensor
@@ -50,9 +45,7 @@ class HeadInputs:
     context: Context | None = None
     objective: Callable[[Any, Context], Result] | None = None
     sequence_objective: Callable[[TokenStats, Context], Result] | None = None
-    teacher: TeacherHead | TopKTeacher | None = None
-    rows: Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = Options()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -65,6 +58,26 @@ class HeadInputs:
                 raise ValueError(
                     f"{name}: got a function with mode {self.mode!r}, expected mode {mode!r}, the "
                     "only one that calls it"
+                )
+        if self.mode == "loss" or self.sequence_objective is not None:
+            self._check_context()
+        own = self.options
+        if own.bias is not None or own.logit_scale != 1 or own.logit_softcap is not None:
+            raise ValueError(
+                "options: got a bias, logit_scale or logit_softcap, expected none; they are the "
+                "head's own"
+            )
+
+    def _check_context(self) -> None:
+        if not isinstance(self.context, Context):
+            kind = type(self.context).__name__
+            raise TypeError(f"context: got {kind}, expected Context for mode {self.mode!r}")
+        shape = tuple(self.targets.shape)
+        for name, value in self.context.per_token().items():
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{name}: got shape {tuple(value.shape)} in context, expected {shape}, that of "
+                    "targets"
                 )
 
 
@@ -140,73 +153,27 @@ class FusedHead(nn.Linear):
         """
         if inputs is None:
             return self.logits(hidden)
-        shared = {
-            "bias": self.bias,
-            "logit_scale": self.logit_scale,
-            "logit_softcap": self.logit_softcap,
-            "rows": inputs.rows,
-            **inputs.options,
-        }
         weight, targets = self.merged_weight(), inputs.targets
+        options = replace(
+            inputs.options,
+            bias=self.bias,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+        )
         if inputs.mode == "logprobs":
-            out = linear_logprobs(hidden, weight, targets, **_scoring(shared))
-            return HeadOutput(None, out.logprobs, None, None, out.entropy, {})
+            with torch.no_grad():
+                stats = run_stats(hidden, weight, targets, options.without_teacher())
+            return HeadOutput(None, stats.logprobs, None, None, stats.entropy, {})
         if inputs.mode == "stats":
-            stats = linear_token_stats(hidden, weight, targets, inputs.teacher, **shared)
-            return _sequence_loss(stats, inputs)
-        context = _context(inputs)
-        if inputs.objective is None:
-            return _fused(hidden, weight, targets, inputs.teacher, context, shared)
-        objective = inputs.objective
-        out = linear_loss(
-            hidden,
-            weight,
-            targets,
-            lambda stats, rows: objective(stats, context.at(rows)),
-            teacher=inputs.teacher,
-            **shared,
-        )
-        return HeadOutput(*out)
-
-
-def _context(inputs: HeadInputs) -> Context:
-    if not isinstance(inputs.context, Context):
-        raise TypeError(
-            f"context: got {type(inputs.context).__name__}, expected Context for mode "
-            f"{inputs.mode!r}"
-        )
-    shape = tuple(inputs.targets.shape)
-    for name, value in inputs.context.per_token().items():
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)} in context, expected {shape}, that of "
-                "targets"
-            )
-    return inputs.context
-
-
-def _scoring(options: dict[str, Any]) -> dict[str, Any]:
-    """The options without those of a teacher, which scoring does not have."""
-    return {name: value for name, value in options.items() if name not in TEACHER_OPTIONS}
-
-
-def _fused(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    teacher: TeacherHead | TopKTeacher | None,
-    context: Context,
-    options: dict[str, Any],
-) -> HeadOutput:
-    out = dgrpo_loss(hidden, weight, targets, context, make_options(teacher=teacher, **options))
-    metrics = {"ratio": out.ratio, "clipped": out.clipped, "clamped": out.clamped}
-    return HeadOutput(*out[:5], metrics)
+            return _sequence_loss(run_stats(hidden, weight, targets, options), inputs)
+        objective = dgrpo if inputs.objective is None else inputs.objective
+        return HeadOutput(*run_loss(hidden, weight, targets, options, objective, inputs.context))
 
 
 def _sequence_loss(stats: TokenStats, inputs: HeadInputs) -> HeadOutput:
     loss, metrics = None, {}
     if inputs.sequence_objective is not None:
-        result = inputs.sequence_objective(stats, _context(inputs))
+        result = inputs.sequence_objective(stats, inputs.context)
         losses, metrics = result if isinstance(result, tuple) else (result, {})
         loss = losses.sum()
         stats = TokenStats(*(value.detach() for value in stats))

@@ -10,6 +10,7 @@ import dgrpo
 from dgrpo import objectives
 from dgrpo.head import FusedHead, HeadInputs, HeadOutput
 from dgrpo.objectives import Context, padded_sequence_ids
+from dgrpo.ops import Options
 from dgrpo.testing import oracle, relative_error
 from tests.ops.cases import case_of, fp64, gradients, teacher_of
 
@@ -62,8 +63,7 @@ def test_the_fused_loss(case):
     inputs = HeadInputs(
         case.targets,
         context=context_of(case, teacher_coef=0.3, clip_high=0.4),
-        teacher=teacher,
-        options={"divergence": "forward_kl", "temperature": 0.8, "memory_budget": 9000},
+        options=Options(teacher, divergence="forward_kl", temperature=0.8, memory_budget=9000),
     )
     out = head(case.hidden, inputs)
     assert isinstance(out, HeadOutput) and set(out.metrics) == {"ratio", "clipped", "clamped"}
@@ -81,7 +81,10 @@ def test_the_fused_loss(case):
 def test_a_plain_objective_equals_the_fused_one(case):
     head, context, teacher = head_of(case), context_of(case), teacher_of("full", case)
     fused, plain = (
-        head(case.hidden, HeadInputs(case.targets, context=context, objective=f, teacher=teacher))
+        head(
+            case.hidden,
+            HeadInputs(case.targets, context=context, objective=f, options=Options(teacher)),
+        )
         for f in (None, objectives.dgrpo)
     )
     torch.testing.assert_close(fused.loss, plain.loss)
@@ -99,9 +102,10 @@ def test_statistics_and_a_sequence_objective(case):
         return objectives.gspo(stats, context, ids)
 
     teacher = teacher_of("topk", case)
-    stats = head(case.hidden, HeadInputs(case.targets, mode="stats", teacher=teacher))
+    options = Options(teacher)
+    stats = head(case.hidden, HeadInputs(case.targets, mode="stats", options=options))
     assert stats.loss is None and stats.logprobs.requires_grad
-    inputs = HeadInputs(case.targets, "stats", context, sequence_objective=gspo, teacher=teacher)
+    inputs = HeadInputs(case.targets, "stats", context, sequence_objective=gspo, options=options)
     out = head(case.hidden, inputs)
     losses, _ = gspo(
         dgrpo.linear_token_stats(case.hidden, head.weight, case.targets, teacher, bias=head.bias),
@@ -113,7 +117,7 @@ def test_statistics_and_a_sequence_objective(case):
 
 def test_scoring(case):
     head = head_of(case)
-    inputs = HeadInputs(case.targets, mode="logprobs", options={"divergence": "jsd"})
+    inputs = HeadInputs(case.targets, mode="logprobs", options=Options(divergence="jsd"))
     out = head(case.hidden, inputs)
     want = dgrpo.linear_logprobs(case.hidden, head.weight, case.targets, bias=head.bias)
     assert torch.equal(out.logprobs, want.logprobs) and torch.equal(out.entropy, want.entropy)
@@ -123,7 +127,7 @@ def test_scoring(case):
 def test_rows_are_passed_on(case):
     head = head_of(case)
     rows = (case.targets != -100).nonzero()[:, 0]
-    some = HeadInputs(case.targets, mode="logprobs", rows=rows[:3])
+    some = HeadInputs(case.targets, mode="logprobs", options=Options(rows=rows[:3]))
     assert head(case.hidden, some).logprobs.nonzero()[:, 0].tolist() == rows[:3].tolist()
 
 

@@ -7,6 +7,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dgrpo.ops import Options
 from dgrpo.trainer.batch import Sample, pack
 from dgrpo.trainer.policy import PolicyModel
 
@@ -176,7 +177,7 @@ def loss_with(policy, samples, teacher, max_tokens=25, share_prompts=True, **opt
     total = 0.0
     for micro in pack(samples, max_tokens, share_prompts=share_prompts, teacher_coef=0.5):
         head = teacher.head(micro)
-        inputs = micro.head_inputs(teacher=head, options=options)
+        inputs = micro.head_inputs(teacher=head, options=Options(**options))
         out = policy(**micro.model_args(), inputs=inputs)
         out.loss.backward()
         total += float(out.loss.detach())

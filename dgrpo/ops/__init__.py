@@ -1,7 +1,15 @@
 """The loss head: public functions over blocks of logits that never all exist."""
 
-from dgrpo.ops.losses import DgrpoOutput, LossOutput, linear_dgrpo_loss, linear_loss
-from dgrpo.ops.statistics import LogprobsOutput, linear_logprobs, linear_token_stats
+from dgrpo.ops.autograd import LossOutput
+from dgrpo.ops.losses import (
+    DgrpoOutput,
+    LogprobsOutput,
+    linear_dgrpo_loss,
+    linear_logprobs,
+    linear_loss,
+    linear_token_stats,
+)
+from dgrpo.ops.options import Options
 from dgrpo.ops.steps import TokenStats
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 
@@ -9,6 +17,7 @@ __all__ = [
     "DgrpoOutput",
     "LogprobsOutput",
     "LossOutput",
+    "Options",
     "TeacherHead",
     "TokenStats",
     "TopKTeacher",

@@ -1,24 +1,24 @@
-"""A call of the loss head after its arguments were checked: what the sweep runs on."""
+"""A call of the loss head, from its arguments to what the sweep runs on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from dgrpo.ops.gemm import accumulator, writes_fp32
-from dgrpo.ops.heads import Head, make_head
-from dgrpo.ops.inputs import check_vocabulary
-from dgrpo.ops.plan import Plan, make_plan
-from dgrpo.ops.shards import Shard
-from dgrpo.ops.teacher_checks import check_teacher_head
-from dgrpo.ops.teachers import TeacherHead, TopKTeacher
-from dgrpo_kernels.rows import STATS
+from dgrpo.objectives.context import Context
+from dgrpo.objectives.dgrpo_loss import dgrpo
+from dgrpo.ops import checks, rows_torch
+from dgrpo.ops.divergences import SLOPES, Divergence
+from dgrpo.ops.gemm import accumulator
+from dgrpo.ops.options import Options, check_call, check_call_values
+from dgrpo.ops.teachers import TopKTeacher
+from dgrpo.ops.vocab_parallel import Shard, agree, agreed, local_part
+from dgrpo_kernels.rows import STATS, PolicyInputs
 
 
 class Need(NamedTuple):
@@ -40,8 +40,10 @@ def needs(*tensors: Tensor | None) -> Need:
 
 @dataclass(frozen=True)
 class Call:
-    """Everything but hidden, weight and bias. `n` counts the unmasked tokens."""
+    """Checked options and context, and what follows from them. `n` counts the unmasked tokens."""
 
+    options: Options
+    context: Context | None
     shape: torch.Size  # of `targets`
     device: torch.device
     dtype: torch.dtype  # of the matrix products
@@ -50,105 +52,168 @@ class Call:
     targets: Tensor  # (n,) int64, counted from the shard's first column
     targets_known: Tensor  # (n,) bool, in the vocabulary
     backend: ModuleType  # rows_torch or dgrpo_kernels.triton_rows
-    columns: int  # of this rank's shard that are compared
-    temperature: float
-    logit_scale: float
-    logit_softcap: float | None
-    round_policy: bool
-    memory_budget: int
-    divergence: str  # "none" without a teacher
-    divergence_clip: float | None
-    jsd_beta: float
-    teacher_temperature: float
-    teacher: TeacherHead | TopKTeacher | None
+    shard: Shard  # the compared columns that this rank has
+    parameter: float | Tensor | None  # of the divergence, a number or (n,)
     teacher_dtype: torch.dtype | None  # of its products; None = its weight's, at most fp32
     teacher_index: Tensor | None  # (n,) rows of the teacher, where its hidden states lie
     has_teacher: Tensor | None  # (n,) bool; None = all
-    shard: Shard | None
-    vocab_size: int | None
 
     @property
     def count(self) -> int:
         return len(self.rows)
 
+    @property
+    def topk(self) -> TopKTeacher | None:
+        """The teacher, if it is one of top-k log-probabilities."""
+        teacher = self.options.teacher
+        return teacher if isinstance(teacher, TopKTeacher) else None
+
+    @property
+    def divergence(self) -> str:
+        """To the teacher, "none" without one."""
+        return "none" if self.options.teacher is None else self.options.divergence
+
+    @property
+    def formulas(self) -> Divergence:
+        """The plain formulas of the divergence."""
+        return SLOPES[self.divergence]
+
+    @property
+    def round_policy(self) -> bool:
+        return self.options.policy_logits == "bfloat16"
+
     def select(self, part: slice) -> Tensor | slice:
         """The tokens of a part of the unmasked ones, as an index into the student's states."""
         return part if self.dense else self.rows[part]
+
+    def parameter_at(self, part: slice) -> float | Tensor | None:
+        """The divergence's parameter at those of the unmasked tokens."""
+        return self.parameter[part] if isinstance(self.parameter, Tensor) else self.parameter
 
     def new_stats(self) -> Tensor:
         """An empty `(11, n)` buffer of statistics."""
         return torch.zeros(STATS, self.count, dtype=accumulator(self.dtype), device=self.device)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """(n,) values to the shape of `targets`, 0 where masked."""
+        """(n,) values to the shape of `targets`, 0 where masked. Differentiable."""
         if self.dense:
             return values.reshape(self.shape)
         full = values.new_zeros(self.shape.numel())
         return full.index_copy_(0, self.rows, values).view(self.shape)
 
-    @contextmanager
-    def heads(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[Heads]:
-        """Student and teacher for one pass. A sharded teacher's head is gathered for its time."""
-        student = make_head(
-            hidden,
-            weight,
-            bias,
-            columns=self.columns,
-            dtype=self.dtype,
-            scale=self.logit_scale,
-            softcap=self.logit_softcap,
-            temperature=self.temperature,
-            holes=isinstance(self.teacher, TopKTeacher),
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: Options,
+    context: Context | None = None,
+    objective: object = dgrpo,
+) -> tuple[Call, Tensor]:
+    """Check all arguments and lay out the call; returns it and this rank's part of the weight.
+
+    With `group=`, an error raises on every rank. context: only that of dGRPO's own objective is
+    checked here, and brought to the dtype of the statistics.
+    """
+    group = options.group
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: got {type(group).__name__}, expected a ProcessGroup or None")
+    with agreed(group):
+        if group is not None and checks.is_dtensor(weight):
+            weight = local_part(weight)
+        check_call(hidden, weight, targets, options)
+        pick_backend(options.backend, weight.device, weight.dtype)
+        if not callable(objective):
+            raise TypeError(f"objective: got {type(objective).__name__}, expected a function")
+        ours = context if objective is dgrpo else None
+        if ours is not None:
+            checks.check_policy(ours, targets)
+            context = ours = _widened(ours, accumulator(weight.dtype))
+        shard = Shard.whole(len(weight), options)
+    if group is not None:
+        shard = agree(weight, targets, options, needs(hidden, weight, options.bias))
+    if options.check:
+        with agreed(group):
+            check_call_values(hidden, weight, targets, options, ours, shard.total, shard.columns)
+    return _lay_out(weight, targets, options, context, shard), weight
+
+
+def _widened(context: Context, dtype: torch.dtype) -> Context:
+    """The context with dGRPO's inputs detached, in `dtype`."""
+    wide = {}
+    for name in PolicyInputs._fields:
+        value = getattr(context, name)
+        if isinstance(value, Tensor):
+            wide[name] = value.detach().to(dtype) if value.dim() else value.detach()
+    return replace(context, **wide)
+
+
+def _lay_out(
+    weight: Tensor, targets: Tensor, options: Options, context: Context | None, shard: Shard
+) -> Call:
+    device = weight.device
+    flat = targets.reshape(-1)
+    dense = False
+    rows = options.rows
+    if rows is None:
+        rows = (flat != checks.IGNORE).nonzero()[:, 0]  # one sync, for CUDA targets
+        dense = len(rows) == len(flat)
+    host_rows = rows
+    rows = rows.to(device, non_blocking=True)
+    picked = flat[rows]
+    dtype, teacher_dtype = weight.dtype, None
+    if torch.is_autocast_enabled(device.type):
+        dtype = teacher_dtype = torch.get_autocast_dtype(device.type)
+    elif dtype == torch.float64:
+        teacher_dtype = dtype
+    teacher_index = has_teacher = parameter = None
+    if options.teacher is not None:
+        teacher_index, has_teacher = options.teacher.picks(rows, host_rows, dense)
+        name = SLOPES[options.divergence].parameter
+        parameter = None if name is None else getattr(options, name)
+        if isinstance(parameter, Tensor):
+            parameter = parameter.detach().reshape(-1)[rows].to(accumulator(dtype))
+    if context is not None and context.token_weights is None:
+        mean = context.advantages.new_full((), 1 / max(len(rows), 1))
+        context = replace(context, token_weights=mean.expand(targets.shape))
+    return Call(
+        options=options,
+        context=context,
+        shape=targets.shape,
+        device=device,
+        dtype=dtype,
+        rows=rows,
+        dense=dense,
+        targets=picked - shard.start,
+        targets_known=(picked >= 0) & (picked < shard.total),
+        backend=pick_backend(options.backend, device, dtype),
+        shard=shard,
+        parameter=parameter,
+        teacher_dtype=teacher_dtype,
+        teacher_index=teacher_index,
+        has_teacher=has_teacher,
+    )
+
+
+def pick_backend(backend: object, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module of row kernels: Triton on GPUs, torch elsewhere."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend: got {backend!r}, expected 'auto', 'triton' or 'torch'")
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return rows_torch
+    try:
+        import triton
+
+        from dgrpo_kernels import triton_rows
+    except ImportError as error:
+        if backend == "auto":
+            return rows_torch
+        raise ValueError("backend: got 'triton', which is not installed; use 'torch'") from error
+    if dtype == torch.float64:
+        raise ValueError("backend: got 'triton' for fp64, expected 'torch' (or 'auto' on the CPU)")
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"backend: got 'triton' for tensors on {device}, expected 'torch' or 'auto' (Triton "
+            "runs on the CPU only in its interpreter, TRITON_INTERPRET=1)"
         )
-        with ExitStack() as stack:
-            teacher = None
-            if isinstance(self.teacher, TeacherHead):
-                teacher_weight, teacher_bias = stack.enter_context(self.teacher.open())
-                if callable(self.teacher.weight):
-                    check_teacher_head(self.teacher, teacher_weight, teacher_bias, self.device)
-                    if self.shard is None:
-                        check_vocabulary(len(weight), len(teacher_weight), self.vocab_size)
-                teacher = make_head(
-                    self.teacher.hidden,
-                    teacher_weight,
-                    teacher_bias,
-                    columns=self.columns,
-                    dtype=self.teacher_dtype or _no_wider_than_fp32(teacher_weight.dtype),
-                    scale=self.teacher.logit_scale,
-                    softcap=self.teacher.logit_softcap,
-                    temperature=self.teacher_temperature,
-                )
-            yield Heads(student, teacher)
-
-    def plan(self, student: Head, teacher: Head | None, gradients: bool) -> Plan:
-        """Block sizes, from the widest shard so that all ranks of a group agree."""
-        cuda = self.device.type == "cuda"
-        return make_plan(
-            self.count,
-            self.columns if self.shard is None else self.shard.widest,
-            student.weight.shape[1],
-            dtype=self.dtype,
-            teacher_width=None if teacher is None else teacher.weight.shape[1],
-            gradients=gradients,
-            budget=self.memory_budget,
-            processors=_processors(self.device) if cuda else 0,
-            lifts=not all(
-                writes_fp32(product, head.weight)
-                for head in (student, teacher)
-                for product in ("mm", "addmm")
-                if head is not None
-            ),
-        )
-
-
-class Heads(NamedTuple):
-    student: Head
-    teacher: Head | None
-
-
-def _no_wider_than_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float64 else dtype
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return triton_rows

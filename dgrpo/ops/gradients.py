@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -140,7 +139,7 @@ class Sums:
                 self._add_hidden(g, weight, block, units, scratch)
         if self.weight is None and self.bias is None:
             return
-        columns = self.call.columns
+        columns = self.call.shard.columns
         share = None if units is None else self._share(units)
         if self.weight is not None:
             with record_function("dgrpo::d_weight"):
@@ -157,8 +156,7 @@ class Sums:
         self, g: Tensor, weight: Tensor, block: slice, units: Tensor | None, scratch: int
     ) -> None:
         d = grad_hidden(g, weight, scratch)
-        if self.call.shard is not None:
-            dist.all_reduce(d, group=self.call.shard.group)
+        d = self.call.shard.summed(d)
         if units is not None:
             d *= units[:, None]
         kept = keep(d, self.hidden.dtype, by_row=True)

@@ -1,9 +1,10 @@
-"""The losses: `linear_dgrpo_loss` and, for any other objective, `linear_loss`."""
+"""The public functions: the fused losses, differentiable statistics, and scores.
+
+Each puts its arguments into one `Options` (and one `Context`), which travel whole from here on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,32 +13,10 @@ from torch import Tensor
 
 from dgrpo.objectives.context import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
-from dgrpo.ops.call import Need, needs
-from dgrpo.ops.functions import GradientInForward, no_autocast
-from dgrpo.ops.inputs import check_number
-from dgrpo.ops.opaque import opaque
-from dgrpo.ops.prepare import Options, Prepared, make_options, prepare
-from dgrpo.ops.steps import (
-    Descend,
-    FusedPolicy,
-    Objective,
-    Score,
-    TokenStats,
-    token_stats,
-    unpack,
-)
-from dgrpo.ops.sweep import sweep
+from dgrpo.ops.autograd import LossOutput, opaque, run_loss, run_stats
+from dgrpo.ops.options import TEACHER_OPTIONS, Options
+from dgrpo.ops.steps import Objective, TokenStats
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
-from dgrpo.ops.values import check_finite
-
-PER_TOKEN = (  # fields of `Context` shaped like targets, or None
-    "advantages",
-    "token_weights",
-    "old_logprobs",
-    "ref_logprobs",
-    "policy_weights",
-    "sampler_logprobs",
-)
 
 
 class DgrpoOutput(NamedTuple):
@@ -53,50 +32,11 @@ class DgrpoOutput(NamedTuple):
     clamped: Tensor  # bool: the log-ratio lies beyond ±20
 
 
-class LossOutput(NamedTuple):
-    """`loss`: a differentiable scalar. The rest: detached, shaped like targets, 0 where masked."""
+class LogprobsOutput(NamedTuple):
+    """Shaped like targets, detached, fp32 nats, 0 where masked."""
 
-    loss: Tensor
     logprobs: Tensor
-    teacher_logprobs: Tensor
-    divergence: Tensor
     entropy: Tensor
-    metrics: dict[str, Tensor]
-
-
-@opaque
-def linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    objective: Objective,
-    teacher: TeacherHead | TopKTeacher | None = None,
-    **options: Any,
-) -> LossOutput:
-    """Any token-separable objective written in PyTorch, at the cost of 4 matrix products.
-
-    Everyday:
-        hidden: (N, H) or (B, T, H); weight: (V, H); targets: (N,) or (B, T) int64, -100 = masked.
-        objective: `f(stats, rows) -> losses` or `(losses, {name: (R,)})`. `stats` holds `logprobs`,
-            `divergence`, `entropy` (differentiable) and `teacher_logprobs`, each (R,) fp32; `rows`
-            (R,) int64 indexes the caller's own flattened (N,) tensors; `losses` (R,), already
-            weighted: the loss is their sum. It is called on some tokens at a time and must treat
-            each alone; no gradient reaches what it closes over.
-        teacher, options: as in `linear_dgrpo_loss` (`divergence`, `divergence_clip`, `jsd_beta`,
-            `temperature`, `teacher_temperature`, `bias`, `logit_scale`, `logit_softcap`,
-            `vocab_size`, `policy_logits`, `rows`, `memory_budget`, `check`, `backend`, `group`,
-            `vocab_start`).
-
-    Raises ValueError or TypeError naming the argument.
-    """
-
-    def check_objective() -> None:
-        if not callable(objective):
-            raise TypeError(f"objective: got {type(objective).__name__}, expected a function")
-
-    settings = make_options(teacher=teacher, **options)
-    prepared = prepare(hidden, weight, targets, settings, check_more=check_objective)
-    return LossOutput(*_run(prepared, objective, lambda: Descend(prepared.call, objective)))
 
 
 @opaque
@@ -142,7 +82,7 @@ def linear_dgrpo_loss(
     with `rho = exp(logp - old_logprobs)`. Logits of shape (N, V) never exist, forward or backward;
     gradients of hidden, weight and bias are finished in the forward pass.
 
-    Everyday:
+    Args:
         hidden: (N, H) or (B, T, H), bf16, fp16 or fp32 (fp64 on the CPU). `hidden[n]` predicts
             `targets[n]`: nothing is shifted inside.
         weight: (V, H), the LM head. Frozen (`requires_grad=False`): its product does not run.
@@ -158,7 +98,8 @@ def linear_dgrpo_loss(
         rows: (n,) int64, flat indices of the unmasked tokens, on the device or the host. Saves the
             host sync that finding them costs on a GPU.
         memory_budget: bytes of transient workspace (beside the gradients themselves).
-    Rare:
+
+    Rare args:
         ref_logprobs, ref_coef: a k3 penalty to a reference policy.
         policy_weights: detached importance weights u of the policy term; or `sampler_logprobs` with
             `is_cap`: u = min(exp(logp - sampler_logprobs), is_cap), from this very pass.
@@ -177,106 +118,102 @@ def linear_dgrpo_loss(
             over `group`, from row vocab_start on; a `Shard(0)` DTensor works too. Tokens are
             replicated. Costs one small all-gather and one sync to agree on the arguments.
 
-    Returns DgrpoOutput. Without any unmasked token the loss is 0, connected to its inputs.
-    Raises ValueError or TypeError naming the argument, what it was and what it should be.
+    Returns:
+        The loss and per-token values; without any unmasked token a loss of 0, still connected.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it should be.
     """
     options = Options(
-        teacher, divergence, divergence_clip, jsd_beta, temperature, teacher_temperature, bias,
-        logit_scale, logit_softcap, vocab_size, policy_logits, rows, memory_budget, check, backend,
-        group, vocab_start,
+        teacher=teacher, divergence=divergence, divergence_clip=divergence_clip, jsd_beta=jsd_beta,
+        temperature=temperature, teacher_temperature=teacher_temperature, bias=bias,
+        logit_scale=logit_scale, logit_softcap=logit_softcap, vocab_size=vocab_size,
+        policy_logits=policy_logits, rows=rows, memory_budget=memory_budget, check=check,
+        backend=backend, group=group, vocab_start=vocab_start,
     )  # fmt: skip
     context = Context(
-        advantages, token_weights, old_logprobs, ref_logprobs, policy_weights, sampler_logprobs,
-        is_cap, clip_low, clip_high, clip_dual, teacher_coef, ref_coef, entropy_coef,
+        advantages, token_weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        policy_weights=policy_weights, sampler_logprobs=sampler_logprobs, is_cap=is_cap,
+        clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual, teacher_coef=teacher_coef,
+        ref_coef=ref_coef, entropy_coef=entropy_coef,
     )  # fmt: skip
-    return dgrpo_loss(hidden, weight, targets, context, options)
-
-
-@opaque
-def dgrpo_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, context: Context, options: Options
-) -> DgrpoOutput:
-    """`linear_dgrpo_loss` with its arguments in two records; `token_weights` may be None."""
-    per_token = {name: getattr(context, name) for name in PER_TOKEN}
-    if isinstance(context.teacher_coef, Tensor) and context.teacher_coef.dim():
-        per_token["teacher_coef"] = context.teacher_coef
-    prepared = prepare(
-        hidden,
-        weight,
-        targets,
-        options,
-        per_token,
-        lambda: _check_coefficients(context, options.check),
-    )
-    call, given = prepared.call, dict(prepared.per_token)
-    if "token_weights" not in given:
-        given["token_weights"] = (
-            given["advantages"].new_full((), 1 / max(call.count, 1)).expand(targets.shape)
-        )
-    if "teacher_coef" not in given and isinstance(context.teacher_coef, Tensor):
-        given["teacher_coef"] = context.teacher_coef.detach()
-    context = replace(context, **given)
-
-    def objective(stats: TokenStats, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return dgrpo(stats, context.at(tokens))
-
-    def step() -> Descend | FusedPolicy:
-        # In fp16 the units of G's rows follow from the coefficients, before the kernel runs.
-        if call.backend.FUSES_DGRPO and call.dtype != torch.float16:
-            return FusedPolicy(call, context)
-        return Descend(call, objective)
-
-    *common, metrics = _run(prepared, objective, step)
+    *common, metrics = run_loss(hidden, weight, targets, options, dgrpo, context)
     return DgrpoOutput(*common, metrics["ratio"], metrics["clipped"], metrics["clamped"])
 
 
-def _check_coefficients(context: Context, check: bool) -> None:
-    if context.advantages is None:
-        raise TypeError("advantages: got None, expected a tensor shaped like targets")
-    if not isinstance(context.teacher_coef, Tensor):
-        check_number("teacher_coef", context.teacher_coef)
-    elif check and not context.teacher_coef.dim():
-        check_finite("teacher_coef", context.teacher_coef)
-    check_number("clip_low", context.clip_low, least=0)
-    check_number("clip_high", context.clip_high, least=0)
-    check_number("ref_coef", context.ref_coef)
-    check_number("entropy_coef", context.entropy_coef)
-    if context.clip_dual is not None:
-        check_number("clip_dual", context.clip_dual, above=1)
-    if context.is_cap is not None:
-        check_number("is_cap", context.is_cap, above=0)
-        if context.sampler_logprobs is None:
-            raise ValueError(
-                f"is_cap: got {context.is_cap} without sampler_logprobs, expected None"
-            )
-    if context.sampler_logprobs is not None and context.policy_weights is not None:
-        raise ValueError(
-            "policy_weights: got a tensor beside sampler_logprobs, expected one of the two; both "
-            "define the importance weight u"
-        )
-    if context.ref_coef and context.ref_logprobs is None:
-        raise ValueError(
-            f"ref_logprobs: got None with ref_coef={context.ref_coef}, expected a tensor"
-        )
+@opaque
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    teacher: TeacherHead | TopKTeacher | None = None,
+    **options: Any,
+) -> LossOutput:
+    """Any token-separable objective written in PyTorch, at the cost of 4 matrix products.
+
+    Args:
+        hidden: (N, H) or (B, T, H); weight: (V, H); targets: (N,) or (B, T) int64, -100 = masked.
+        objective: `f(stats, rows) -> losses` or `(losses, {name: (R,)})`. `stats` holds `logprobs`,
+            `divergence`, `entropy` (differentiable) and `teacher_logprobs`, each (R,) fp32; `rows`
+            (R,) int64 indexes the caller's own flattened (N,) tensors; `losses` (R,), already
+            weighted: the loss is their sum. It is called on some tokens at a time and must treat
+            each alone; no gradient reaches what it closes over.
+        teacher, options: the fields of `Options`, as in `linear_dgrpo_loss`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it should be.
+    """
+    return run_loss(
+        hidden, weight, targets, Options.of(teacher=teacher, **options), objective=objective
+    )
 
 
-def _run(
-    prepared: Prepared, objective: Objective, make_step: Callable[[], Descend | FusedPolicy]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Loss, statistics and metrics, with gradients where something needs them."""
-    call, hidden, weight, bias, _ = prepared
-    need = needs(hidden, weight, bias)
-    if need.any():
-        step = make_step()
-        loss = GradientInForward.apply(hidden, weight, bias, need, call, step)
-        metrics = step.metrics
-    else:
-        step = Score(call)
-        with torch.no_grad(), no_autocast(call.device):
-            sweep(call, hidden, weight, bias, Need(), step)
-            stats = token_stats(step.stats)
-            losses, metrics = unpack(objective(stats, call.rows), call.count)
-            loss = losses.masked_fill(stats.logprobs.isnan(), torch.nan).sum()
-    logprobs, divergence, entropy, teacher_logprobs = map(call.scatter, token_stats(step.stats))
-    metrics = {name: call.scatter(value) for name, value in metrics.items()}
-    return loss, logprobs, teacher_logprobs, divergence, entropy, metrics
+@opaque
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher: TeacherHead | TopKTeacher | None = None,
+    **options: Any,
+) -> TokenStats:
+    """Differentiable log-probability, divergence and entropy of each token.
+
+    For objectives that couple tokens (GSPO's sequence ratio): write the loss on the result. The
+    backward pass computes the logits again, 6 matrix products in all against 4 of `linear_loss`.
+
+    Args:
+        hidden, weight, targets, teacher, options: as in `linear_loss`.
+
+    Returns:
+        Each field shaped like targets, fp32 nats, 0 where masked; all but `teacher_logprobs` are
+        differentiable in hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it should be.
+    """
+    return run_stats(hidden, weight, targets, Options.of(teacher=teacher, **options))
+
+
+@opaque
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
+) -> LogprobsOutput:
+    """Log-probabilities and entropy of given tokens, without gradient: one matrix product.
+
+    For old, reference and teacher log-probabilities.
+
+    Args:
+        hidden, weight, targets, options: as in `linear_loss`, but those of a teacher.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it should be.
+    """
+    given = sorted(set(TEACHER_OPTIONS) & options.keys())
+    if given:
+        raise TypeError(
+            f"{given[0]}: got an argument of a teacher, expected none; linear_token_stats has it"
+        )
+    with torch.no_grad():
+        stats = run_stats(hidden, weight, targets, Options.of(**options))
+    return LogprobsOutput(stats.logprobs, stats.entropy)

@@ -7,18 +7,16 @@ tiles that stay in cache, so that temporaries are a few MiB whatever the size of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dgrpo.ops.divergences import LOWEST, SLOPES, Parameter, Terms, Tile
 from dgrpo_kernels.rows import FLOOR, Logits, RowStats
 
 FUSES_DGRPO = False
 TILE = 2**18  # elements of one temporary
-LOWEST = -1e30  # stands for -inf where 0 * inf would arise
 
 
 def _tiles(rows: int, columns: int) -> Iterator[slice]:
@@ -77,6 +75,7 @@ def row_stats(
 ) -> None:
     """See `dgrpo_kernels.row_stats`."""
     rows, columns = z.raw.shape
+    entry = SLOPES[divergence]
     here = (targets >= 0) & (targets < columns)
     index = targets.where(here, 0)[:, None]
     for tile in _tiles(rows, columns):
@@ -99,13 +98,9 @@ def row_stats(
             out.log_sum_t.copy_(log_sum_t)
             out.teacher_logprobs.copy_(own.where(here[tile], missing))
             _hold(v, t, FLOOR)
-            if divergence == "reverse_kl":
-                cross = torch.sub(_hold(u, z, LOWEST), v, out=v).mul_(e).sum(-1) / total
-                out.divergence.copy_(cross - log_sum + log_sum_t)
-            elif divergence == "forward_kl":  # infinite where the student forbids what t says
-                cross = v.sub_(u).mul_(f)
-                cross = cross.masked_fill_(f == 0, 0) if z.holes else cross
-                out.divergence.copy_(cross.sum(-1) / total_t + log_sum - log_sum_t)
+            if entry.passes == 1:
+                both = Tile(u, e, total, log_sum, v, f, total_t, log_sum_t, z.holes)
+                out.divergence.copy_(entry.online(both))
         _hold(u, z, LOWEST)
         out.entropy.copy_((log_sum - u.mul_(e).sum(-1) / total).where(total > 0, 0))
         if round_policy:
@@ -117,47 +112,28 @@ def row_stats(
         out.logprobs.copy_((target - log_sum).where(here[tile], missing))
 
 
-def _log_probs(z: Logits, x: Tensor, top: Tensor, log_sum: Tensor) -> Tensor:
-    return _shifted(x, z, top)[0].sub_(log_sum[:, None])
-
-
-def _teacher_log_probs(t: Logits, tile: slice, at: RowStats) -> Tensor:
-    v, _ = _shifted(_linear(t, tile), t, at.max_t)
-    return _hold(v, t, FLOOR).sub_(at.log_sum_t[:, None])
-
-
 def row_divergence(
     z: Logits,
     t: Logits,
     stats: Tensor,
     *,
     divergence: str,
-    divergence_clip: float | None = None,
-    jsd_beta: float = 0.5,
+    parameter: float | Tensor | None = None,
 ) -> None:
     """See `dgrpo_kernels.row_divergence`."""
     for tile in _tiles(*z.raw.shape):
         at = RowStats(*stats[:, tile].unbind(0))
-        lp = _log_probs(z, _linear(z, tile), at.max_z, at.log_sum_z)
-        lq = _teacher_log_probs(t, tile, at)
-        q = lq.exp()
-        if divergence == "clipped_forward_kl":
-            term = torch.sub(lq, lp, out=lp).mul_(q).masked_fill_(q == 0, 0)
-            at.aux.copy_(q.masked_fill_(term >= divergence_clip, 0).sum(-1))
-            at.divergence.copy_(term.clamp_(max=divergence_clip).sum(-1))
-        else:
-            p = lp.exp()
-            lp = _hold(lp, z, FLOOR)
-            log_mix = _log_mix(lp, lq, jsd_beta)
-            student = torch.linalg.vecdot(p, lp.sub_(log_mix))
-            teacher = torch.linalg.vecdot(q, lq.sub_(log_mix))
-            at.aux.copy_(student)
-            at.divergence.copy_(jsd_beta * teacher + (1 - jsd_beta) * student)
+        lp = _shifted(_linear(z, tile), z, at.max_z)[0].sub_(at.log_sum_z[:, None])
+        lq = _hold(_shifted(_linear(t, tile), t, at.max_t)[0], t, FLOOR)
+        lq = lq.sub_(at.log_sum_t[:, None])
+        value, aux = SLOPES[divergence].columns(lp, lq, _of(parameter, tile), z.holes)
+        at.divergence.copy_(value)
+        at.aux.copy_(aux)
 
 
-def _log_mix(lp: Tensor, lq: Tensor, jsd_beta: float) -> Tensor:
-    """log((1 - beta) p + beta q)."""
-    return torch.logaddexp(lp + math.log1p(-jsd_beta), lq + math.log(jsd_beta))
+def _of(parameter: float | Tensor | None, tile: slice) -> Parameter:
+    """A divergence's parameter in the rows of a tile, a number or (R, 1)."""
+    return parameter[tile, None] if isinstance(parameter, Tensor) else parameter
 
 
 def row_grad(
@@ -168,9 +144,9 @@ def row_grad(
     coef: Tensor,
     out: Tensor,
     *,
+    policy: None = None,
     divergence: str = "reverse_kl",
-    divergence_clip: float | None = None,
-    jsd_beta: float = 0.5,
+    parameter: float | Tensor | None = None,
     round_policy: bool = False,
 ) -> None:
     """See `dgrpo_kernels.row_grad`.
@@ -179,6 +155,7 @@ def row_grad(
     a pass over the tile.
     """
     rows, columns = z.raw.shape
+    entry = SLOPES[divergence]
     if z.softcap is None:
         coef = coef * (z.scale / z.temperature)
     no_entropy = not coef.is_cuda and not coef[2].any()  # on a GPU asking would wait for it
@@ -199,9 +176,13 @@ def row_grad(
         else:
             fixed = -(c * at.entropy[:, None]).masked_fill_(c == 0, 0)
             fixed = fixed if round_policy else fixed - a
-            terms = _Terms(at, a, b, c, fixed, divergence, divergence_clip, jsd_beta)
-            g = terms.combine(u, v, e)
-            if z.holes and divergence == "forward_kl":  # -q is not a multiple of p
+            log_sum = at.log_sum_z[:, None]
+            inverse = (-log_sum).exp()
+            terms = Terms(at, b, c, fixed, log_sum, inverse, _of(parameter, tile))
+            if v is not None:
+                v.masked_fill_(b == 0, 0)  # whatever a teacher says of a token that skips it
+            g = entry.slope(terms, u, v, e)
+            if z.holes and entry.adds_q:
                 g.masked_fill_(x == -torch.inf, 0)
         policy = g
         if round_policy:
@@ -217,54 +198,6 @@ def row_grad(
             if round_policy:
                 policy.mul_(_chain(x_b, z))
         out[tile].copy_(g.add_(policy) if round_policy else g)
-
-
-class _Terms(NamedTuple):
-    """The row numbers of a tile's gradient; a, b, c and fixed are (R, 1)."""
-
-    at: RowStats
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    fixed: Tensor  # what multiplies p alone
-    divergence: str
-    clip: float | None
-    jsd_beta: float
-
-    def times_b(self, value: Tensor) -> Tensor:
-        return (self.b * value[:, None]).masked_fill(self.b == 0, 0)
-
-    def combine(self, u: Tensor, v: Tensor | None, e: Tensor) -> Tensor:
-        """`p (fixed - c log p) + b dD/dz`, (R, V). Changes u, v and e."""
-        at, b, c, fixed = self.at, self.b, self.c, self.fixed
-        log_sum = at.log_sum_z[:, None]
-        inverse = (-log_sum).exp()  # p = e * inverse
-        if v is not None:
-            v.masked_fill_(b == 0, 0)  # whatever a teacher says of a token that skips it
-        if self.divergence == "reverse_kl":
-            fixed = fixed - self.times_b(at.divergence - at.log_sum_t) - (b - c) * log_sum
-            u.mul_((b - c) * inverse).addcmul_(v, -b * inverse)
-            return u.add_(fixed * inverse).mul_(e)
-        plain = fixed + c * log_sum
-        if self.divergence == "none":
-            return u.mul_(-c * inverse).add_(plain * inverse).mul_(e)
-        lq = v.sub_(at.log_sum_t[:, None].masked_fill(b == 0, 0))
-        if self.divergence == "bucket":
-            plain = plain + self.times_b(at.aux)
-            return u.mul_(-c * inverse).add_(plain * inverse).mul_(e).addcmul_(lq.exp_(), -b)
-        if self.divergence == "forward_kl":
-            q = lq.exp_()
-            return u.mul_(-c * inverse).add_((plain + b) * inverse).mul_(e).addcmul_(q, -b)
-        lp = u - log_sum
-        if self.divergence == "jsd":
-            share = b * (1 - self.jsd_beta)
-            plain = plain - (1 - self.jsd_beta) * self.times_b(at.aux)
-            lp.sub_(_log_mix(lp, lq, self.jsd_beta)).mul_(share * inverse)
-            return lp.addcmul_(u, -c * inverse).add_(plain * inverse).mul_(e)
-        q = lq.exp()
-        q.mul_(torch.sub(lq, lp, out=lq).mul_(q) < self.clip)
-        plain = plain + self.times_b(at.aux)
-        return u.mul_(-c * inverse).add_(plain * inverse).mul_(e).addcmul_(q, -b)
 
 
 def topk_take(raw: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:

@@ -8,13 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgrpo.objectives.context import Context
 from dgrpo.ops.call import Call
 from dgrpo.ops.gradients import row_units
-from dgrpo.ops.measure import measure, put_columns
-from dgrpo.ops.teachers import TopKTeacher
-from dgrpo.ops.topk import TopKRows
-from dgrpo_kernels.rows import POLICY_INPUTS, POLICY_OUTPUTS, Logits, PolicyRows, RowStats
+from dgrpo.ops.topk import TopKColumns
+from dgrpo_kernels.rows import (
+    POLICY_INPUTS,
+    POLICY_OUTPUTS,
+    Logits,
+    PolicyInputs,
+    PolicyOutputs,
+    PolicyRows,
+    RowStats,
+)
 
 
 class TokenStats(NamedTuple):
@@ -33,6 +38,36 @@ def token_stats(stats: Tensor) -> TokenStats:
     """The public statistics of an (11, R) buffer."""
     row = RowStats(*stats.unbind(0))
     return TokenStats(row.logprobs, row.divergence, row.entropy, row.teacher_logprobs)
+
+
+def measure(
+    call: Call, z: Logits, t: Logits | None, part: slice, stats: Tensor
+) -> TopKColumns | None:
+    """Write the finished statistics of the rows `part` into `stats`, an (11, R) view.
+
+    A top-k teacher's columns are taken out of `z` and returned.
+    """
+    targets, divergence = call.targets[part], call.divergence
+    columns = None if call.topk is None else TopKColumns(call, z, part)
+    # Over the buckets of a top-k teacher, and of two passes: not yet.
+    online = divergence if columns is None and call.formulas.passes == 1 else "none"
+    call.backend.row_stats(
+        z, t, targets, stats,
+        divergence=online, round_policy=call.round_policy, missing=call.shard.missing,
+    )  # fmt: skip
+    call.shard.merge_stats(stats, online, call.targets_known[part], teacher=t is not None)
+    if columns is not None:
+        columns.merge(stats)
+    elif call.formulas.passes == 2:
+        call.backend.row_divergence(
+            z, t, stats, divergence=divergence, parameter=call.parameter_at(part)
+        )
+        call.shard.add_divergence(stats)
+    if call.has_teacher is not None:
+        out, absent = RowStats(*stats.unbind(0)), ~call.has_teacher[part]
+        out.divergence.masked_fill_(absent, 0)
+        out.teacher_logprobs.masked_fill_(absent, 0)
+    return columns
 
 
 class Score:
@@ -63,34 +98,26 @@ class _Writer:
         z: Logits,
         t: Logits | None,
         part: slice,
-        columns: TopKRows | None,
+        columns: TopKColumns | None,
         coef: Tensor,
         grad: Tensor,
+        policy: PolicyRows | None = None,
     ) -> None:
+        """G of the rows `part` from a, b, c; with `policy`, the kernel computes these first."""
         call, stats = self.call, self.stats[:, part]
         if self.units is not None:
-            divergence = RowStats(*stats.unbind(0)).divergence
-            reverse_kl = divergence if call.divergence == "reverse_kl" else None
-            units = row_units(coef, reverse_kl, call.logit_scale / call.temperature)
+            steep = RowStats(*stats.unbind(0)).divergence if call.formulas.steep else None
+            units = row_units(coef, steep, call.options.logit_scale / call.options.temperature)
             self.units[part] = units
             coef = coef / units
-        call.backend.row_grad(z, t, call.targets[part], stats, coef, grad, **self.options())
-        self.put(part, columns, coef, grad)
-
-    def put(self, part: slice, columns: TopKRows | None, coef: Tensor, grad: Tensor) -> None:
+        call.backend.row_grad(
+            z, t, call.targets[part], stats, None if policy else coef, grad,
+            divergence=call.divergence if columns is None else "bucket",
+            parameter=call.parameter_at(part), round_policy=call.round_policy,
+            policy=policy,
+        )  # fmt: skip
         if columns is not None:
-            entropy = RowStats(*self.stats[:, part].unbind(0)).entropy
-            put_columns(self.call, columns, part, entropy, coef, grad)
-
-    def options(self) -> dict:
-        call = self.call
-        bucketed = isinstance(call.teacher, TopKTeacher)
-        return {
-            "divergence": "bucket" if bucketed else call.divergence,
-            "divergence_clip": call.divergence_clip,
-            "jsd_beta": call.jsd_beta,
-            "round_policy": call.round_policy,
-        }
+            columns.put(stats, coef, grad)
 
 
 class Descend(_Writer):
@@ -138,7 +165,7 @@ class Descend(_Writer):
 
 
 def unpack(result: object, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """An objective's result as losses and metrics, refused unless (R,) each."""
+    """An objective's result as losses and metrics; raises unless each is (R,)."""
     losses, metrics = result if isinstance(result, tuple) else (result, {})
     for name, value in {"losses": losses, **metrics}.items():
         if not isinstance(value, Tensor) or value.shape != (rows,):
@@ -150,64 +177,39 @@ def unpack(result: object, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
 class FusedPolicy(_Writer):
     """dGRPO with its objective in the gradient kernel's prologue (Triton). Not for fp16."""
 
-    def __init__(self, call: Call, context: Context):
+    def __init__(self, call: Call):
         super().__init__(call, call.new_stats())
-        at = context.at(slice(None) if call.dense else call.rows)
+        context = call.context.at(slice(None) if call.dense else call.rows)
         inputs = self.stats.new_zeros(POLICY_INPUTS, call.count)
-        given = (
-            at.token_weights,
-            at.advantages,
-            at.old_logprobs,
-            at.ref_logprobs,
-            at.policy_weights,
-            at.sampler_logprobs,
-            at.teacher_coef if call.divergence != "none" else 0.0,
-        )
-        for row, value in zip(inputs, given, strict=True):
+        for row, name in zip(inputs, PolicyInputs._fields, strict=True):
+            value = getattr(context, name)
             if value is not None:
                 row.copy_(value) if isinstance(value, Tensor) else row.fill_(value)
-        if call.has_teacher is not None:
-            inputs[-1].masked_fill_(~call.has_teacher, 0)
-        self.rows = PolicyRows(
-            inputs,
-            self.stats.new_zeros(POLICY_OUTPUTS, call.count),
-            has_old=context.old_logprobs is not None,
-            has_ref=context.ref_logprobs is not None,
-            has_weights=context.policy_weights is not None,
-            has_sampler=context.sampler_logprobs is not None,
-            clip_low=context.clip_low,
-            clip_high=context.clip_high,
-            clip_dual=float("inf") if context.clip_dual is None else context.clip_dual,
-            is_cap=float("inf") if context.is_cap is None else context.is_cap,
-            ref_coef=context.ref_coef,
-            entropy_coef=context.entropy_coef,
-        )
+        coef = PolicyInputs(*inputs).teacher_coef
+        if call.divergence == "none":
+            coef.zero_()
+        elif call.has_teacher is not None:
+            coef.masked_fill_(~call.has_teacher, 0)
+        outputs = self.stats.new_zeros(POLICY_OUTPUTS, call.count)
+        self.rows = PolicyRows(inputs, outputs, call.context)
+        self.found = PolicyOutputs(*outputs)
 
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None:
-        call, stats = self.call, self.stats[:, part]
-        columns = measure(call, z, t, part, stats)
-        outputs = self.rows.outputs[:, part]
-        rows = self.rows._replace(inputs=self.rows.inputs[:, part], outputs=outputs)
-        call.backend.row_grad(
-            z,
-            t,
-            call.targets[part],
-            stats,
-            None,
-            grad,
-            policy=rows,
-            **self.options(),
-        )
-        self.put(part, columns, outputs[4:7], grad)
+        columns = measure(self.call, z, t, part, self.stats[:, part])
+        inputs, outputs, context = self.rows
+        rows = PolicyRows(inputs[:, part], outputs[:, part], context)
+        coef = outputs[PolicyOutputs._fields.index("a") :, part]
+        self.write(z, t, part, columns, coef, grad, rows)
 
     @property
     def losses(self) -> Tensor:
-        return self.rows.outputs[0]
+        return self.found.losses
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        _, ratio, clipped, clamped, *_ = self.rows.outputs.unbind(0)
-        return {"ratio": ratio, "clipped": clipped.bool(), "clamped": clamped.bool()}
+        found = self.found
+        clipped, clamped = found.clipped.bool(), found.clamped.bool()
+        return {"ratio": found.ratio, "clipped": clipped, "clamped": clamped}
 
 
 class Replay(_Writer):
@@ -220,5 +222,7 @@ class Replay(_Writer):
         self.coef = coef
 
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None:
-        columns = measure(self.call, z, t, part, self.stats[:, part], again=True)
+        columns = None
+        if self.call.topk is not None:  # measured again for its columns; the statistics are final
+            columns = measure(self.call, z, t, part, self.stats[:, part].clone())
         self.write(z, t, part, columns, self.coef[:, part], grad)

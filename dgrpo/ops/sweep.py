@@ -1,7 +1,7 @@
 """The loop that every loss runs through: blocks of rows, never all logits at once.
 
-Two levels of blocks (`plan`): R rows of fp32 logits, M rows of gradient before each dHidden and dW
-product. A step decides what happens to a part's logits: `Score` keeps statistics, `Descend`
+Two levels of blocks (`blocks`): R rows of fp32 logits, M rows of gradient before each dHidden and
+dW product. A step decides what happens to a part's logits: `Score` keeps statistics, `Descend`
 evaluates an objective and writes gradients at once (4 matrix products), `Replay` writes gradients
 from upstream coefficients (recompute mode). One loop, whatever the loss.
 """
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from dgrpo.ops.blocks import Head, logits_buffer, open_heads, padded, plan_of
 from dgrpo.ops.call import Call, Need
 from dgrpo.ops.gradients import Grads, Sums
-from dgrpo.ops.heads import Head, logits_buffer
-from dgrpo.ops.plan import padded
 from dgrpo_kernels.rows import Logits
 
 
@@ -37,14 +36,15 @@ def sweep(
     hidden: (N, H) or (B, T, H); weight: (V, H); bias: (V,). Gradients are accumulated in fp32 and
     rounded once at the end.
     """
-    with call.heads(hidden, weight, bias) as (student, teacher):
-        plan = call.plan(student, teacher, need.any())
+    columns = call.shard.columns
+    with open_heads(call, hidden, weight, bias) as (student, teacher):
+        plan = plan_of(call, student, teacher, need.any())
         sums = Sums(call, hidden, weight, bias, need)
-        z_rows = logits_buffer(plan.logit_rows, call.columns, student.weight)
+        z_rows = logits_buffer(plan.logit_rows, columns, student.weight)
         t_rows = None if teacher is None else torch.empty_like(z_rows)
         g_rows = None
         if need.any():
-            g_rows = student.weight.new_empty(plan.grad_rows, padded(call.columns))
+            g_rows = student.weight.new_empty(plan.grad_rows, padded(columns))
         for block, parts in plan.blocks():
             h = student.gather(call.select(block))
             for part in parts:
@@ -53,9 +53,9 @@ def sweep(
                     z = student.logits(h[here], z_rows, plan.scratch)
                     t = _teacher_logits(call, teacher, part, t_rows, plan.scratch)
                 with record_function("dgrpo::rows"):
-                    step(z, t, part, None if g_rows is None else g_rows[here, : call.columns])
+                    step(z, t, part, None if g_rows is None else g_rows[here, :columns])
             if need.any():
-                g = g_rows[: len(h), : call.columns]
+                g = g_rows[: len(h), :columns]
                 units = None if step.units is None else step.units[block]
                 sums.add(g, h, student.weight, block, units, plan.scratch)
     return sums.finish()

@@ -12,6 +12,7 @@ import transformers
 from dgrpo.data import Prompt, PromptStream
 from dgrpo.distributed import ranks
 from dgrpo.longblocks.rewards.runner import Scorer
+from dgrpo.ops import Options
 from dgrpo.trainer.attempts import gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.trainer.columns import check_columns
@@ -100,19 +101,20 @@ def _build(
             "expected at most as many; set vocab_size in model.config, or another tokenizer"
         )
     method, lora = settings.method, settings.model.lora
-    options = {
-        "divergence": method.divergence,
-        "divergence_clip": method.divergence_clip,
-        "jsd_beta": method.jsd_beta,
-        "temperature": settings.rollout.temperature if method.sequences == "rollout" else 1.0,
-        "teacher_temperature": settings.teacher.temperature,
-        "policy_logits": settings.head.policy_logits,
-        "memory_budget": settings.head.memory_budget,
-        "backend": settings.head.backend,
-    }
     if method.teaches() and method.teacher == "model":
         say(f"teacher: loading {settings.teacher.name}")
-    teacher = load_teacher(settings, model, tokenizer, mesh, device, options)
+    teacher, columns = load_teacher(settings, model, tokenizer, mesh, device)
+    options = Options(
+        divergence=method.divergence,
+        divergence_clip=method.divergence_clip,
+        jsd_beta=method.jsd_beta,
+        temperature=settings.rollout.temperature if method.sequences == "rollout" else 1.0,
+        teacher_temperature=settings.teacher.temperature,
+        vocab_size=columns,
+        policy_logits=settings.head.policy_logits,
+        memory_budget=settings.head.memory_budget,
+        backend=settings.head.backend,
+    )
     asked.check()
     say("data: reading rows")
     objective, per_sequence = load_objective(method.objective)
@@ -139,7 +141,7 @@ def _build(
         sampler=HFSampler(
             model,
             tokenizer,
-            vocab_size=options.get("vocab_size"),
+            vocab_size=columns,
             batch_tokens=settings.rollout.batch_tokens,
         ),
         scorer=_scorer(settings),

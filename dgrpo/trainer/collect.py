@@ -246,7 +246,7 @@ def importance_weights(run: Run, own: Tensor, sampler: Tensor) -> Tensor:
 @torch.no_grad()
 def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Tensor]:
     """(C,) log-probabilities of each completion under a model. COLLECTIVE."""
-    options = {k: v for k, v in run.options.items() if k in SCORING_OPTIONS}
+    options = run.options.without_teacher()
     bare = [
         Sample(s.prompt_ids, s.completion_ids, loss_mask=s.loss_mask, group=s.group)
         for s in samples
@@ -260,9 +260,6 @@ def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Te
         found |= dict(micro.per_sample(out.logprobs))
     model.train(training)
     return [found[i] for i in range(len(samples))]
-
-
-SCORING_OPTIONS = ("temperature", "vocab_size", "policy_logits", "memory_budget", "backend")
 
 
 def split(run: Run, samples: list[Sample], prompts: int, first: int) -> list[Batch]:

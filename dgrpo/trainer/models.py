@@ -122,27 +122,25 @@ def load_teacher(
     tokenizer: Any,
     mesh: Any,
     device: torch.device,
-    options: dict[str, Any],
-) -> Teacher | SelfTeacher | ServedTeacher | None:
-    """The teacher of the method; notes in `options` how many columns the heads share."""
+) -> tuple[Teacher | SelfTeacher | ServedTeacher | None, int | None]:
+    """The teacher of the method, and how many columns the heads share (None = all)."""
     method, wanted = settings.method, settings.teacher
     if not method.teaches():
-        return None
+        return None, None
     if method.teacher == "self":
-        return SelfTeacher(model, offload_above=wanted.host_above)
+        return SelfTeacher(model, offload_above=wanted.host_above), None
     theirs = teacher_tokenizer(settings, tokenizer)
     if method.teacher == "served":
         source = HttpTopK(
             wanted.url, wanted.name, key_variable=wanted.key_variable, timeout=wanted.timeout
         )
-        return ServedTeacher(source, wanted.top_k)
+        return ServedTeacher(source, wanted.top_k), None
     teacher = frozen(wanted, settings, mesh, device)
-    options["vocab_size"] = wanted.vocab_size
-    if wanted.vocab_size is None and model.vocab_size != teacher.vocab_size:
-        options["vocab_size"] = common_vocab(
-            model.vocab_size, teacher.vocab_size, tokenizer, theirs
-        )
-    return Teacher(teacher, offload_above=wanted.host_above, offload_body=wanted.offload_body)
+    columns = wanted.vocab_size
+    if columns is None and model.vocab_size != teacher.vocab_size:
+        columns = common_vocab(model.vocab_size, teacher.vocab_size, tokenizer, theirs)
+    own = Teacher(teacher, offload_above=wanted.host_above, offload_body=wanted.offload_body)
+    return own, columns
 
 
 def load_reference(settings: RunSettings, mesh: Any, device: torch.device) -> PolicyModel | None:

@@ -15,6 +15,7 @@ from dgrpo.data import Prompt, PromptStream
 from dgrpo.distributed import ranks
 from dgrpo.head import HeadOutput
 from dgrpo.longblocks.rewards.runner import Scorer
+from dgrpo.ops import Options
 from dgrpo.trainer.attempts import Gate, TeacherContext
 from dgrpo.trainer.batch import Micro, Sample
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
@@ -75,7 +76,7 @@ class Run:
     gate: Gate | None
     objective: Callable | None  # None: the fused dGRPO loss
     per_sequence: bool  # the objective couples the tokens of a sequence
-    options: dict[str, Any]  # of the loss head
+    options: Options  # of the loss head
     optimizers: list[Rated]
     checkpointer: Checkpointer
     log: RunLog

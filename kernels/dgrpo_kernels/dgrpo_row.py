@@ -9,6 +9,8 @@ and its slopes a = dL/dlogp, b = dL/dD, c = dL/dentropy (dGRPO, arXiv 2605.12227
 import triton
 import triton.language as tl
 
+from dgrpo_kernels import layout as at
+
 
 @triton.jit
 def _clamp_log(x):
@@ -34,13 +36,13 @@ def dgrpo_row(
     HAS_SAMPLER: tl.constexpr,
 ):
     """Loss, ratio, flags and (a, b, c) of one token; a zero coefficient skips its term."""
-    weight = tl.load(in_ptr)
-    advantage = tl.load(in_ptr + in_row)
-    beta = tl.load(in_ptr + 6 * in_row)
+    weight = tl.load(in_ptr + in_row * at.TOKEN_WEIGHTS)
+    advantage = tl.load(in_ptr + in_row * at.ADVANTAGES)
+    teacher_coef = tl.load(in_ptr + in_row * at.TEACHER_COEF)
     delta = 0.0 * weight
     forbidden = logp == float("-inf")  # the student cannot say it: nothing to learn from
     if HAS_OLD:
-        old = tl.load(in_ptr + 2 * in_row)
+        old = tl.load(in_ptr + in_row * at.OLD_LOGPROBS)
         delta = tl.where(forbidden & (old == logp), delta, logp - old)
     clamped = tl.abs(delta) > 20.0
     ratio = tl.exp(_clamp_log(delta))
@@ -51,16 +53,17 @@ def dgrpo_row(
     loss = tl.where(idle, 0.0, -advantage * bounded)
     a = tl.where(idle | clipped | clamped | forbidden, 0.0, -advantage * ratio)
     if HAS_WEIGHTS:
-        u = tl.load(in_ptr + 4 * in_row)
+        u = tl.load(in_ptr + in_row * at.POLICY_WEIGHTS)
         loss = tl.where(u == 0, 0.0, u * loss)
         a = tl.where(u == 0, 0.0, u * a)
     if HAS_SAMPLER:
-        u = tl.minimum(tl.exp(_clamp_log(logp - tl.load(in_ptr + 5 * in_row))), is_cap)
+        sampler = tl.load(in_ptr + in_row * at.SAMPLER_LOGPROBS)
+        u = tl.minimum(tl.exp(_clamp_log(logp - sampler)), is_cap)
         loss *= u
         a *= u
-    loss += tl.where(beta == 0, 0.0, beta * divergence)
+    loss += tl.where(teacher_coef == 0, 0.0, teacher_coef * divergence)
     if HAS_REF:
-        delta_ref = tl.load(in_ptr + 3 * in_row) - logp
+        delta_ref = tl.load(in_ptr + in_row * at.REF_LOGPROBS) - logp
         inside = tl.abs(delta_ref) <= 20.0
         delta_ref = _clamp_log(delta_ref)
         r = tl.exp(delta_ref)
@@ -71,6 +74,6 @@ def dgrpo_row(
     loss = tl.where(skip, 0.0, weight * loss)
     loss = tl.where(logp == logp, loss, float("nan"))
     a = tl.where(skip, 0.0, weight * a)
-    b = tl.where(skip | (beta == 0), 0.0, weight * beta)
+    b = tl.where(skip | (teacher_coef == 0), 0.0, weight * teacher_coef)
     c = tl.where(skip, 0.0, -weight * entropy_coef)
     return loss, ratio, clipped, clamped, a, b, c

@@ -1,11 +1,7 @@
 """Divergences that need both normalisers first: a second pass over the rows.
 
-    clipped forward KL   D = sum_v min(q log(q/p), C),         aux = S = sum of the unclipped q
-    JSD                  D = beta KL(q‖M) + (1-beta) KL(p‖M),  aux = KL(p‖M)
-                         with M = (1-beta) p + beta q
-
-(the JSD's convention is TRL's, GKD 2306.13649). Sums are over the columns at hand, so the shards of
-a vocabulary-parallel head add up. Traffic: 8 V bytes a row. Grid: one program a row.
+The formulas are in `divergences`. Sums are over the columns at hand, so the shards of a
+vocabulary-parallel head add up. Traffic: 8 V bytes per row. Grid: one program per row.
 """
 
 from __future__ import annotations
@@ -15,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgrpo_kernels import layout as at
+from dgrpo_kernels.divergences import DIVERGENCES, column_terms
 from dgrpo_kernels.logits import FLOOR, load_row, logits_of
-from dgrpo_kernels.rows import DIVERGENCES, Logits, check_rows
+from dgrpo_kernels.rows import Logits, check_rows
 
 
 @triton.jit(
     do_not_specialize=["stats_row"],
-    do_not_specialize_on_alignment=["stats_ptr"],
+    do_not_specialize_on_alignment=["stats_ptr", "parameters_ptr"],
 )
 def _row_divergence_kernel(
     z_ptr,
@@ -29,6 +27,7 @@ def _row_divergence_kernel(
     z_bias_ptr,
     t_bias_ptr,
     stats_ptr,
+    parameters_ptr,
     V,
     z_row,
     t_row,
@@ -39,8 +38,7 @@ def _row_divergence_kernel(
     t_scale,
     t_softcap,
     t_inv_temperature,
-    divergence_clip,
-    jsd_beta,
+    parameter,
     Z_SOFTCAP: tl.constexpr,
     T_SOFTCAP: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -50,10 +48,12 @@ def _row_divergence_kernel(
     z_ptr += row * z_row
     t_ptr += row * t_row
     stats_ptr += row
-    max_z = tl.load(stats_ptr)
-    log_sum_z = tl.load(stats_ptr + stats_row)
-    max_t = tl.load(stats_ptr + 2 * stats_row)
-    log_sum_t = tl.load(stats_ptr + 3 * stats_row)
+    max_z = tl.load(stats_ptr + stats_row * at.MAX_Z)
+    log_sum_z = tl.load(stats_ptr + stats_row * at.LOG_SUM_Z)
+    max_t = tl.load(stats_ptr + stats_row * at.MAX_T)
+    log_sum_t = tl.load(stats_ptr + stats_row * at.LOG_SUM_T)
+    if parameters_ptr is not None:
+        parameter = tl.load(parameters_ptr + row)
     lanes = tl.arange(0, BLOCK)
     divergence = tl.zeros((BLOCK,), tl.float32)
     aux = divergence
@@ -67,21 +67,11 @@ def _row_divergence_kernel(
         lq = tl.maximum(t - max_t, FLOOR) - log_sum_t
         p = tl.exp(lp)
         q = tl.exp(lq)
-        if DIVERGENCE == 3:
-            term = tl.where(q > 0, q * (lq - lp), 0.0)
-            divergence += tl.minimum(term, divergence_clip)
-            aux += tl.where(term < divergence_clip, q, 0.0)
-        else:
-            lp = tl.where(p > 0, lp, FLOOR)
-            top = tl.maximum(lp, lq)
-            odds_p = (1.0 - jsd_beta) * tl.exp(lp - top)
-            log_mix = top + tl.log(odds_p + jsd_beta * tl.exp(lq - top))
-            student = tl.where(p > 0, p * (lp - log_mix), 0.0)
-            teacher = tl.where(q > 0, q * (lq - log_mix), 0.0)
-            divergence += jsd_beta * teacher + (1.0 - jsd_beta) * student
-            aux += student
-    tl.store(stats_ptr + 6 * stats_row, tl.sum(divergence, 0))
-    tl.store(stats_ptr + 8 * stats_row, tl.sum(aux, 0))
+        value_terms, aux_terms = column_terms(p, q, lp, lq, parameter, DIVERGENCE)
+        divergence += value_terms
+        aux += aux_terms
+    tl.store(stats_ptr + stats_row * at.DIVERGENCE_ROW, tl.sum(divergence, 0))
+    tl.store(stats_ptr + stats_row * at.AUX, tl.sum(aux, 0))
 
 
 def row_divergence(
@@ -90,18 +80,18 @@ def row_divergence(
     stats: Tensor,
     *,
     divergence: str,
-    divergence_clip: float | None = None,
-    jsd_beta: float = 0.5,
+    parameter: float | Tensor | None = None,
 ) -> None:
-    """Add the divergence and its `aux` to finished statistics.
+    """Add a divergence of two passes and its `aux` to finished statistics.
 
     z, t: (R, V) fp32 logits. stats: the (11, R) view that `row_stats` wrote (merged over the shards
-    of a vocabulary-parallel head). divergence: "clipped_forward_kl" or "jsd".
+    of a vocabulary-parallel head). parameter: the divergence's own, a number or (R,) fp32.
     """
     check_rows("z", z.raw)
     check_rows("t", t.raw)
     rows, V = z.raw.shape
-    block = min(2048, triton.next_power_of_2(V))
+    block, warps = at.stats_block(V)
+    per_row = isinstance(parameter, Tensor)
     with torch.cuda.device_of(z.raw):
         _row_divergence_kernel[(rows,)](
             z.raw,
@@ -109,6 +99,7 @@ def row_divergence(
             z.bias,
             t.bias,
             stats,
+            parameter if per_row else None,
             V,
             z.raw.stride(0),
             t.raw.stride(0),
@@ -119,11 +110,10 @@ def row_divergence(
             float(t.scale),
             float(t.softcap or 1.0),
             1.0 / t.temperature,
-            float(divergence_clip or 0.0),
-            float(jsd_beta),
+            0.0 if per_row else float(parameter or 0.0),
             Z_SOFTCAP=z.softcap is not None,
             T_SOFTCAP=t.softcap is not None,
-            DIVERGENCE=DIVERGENCES[divergence],
+            DIVERGENCE=DIVERGENCES[divergence].code,
             BLOCK=block,
-            num_warps=8 if V > 1024 else 4,
+            num_warps=warps,
         )

@@ -1,60 +1,44 @@
-"""Gradient of rows of logits, from statistics and three numbers a row.
+"""Gradient of rows of logits, from statistics and three numbers per row.
 
     G_v = a (1[v=y] - p_v) + b dD/dz_v - c p_v (log p_v + entropy),   times d logit / d raw
 
-    dD/dz_v   reverse KL          p_v (log p_v - log q_v - D)
-              forward KL          p_v - q_v
-              clipped forward KL  p_v S - q_v 1[q_v log(q_v/p_v) < C],  S = sum of the unclipped q
-              JSD                 (1 - beta) p_v (log p_v - log M_v - KL(p‖M))
-              bucket              p_v aux - q_v, for the columns that a top-k teacher lacks
-
-(`RowStats` says what aux and q are for "bucket").
+with dD/dz from `divergences`; that of "bucket", for the columns that a top-k teacher lacks, is
+p_v aux - q_v (`RowStats` says what aux and q are).
 
 a = dL/dlogp, b = dL/dD, c = dL/dentropy: given, or computed in the prologue from the clipped dGRPO
 objective (`dgrpo_row`).
 
 Traffic: one read of each logits block (8 V bytes with a teacher), one write of G (2 V in bf16).
-Grid: SPLITS programs a row, each taking every SPLITS-th block of columns. G is a buffer of its own:
-over z, a program would overwrite columns that another has not read.
+Grid: SPLITS programs per row, each taking every SPLITS-th block of columns. G is a buffer of its
+own: over z, a program would overwrite columns that another has not read.
 """
 
 from __future__ import annotations
+
+from math import inf
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgrpo_kernels import layout as at
 from dgrpo_kernels.dgrpo_row import dgrpo_row
+from dgrpo_kernels.divergences import DIVERGENCES, NONE, slope
 from dgrpo_kernels.logits import FLOOR, LOWEST, chain, load_row, logits_of, rounded
-from dgrpo_kernels.rows import DIVERGENCES, NO_POLICY, Logits, PolicyRows, check_rows
-
-
-@triton.jit
-def _divergence_grad(lp, lq, p, divergence, aux, clip, jsd_beta, DIVERGENCE: tl.constexpr):
-    """dD/dz of a block of columns. `lp` is finite, and `lq` too but for "bucket"."""
-    if DIVERGENCE == 1:
-        g = p * (lp - lq - divergence)
-    elif DIVERGENCE == 2:
-        g = p - tl.exp(lq)
-    elif DIVERGENCE == 3:
-        q = tl.exp(lq)
-        unclipped = q * (lq - lp) < clip
-        g = p * aux - tl.where(unclipped, q, 0.0)
-    elif DIVERGENCE == 4:
-        x = lp + tl.log(1.0 - jsd_beta)
-        y = lq + tl.log(jsd_beta)
-        top = tl.maximum(x, y)
-        log_mix = top + tl.log(tl.exp(x - top) + tl.exp(y - top))
-        g = (1.0 - jsd_beta) * p * (lp - log_mix - aux)
-    else:
-        g = p * aux - tl.exp(lq)
-    return g
+from dgrpo_kernels.rows import Logits, PolicyRows, check_rows
 
 
 @triton.jit(
     do_not_specialize=["stats_row", "coef_row", "in_row", "out_row"],
-    do_not_specialize_on_alignment=["targets_ptr", "stats_ptr", "coef_ptr", "in_ptr", "out_ptr"],
+    do_not_specialize_on_alignment=[
+        "targets_ptr",
+        "stats_ptr",
+        "parameters_ptr",
+        "coef_ptr",
+        "in_ptr",
+        "out_ptr",
+    ],
 )
 def _row_grad_kernel(
     z_ptr,
@@ -63,6 +47,7 @@ def _row_grad_kernel(
     t_bias_ptr,
     targets_ptr,
     stats_ptr,
+    parameters_ptr,
     coef_ptr,
     in_ptr,
     # outputs
@@ -84,8 +69,7 @@ def _row_grad_kernel(
     t_scale,
     t_softcap,
     t_inv_temperature,
-    divergence_clip,
-    jsd_beta,
+    parameter,
     clip_low,
     clip_high,
     clip_dual,
@@ -107,27 +91,24 @@ def _row_grad_kernel(
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     stats_ptr += row
-    max_z = tl.load(stats_ptr)
-    log_sum_z = tl.load(stats_ptr + stats_row)
-    logp = tl.load(stats_ptr + 4 * stats_row)
-    entropy = tl.load(stats_ptr + 7 * stats_row)
+    max_z = tl.load(stats_ptr + stats_row * at.MAX_Z)
+    log_sum_z = tl.load(stats_ptr + stats_row * at.LOG_SUM_Z)
+    logp = tl.load(stats_ptr + stats_row * at.LOGPROBS)
+    entropy = tl.load(stats_ptr + stats_row * at.ENTROPY)
     target = tl.load(targets_ptr + row)
     divergence = 0.0 * entropy
-    aux = divergence
-    max_t = divergence
-    log_sum_t = divergence
-    if DIVERGENCE > 0:
-        divergence = tl.load(stats_ptr + 6 * stats_row)
-    if DIVERGENCE > 2:
-        aux = tl.load(stats_ptr + 8 * stats_row)
-    if DIVERGENCE == 5 or t_ptr is not None:
-        max_t = tl.load(stats_ptr + 2 * stats_row)
-        log_sum_t = tl.load(stats_ptr + 3 * stats_row)
+    if DIVERGENCE != NONE:
+        divergence = tl.load(stats_ptr + stats_row * at.DIVERGENCE_ROW)
+        aux = tl.load(stats_ptr + stats_row * at.AUX)
+        max_t = tl.load(stats_ptr + stats_row * at.MAX_T)
+        log_sum_t = tl.load(stats_ptr + stats_row * at.LOG_SUM_T)
+        if parameters_ptr is not None:
+            parameter = tl.load(parameters_ptr + row)
     if t_ptr is not None:
         t_ptr += row * t_row
     if ROUND_POLICY:
-        max_b = tl.load(stats_ptr + 9 * stats_row)
-        log_sum_b = tl.load(stats_ptr + 10 * stats_row)
+        max_b = tl.load(stats_ptr + stats_row * at.POLICY_MAX)
+        log_sum_b = tl.load(stats_ptr + stats_row * at.POLICY_LOG_SUM)
 
     if in_ptr is not None:
         loss, ratio, clipped, clamped, a, b, c = dgrpo_row(
@@ -149,13 +130,13 @@ def _row_grad_kernel(
         )
         if split == 0:
             out_ptr += row
-            tl.store(out_ptr, loss)
-            tl.store(out_ptr + out_row, ratio)
-            tl.store(out_ptr + 2 * out_row, clipped.to(tl.float32))
-            tl.store(out_ptr + 3 * out_row, clamped.to(tl.float32))
-            tl.store(out_ptr + 4 * out_row, a)
-            tl.store(out_ptr + 5 * out_row, b)
-            tl.store(out_ptr + 6 * out_row, c)
+            tl.store(out_ptr + out_row * at.LOSSES, loss)
+            tl.store(out_ptr + out_row * at.RATIO, ratio)
+            tl.store(out_ptr + out_row * at.CLIPPED, clipped.to(tl.float32))
+            tl.store(out_ptr + out_row * at.CLAMPED, clamped.to(tl.float32))
+            tl.store(out_ptr + out_row * at.COEF_A, a)
+            tl.store(out_ptr + out_row * at.COEF_B, b)
+            tl.store(out_ptr + out_row * at.COEF_C, c)
     else:
         a = tl.load(coef_ptr + row)
         b = tl.load(coef_ptr + row + coef_row)
@@ -172,13 +153,13 @@ def _row_grad_kernel(
         p = tl.exp(u - log_sum_z)
         lp = tl.maximum(u - log_sum_z, LOWEST)  # finite: 0 * inf does not arise
         g = -tl.where(c == 0, 0.0, c * p * (lp + entropy))
-        if DIVERGENCE > 0:
+        if DIVERGENCE != NONE:
             lq = z - max_t - log_sum_t
             if t_ptr is not None:
                 y = load_row(t_ptr, t_bias_ptr, cols, t_row, V)
                 v = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_SOFTCAP) - max_t
                 lq = tl.maximum(v, FLOOR) - log_sum_t
-            d = _divergence_grad(lp, lq, p, divergence, aux, divergence_clip, jsd_beta, DIVERGENCE)
+            d = slope(lp, lq, p, divergence, aux, parameter, DIVERGENCE)
             g += tl.where(b == 0, 0.0, b * d)
         policy = p
         if ROUND_POLICY:
@@ -196,16 +177,6 @@ def _row_grad_kernel(
         tl.store(grad_ptr + cols, g.to(grad_ptr.dtype.element_ty), mask=cols < grad_row)
 
 
-def grad_block(V: int) -> tuple[int, int, int]:
-    """Columns a step, warps, and programs a row: 256 rows are to fill a chip.
-
-    8 columns a thread give 16-byte loads and stores. Twice the columns and warps spill with the
-    JSD, a soft cap and a rounded policy at once (ahead-of-time check, triton 3.9).
-    """
-    block = min(1024, triton.next_power_of_2(V))
-    return block, 4, min(8, triton.cdiv(V, block))
-
-
 def row_grad(
     z: Logits,
     t: Logits | None,
@@ -216,22 +187,29 @@ def row_grad(
     *,
     policy: PolicyRows | None = None,
     divergence: str = "reverse_kl",
-    divergence_clip: float | None = None,
-    jsd_beta: float = 0.5,
+    parameter: float | Tensor | None = None,
     round_policy: bool = False,
 ) -> None:
     """Write dL/draw of rows of logits into `out`, (R, V) in the dtype of the matrix products.
 
     coef: (3, R) fp32 rows a, b, c, or None with `policy`, whose objective then gives them in the
-    prologue and fills `policy.outputs`. stats: the finished (11, R) statistics. A zero coefficient
-    skips its term; the loss of a row whose log-probability is NaN is NaN.
+    prologue and fills `policy.outputs`. stats: the finished (11, R) statistics. parameter: the
+    divergence's own, a number or (R,) fp32. A zero coefficient skips its term; the loss of a row
+    whose log-probability is NaN is NaN.
     """
     for name, block in (("z", z.raw), ("out", out), ("t", z.raw if t is None else t.raw)):
         check_rows(name, block)
     rows, V = z.raw.shape
-    block, warps, splits = grad_block(V)
+    block, warps, splits = at.grad_block(V)
     teacher = Logits(z.raw) if t is None else t
-    at = NO_POLICY if policy is None else policy
+    per_row = isinstance(parameter, Tensor)
+    context = None if policy is None else policy.context
+    numbers = (0.0,) * 6
+    if context is not None:
+        numbers = (
+            context.clip_low, context.clip_high, context.clip_dual, context.is_cap,
+            context.ref_coef, context.entropy_coef,
+        )  # fmt: skip
     with torch.cuda.device_of(z.raw):
         _row_grad_kernel[(rows * splits,)](
             z.raw,
@@ -240,10 +218,11 @@ def row_grad(
             teacher.bias,
             targets,
             stats,
+            parameter if per_row else None,
             coef,
-            at.inputs,
+            None if policy is None else policy.inputs,
             out,
-            at.outputs,
+            None if policy is None else policy.outputs,
             V,
             z.raw.stride(0),
             teacher.raw.stride(0),
@@ -258,22 +237,16 @@ def row_grad(
             float(teacher.scale),
             float(teacher.softcap or 1.0),
             1.0 / teacher.temperature,
-            float(divergence_clip or 0.0),
-            float(jsd_beta),
-            float(at.clip_low),
-            float(at.clip_high),
-            float(at.clip_dual),
-            float(at.is_cap),
-            float(at.ref_coef),
-            float(at.entropy_coef),
+            0.0 if per_row else float(parameter or 0.0),
+            *(inf if number is None else float(number) for number in numbers),
             Z_SOFTCAP=z.softcap is not None,
             T_SOFTCAP=teacher.softcap is not None,
-            DIVERGENCE=DIVERGENCES[divergence],
+            DIVERGENCE=DIVERGENCES[divergence].code,
             ROUND_POLICY=round_policy,
-            HAS_OLD=at.has_old,
-            HAS_REF=at.has_ref,
-            HAS_WEIGHTS=at.has_weights,
-            HAS_SAMPLER=at.has_sampler,
+            HAS_OLD=getattr(context, "old_logprobs", None) is not None,
+            HAS_REF=getattr(context, "ref_logprobs", None) is not None,
+            HAS_WEIGHTS=getattr(context, "policy_weights", None) is not None,
+            HAS_SAMPLER=getattr(context, "sampler_logprobs", None) is not None,
             SPLITS=splits,
             BLOCK=block,
             num_warps=warps,

@@ -2,15 +2,14 @@
 
     u = z - max z,  v = t - max t,  p = softmax(z),  q = softmax(t)
     log-sums of u and v, log p and log q at the target, entropy = log_sum_z - sum p u
-    reverse KL = sum p (u - v) - log_sum_z + log_sum_t
-    forward KL = sum q (v - u) + log_sum_z - log_sum_t
+    a divergence of one pass (`divergences`): reverse and forward KL
 
 z student logits, t teacher logits, R rows, V columns. Sums run per lane and are reduced once at the
 end of the row; only the two maxima are reduced at every step. Accumulators shift with the maxima,
 so that a near-equal teacher leaves small numbers and not the difference of large ones.
 
-Traffic: 4 V bytes a row and logits block, read once: 8 V with a teacher. Grid: one program a row.
-The online normaliser is Milakov & Gimelshein (1805.02867).
+Traffic: 4 V bytes per row and logits block, read once: 8 V with a teacher. Grid: one program per
+row. The online normaliser is Milakov & Gimelshein (1805.02867).
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgrpo_kernels import layout as at
+from dgrpo_kernels.divergences import DIVERGENCES, add_online, online_value
 from dgrpo_kernels.logits import FLOOR, LOWEST, load_row, logits_of, rounded
-from dgrpo_kernels.rows import DIVERGENCES, Logits, check_rows
+from dgrpo_kernels.rows import Logits, check_rows
 
 
 # N never enters: a view of the statistics starts anywhere, and its stride grows with N.
@@ -50,6 +51,7 @@ def _row_stats_kernel(
     Z_SOFTCAP: tl.constexpr,
     T_SOFTCAP: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    ONLINE: tl.constexpr,  # the divergence is one of one pass
     ROUND_POLICY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -65,7 +67,7 @@ def _row_stats_kernel(
     sum_b = sum_z
     max_t = max_z
     sum_t = sum_z
-    cross = sum_z  # sum e^u (u - v), or sum e^v (v - u) for the forward KL
+    cross = sum_z  # the running sum of the divergence
     for start in range(0, V, BLOCK):
         cols = start + lanes
         x = load_row(z_ptr, z_bias_ptr, cols, z_row, V)
@@ -87,14 +89,10 @@ def _row_stats_kernel(
             f = tl.exp(v)
             max_t = new_t
             v = tl.maximum(v, FLOOR)
-            if DIVERGENCE == 1:
-                cross = decay_z * (cross + (step_z - step_t) * sum_z) + tl.where(
-                    e > 0, e * (u - v), 0.0
+            if ONLINE:
+                cross = add_online(
+                    cross, u, v, e, f, sum_z, sum_t, step_z, step_t, decay_z, decay_t, DIVERGENCE
                 )
-            if DIVERGENCE == 2:
-                # Infinite where the student forbids what the teacher says, until that q underflows.
-                cross = tl.where(decay_t > 0, decay_t * (cross + (step_t - step_z) * sum_t), 0.0)
-                cross += tl.where(f > 0, f * (v - u), 0.0)
             sum_t = decay_t * sum_t + f
         sum_u = decay_z * (sum_u + step_z * sum_z) + tl.where(e > 0, e * u, 0.0)
         sum_z = decay_z * sum_z + e
@@ -125,12 +123,12 @@ def _row_stats_kernel(
     logprob = tl.where(here, z - max_b - log_sum_b, missing)
 
     out = stats_ptr + row
-    tl.store(out, max_z)
-    tl.store(out + stats_row, log_sum_z)
-    tl.store(out + 4 * stats_row, logprob)
-    tl.store(out + 7 * stats_row, entropy)
-    tl.store(out + 9 * stats_row, max_b)
-    tl.store(out + 10 * stats_row, log_sum_b)
+    tl.store(out + stats_row * at.MAX_Z, max_z)
+    tl.store(out + stats_row * at.LOG_SUM_Z, log_sum_z)
+    tl.store(out + stats_row * at.LOGPROBS, logprob)
+    tl.store(out + stats_row * at.ENTROPY, entropy)
+    tl.store(out + stats_row * at.POLICY_MAX, max_b)
+    tl.store(out + stats_row * at.POLICY_LOG_SUM, log_sum_b)
     if t_ptr is not None:
         total_t = tl.sum(sum_t, 0)
         log_sum_t = tl.log(total_t)
@@ -138,20 +136,15 @@ def _row_stats_kernel(
         if t_bias_ptr is not None:
             y += tl.load(t_bias_ptr + target)
         t = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_SOFTCAP)
-        tl.store(out + 2 * stats_row, max_t)
-        tl.store(out + 3 * stats_row, log_sum_t)
-        tl.store(out + 5 * stats_row, tl.where(here, t - max_t - log_sum_t, missing))
-        if DIVERGENCE == 1:
-            kl = tl.sum(cross, 0) / total_z - log_sum_z + log_sum_t
-            tl.store(out + 6 * stats_row, kl)
-        if DIVERGENCE == 2:
-            kl = tl.sum(cross, 0) / total_t + log_sum_z - log_sum_t
-            tl.store(out + 6 * stats_row, kl)
-
-
-def stats_block(V: int) -> tuple[int, int]:
-    """Columns a step and warps: 8 columns a thread, whose accumulators stay in registers."""
-    return min(2048, triton.next_power_of_2(V)), 8 if V > 1024 else 4
+        tl.store(out + stats_row * at.MAX_T, max_t)
+        tl.store(out + stats_row * at.LOG_SUM_T, log_sum_t)
+        tl.store(
+            out + stats_row * at.TEACHER_LOGPROBS, tl.where(here, t - max_t - log_sum_t, missing)
+        )
+        if ONLINE:
+            cross = tl.sum(cross, 0)
+            value = online_value(cross, total_z, total_t, log_sum_z, log_sum_t, DIVERGENCE)
+            tl.store(out + stats_row * at.DIVERGENCE_ROW, value)
 
 
 def row_stats(
@@ -167,15 +160,15 @@ def row_stats(
     """Write the statistics of rows of logits into `stats`, an `(11, R)` fp32 view (see `RowStats`).
 
     z, t: student and teacher logits, (R, V) fp32. targets: (R,) int64; one outside [0, V) reads
-    `missing` as its log-probability and nothing out of bounds. `divergence`: "none", "reverse_kl"
-    and "forward_kl" are finished here; the others need `row_divergence` after it. A teacher's logit
+    `missing` as its log-probability and nothing out of bounds. divergence: one of one pass is
+    finished here, one of two needs `row_divergence` after it. A teacher's logit
     counts as at least its row's peak - 1e6 in the KLs, so that a masked column keeps them finite.
     """
     check_rows("z", z.raw)
     if t is not None:
         check_rows("t", t.raw)
     rows, V = z.raw.shape
-    block, warps = stats_block(V)
+    block, warps = at.stats_block(V)
     with torch.cuda.device_of(z.raw):
         _row_stats_kernel[(rows,)](
             z.raw,
@@ -197,7 +190,8 @@ def row_stats(
             missing,
             Z_SOFTCAP=z.softcap is not None,
             T_SOFTCAP=t is not None and t.softcap is not None,
-            DIVERGENCE=DIVERGENCES[divergence],
+            DIVERGENCE=DIVERGENCES[divergence].code,
+            ONLINE=DIVERGENCES[divergence].passes == 1,
             ROUND_POLICY=round_policy,
             BLOCK=block,
             num_warps=warps,

@@ -1,25 +1,14 @@
-"""What the row kernels read and write, and the codes of the divergences. Plain torch, no Triton."""
+"""What the row kernels read and write. Plain torch, no Triton."""
 
 from __future__ import annotations
 
-from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 ROW_MULTIPLE = 16  # elements; row strides are multiples, so that every load is 16 bytes wide
 
 FLOOR = -1e6  # nats below the peak at which a teacher's logit is held: its KLs stay finite
-
-# "bucket" is the gradient of any divergence over a top-k teacher's buckets, in the tail's columns.
-DIVERGENCES = {
-    "none": 0,
-    "reverse_kl": 1,
-    "forward_kl": 2,
-    "clipped_forward_kl": 3,
-    "jsd": 4,
-    "bucket": 5,
-}
 
 
 class RowStats(NamedTuple):
@@ -29,9 +18,10 @@ class RowStats(NamedTuple):
     maximum and the rest of a log-sum-exp are kept apart, since their sum loses digits that a
     near-equal teacher's divergence is made of.
 
-    "bucket", D's gradient in the tail's columns, is `p_v aux - q_v`. Reverse KL and JSD: aux =
-    r_tail - mean r and q = 0. Forward KLs: aux = mass of the unclipped q, and q is the teacher's
-    tail in the student's shape, `log q_v = z_v - max_t - log_sum_t`, also where p underflows.
+    "bucket", the divergence's slope in a top-k teacher's tail, is `p_v aux - q_v`. Reverse KL and
+    JSD: aux = r_tail - mean r and q = 0. Forward KLs: aux = mass of the unclipped q, and q is the
+    teacher's tail in the student's shape, `log q_v = z_v - max_t - log_sum_t`, also where p
+    underflows.
     """
 
     max_z: Tensor
@@ -42,7 +32,7 @@ class RowStats(NamedTuple):
     teacher_logprobs: Tensor
     divergence: Tensor
     entropy: Tensor
-    aux: Tensor  # clipped forward KL: S; JSD: KL(p‖M); bucket: see above
+    aux: Tensor  # a second number of some divergences: see `divergences`; bucket: see above
     policy_max: Tensor  # of the row rounded to bf16, = max_z without rounding
     policy_log_sum: Tensor
 
@@ -66,37 +56,48 @@ class Logits(NamedTuple):
     holes: bool = True
 
 
-POLICY_INPUTS = 7  # weights, advantages, old, ref, policy weights, sampler, teacher coefficients
-POLICY_OUTPUTS = 7  # losses, ratio, clipped, clamped, a, b, c
+class PolicyInputs(NamedTuple):
+    """Rows of the `(7, R)` fp32 buffer that the fused dGRPO objective reads."""
+
+    token_weights: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    policy_weights: Tensor
+    sampler_logprobs: Tensor
+    teacher_coef: Tensor
+
+
+class PolicyOutputs(NamedTuple):
+    """Rows of the `(7, R)` fp32 buffer that the fused dGRPO objective writes."""
+
+    losses: Tensor
+    ratio: Tensor
+    clipped: Tensor  # 0 or 1
+    clamped: Tensor  # 0 or 1
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+
+POLICY_INPUTS, POLICY_OUTPUTS = len(PolicyInputs._fields), len(PolicyOutputs._fields)
 
 
 class PolicyRows(NamedTuple):
     """What the fused dGRPO objective needs for R rows.
 
-    inputs: (7, R) fp32 rows: token weights, advantages, old, reference, policy weights, sampler
-        log-probabilities, teacher coefficients; an absent one is flagged and never read.
-    outputs: (7, R) fp32 rows: losses, ratio, clipped (0 or 1), clamped (0 or 1), a, b, c.
+    inputs: (7, R), see `PolicyInputs`; a row that `context` lacks is never read. outputs: (7, R),
+    see `PolicyOutputs`. context: the call's `dgrpo.objectives.Context`: its numbers, and which of
+    the optional inputs are None.
     """
 
-    inputs: Tensor | None
-    outputs: Tensor | None
-    has_old: bool = False
-    has_ref: bool = False
-    has_weights: bool = False
-    has_sampler: bool = False
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    clip_dual: float = inf
-    is_cap: float = inf
-    ref_coef: float = 0.0
-    entropy_coef: float = 0.0
-
-
-NO_POLICY = PolicyRows(None, None)  # coefficients come from outside
+    inputs: Tensor
+    outputs: Tensor
+    context: Any
 
 
 def check_rows(name: str, values: Tensor) -> None:
-    """Refuse a block that the kernels would read with narrow loads or out of bounds."""
+    """Raise for a block that the kernels would read with narrow loads or out of bounds."""
     if values.stride(1) != 1 or values.stride(0) % ROW_MULTIPLE:
         raise ValueError(
             f"{name}: got strides {tuple(values.stride())}, expected unit column stride and a row "

@@ -1,7 +1,7 @@
 """The columns of a top-k teacher: taken out of a row of logits, and their gradients put back.
 
 With the K columns taken out (set to -inf), `row_stats` gives the student's tail over the others,
-which 1 - sum p would lose in fp32. Traffic: a few bytes per column id. Grid: one program a row.
+which 1 - sum p would lose in fp32. Traffic: a few bytes per column id. Grid: one program per row.
 """
 
 from __future__ import annotations

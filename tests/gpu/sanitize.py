@@ -18,6 +18,7 @@ from itertools import product
 
 import torch
 
+from dgrpo.objectives import Context
 from dgrpo_kernels import ROW_MULTIPLE, STATS, Logits, PolicyRows
 from dgrpo_kernels import triton_rows as kernels
 from dgrpo_kernels.rows import POLICY_INPUTS, POLICY_OUTPUTS
@@ -40,7 +41,8 @@ def policy_rows() -> PolicyRows:
     inputs, outputs = (
         torch.rand(count, ROWS, device=DEVICE) for count in (POLICY_INPUTS, POLICY_OUTPUTS)
     )
-    return PolicyRows(inputs, outputs, *(True,) * 4, 0.2, 0.2, 3.0, 2.0, 0.1, 0.1)
+    context = Context(*inputs[[1, 0, 2, 3, 4, 5]], 2.0, 0.2, 0.2, 3.0, 0.5, 0.1, 0.1)
+    return PolicyRows(inputs, outputs, context)
 
 
 def launch(columns: int, divergence: str, everything: bool, dtype: torch.dtype) -> None:
@@ -53,7 +55,7 @@ def launch(columns: int, divergence: str, everything: bool, dtype: torch.dtype) 
     second = divergence in ("clipped_forward_kl", "jsd")
     first = divergence if full and not second else "none"
     kernels.row_stats(z, t, targets, stats, divergence=first, round_policy=everything)
-    options = {"divergence": divergence, "divergence_clip": 0.1, "jsd_beta": 0.3}
+    options = {"divergence": divergence, "parameter": 0.3}
     if second:
         kernels.row_divergence(z, t, stats, **options)
     out = block(columns, False, dtype).raw

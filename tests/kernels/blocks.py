@@ -14,8 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter runs 
 DIVERGENCES = {
     "reverse_kl": {},
     "forward_kl": {},
-    "clipped_forward_kl": {"divergence_clip": 0.05},
-    "jsd": {"jsd_beta": 0.3},
+    "clipped_forward_kl": {"parameter": 0.05},
+    "jsd": {"parameter": 0.3},
 }
 TRANSFORMS = {
     "plain": {},
@@ -95,8 +95,7 @@ def want(
     coef: Tensor | None = None,
     *,
     divergence: str = "reverse_kl",
-    divergence_clip: float | None = None,
-    jsd_beta: float = 0.5,
+    parameter: float = 0.5,
     round_policy: bool = False,
 ) -> Want:
     """Plain formulas, differentiated by autograd. coef: (3, R) dL/dlogp, dL/dD, dL/dentropy."""
@@ -112,12 +111,13 @@ def want(
         lq = transform(raw_of(t), t).log_softmax(-1)
         q = lq.exp()
         own = lq.gather(1, targets[:, None])[:, 0]
-        mix = torch.logaddexp(lp + math.log1p(-jsd_beta), lq + math.log(jsd_beta))
+        beta = clip = parameter
+        mix = torch.logaddexp(lp + math.log1p(-beta), lq + math.log(beta))
         value = {
             "reverse_kl": lambda: (p * (lp - lq)).sum(-1),
             "forward_kl": lambda: (q * (lq - lp)).sum(-1),
-            "clipped_forward_kl": lambda: (q * (lq - lp)).clamp(max=divergence_clip).sum(-1),
-            "jsd": lambda: (jsd_beta * q * (lq - mix) + (1 - jsd_beta) * p * (lp - mix)).sum(-1),
+            "clipped_forward_kl": lambda: (q * (lq - lp)).clamp(max=clip).sum(-1),
+            "jsd": lambda: (beta * q * (lq - mix) + (1 - beta) * p * (lp - mix)).sum(-1),
         }[divergence]()
     grad = None
     if coef is not None:

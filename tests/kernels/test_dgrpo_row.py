@@ -72,18 +72,8 @@ def policy_rows(context: Context) -> PolicyRows:
     for row, value in zip(inputs, rows, strict=True):
         if value is not None:
             row.copy_(value)
-    none = float("inf")
-    return PolicyRows(
-        inputs,
-        torch.full((7, R + 3), torch.nan, device=DEVICE)[:, 1 : 1 + R],
-        *(value is not None for value in optional),
-        context.clip_low,
-        context.clip_high,
-        none if context.clip_dual is None else context.clip_dual,
-        none if context.is_cap is None else context.is_cap,
-        context.ref_coef,
-        context.entropy_coef,
-    )
+    outputs = torch.full((7, R + 3), torch.nan, device=DEVICE)[:, 1 : 1 + R]
+    return PolicyRows(inputs, outputs, context)
 
 
 def run(context_options, dtype=torch.float32, spoil=None, teacher=True):

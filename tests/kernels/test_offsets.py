@@ -58,8 +58,8 @@ def test_offsets_beyond_32_bits(kernel, sparse):
         return
     kernels.row_stats(*far, targets, stats)
     if kernel == "divergence":
-        kernels.row_divergence(*far, stats, divergence="jsd", jsd_beta=0.3)
-        goal = want(*near, targets, divergence="jsd", jsd_beta=0.3)
+        kernels.row_divergence(*far, stats, divergence="jsd", parameter=0.3)
+        goal = want(*near, targets, divergence="jsd", parameter=0.3)
     else:
         goal = want(*near, targets, torch.ones(3, ROWS))
     assert relative_error(fields(stats).divergence, goal.divergence) < 1e-5

@@ -139,7 +139,7 @@ def test_a_column_below_fp32_counts_in_the_clip(backend):
     z.raw[0, 0] = 0.0
     t.raw.fill_(-9.2)
     t.raw[0, 1] = 0.0
-    options = {"divergence_clip": 0.5}
+    options = {"parameter": 0.5}
     coef = torch.tensor([[0.0], [1.0], [0.0]], device=DEVICE)
     got = grad_of(backend, z, t, "clipped_forward_kl", coef=coef, **options)
     goal = want(z, t, targets_of(1, 32), coef, divergence="clipped_forward_kl", **options).grad
@@ -209,7 +209,7 @@ def test_a_forbidden_target_gets_no_gradient(cap, backend):
 
 def test_repeating_gives_the_same_bits():
     z, t = block(4, 2500), block(4, 2500, seed=1)
-    assert torch.equal(*(grad_of("triton", z, t, "jsd", jsd_beta=0.3) for _ in range(2)))
+    assert torch.equal(*(grad_of("triton", z, t, "jsd", parameter=0.3) for _ in range(2)))
 
 
 def test_only_its_own_rows_are_written():

@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgrpo
+from dgrpo.ops.blocks import Plan, make_plan, padded
 from dgrpo.ops.gemm import accumulate, accumulate_bias, grad_hidden, project
-from dgrpo.ops.plan import Plan, make_plan, padded
 from dgrpo.testing import relative_error
 from tests.ops.cases import DIVERGENCES, TEACHERS, case_of, fp64, gradients, teacher_of
 

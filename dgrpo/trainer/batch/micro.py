@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgrpo.head import HeadInputs
 from dgrpo.objectives.context import Context
+from dgrpo.ops import Options
 from dgrpo.trainer.attention.packed import Prefixes
 from dgrpo.trainer.batch.sample import Sample
 
@@ -66,7 +67,7 @@ class Micro:
         teacher: Any = None,
         objective: Callable | None = None,
         sequence_objective: Callable | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Options | None = None,
     ) -> HeadInputs:
         """What the loss head needs for this micro; `teacher` comes from `Teacher.head(micro)`.
 
@@ -84,9 +85,7 @@ class Micro:
             context=self.context,
             objective=objective,
             sequence_objective=sequence_objective,
-            teacher=teacher,
-            rows=self.rows,
-            options=dict(options or {}),
+            options=replace(options or Options(), teacher=teacher, rows=self.rows),
         )
 
     def per_sample(self, values: Tensor) -> list[tuple[int, Tensor]]:

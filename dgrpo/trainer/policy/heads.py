@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dgrpo.head import FusedHead
+from dgrpo.ops.blocks import transformed
 from dgrpo.ops.gemm import accumulator, project
-from dgrpo.ops.heads import transformed
 
 LIFT_BYTES = 2**26  # scratch for lifting a bf16 head on the CPU
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from dgrpo.ops import Options
 from dgrpo.trainer.batch import balanced_count, pack
 from dgrpo.trainer.policy import fsdp
 from tests.tiny import VOCAB, make_samples
@@ -52,7 +53,7 @@ def step(policy, samples, scale, *, objective=None, teacher=None, every_micro=Tr
     if sharded:
         micros = balanced_count(micros, **COEFFICIENTS)
     total = torch.zeros((), dtype=torch.float64)
-    options = {"vocab_size": VOCAB}
+    options = Options(vocab_size=VOCAB)
     for number, micro in enumerate(micros):
         if sharded:
             fsdp.sync_gradients(policy, number == len(micros) - 1, every_micro)

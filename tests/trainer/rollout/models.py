@@ -3,6 +3,7 @@
 import torch
 import transformers
 
+from dgrpo.ops import Options
 from dgrpo.trainer.batch import Sample, pack
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.policy.huggingface import from_config
@@ -65,7 +66,7 @@ def scored(policy, rollouts, temperature=1.0) -> list[torch.Tensor]:
     """The trainer's own log-probabilities."""
     found = [None] * len(rollouts)
     for micro in pack([Sample(r.prompt_ids, r.completion_ids) for r in rollouts], 300):
-        inputs = micro.head_inputs("logprobs", options={"temperature": temperature})
+        inputs = micro.head_inputs("logprobs", options=Options(temperature=temperature))
         with torch.no_grad():
             out = policy(**micro.model_args(), inputs=inputs)
         for place, values in micro.per_sample(out.logprobs):

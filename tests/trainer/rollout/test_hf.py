@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from dgrpo.ops import Options
 from dgrpo.trainer.batch import Sample, pack
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.policy.huggingface import from_config
@@ -57,7 +58,7 @@ def test_lora_and_a_restricted_vocabulary(prompts):
     drawn = sampler.generate(prompts[:2], 4, Sampling(max_tokens=16))
     assert max(max(t) for t in tokens(drawn)) < 20
     for micro in pack([Sample(r.prompt_ids, r.completion_ids) for r in drawn], 300):
-        inputs = micro.head_inputs("logprobs", options={"vocab_size": 20})
+        inputs = micro.head_inputs("logprobs", options=Options(vocab_size=20))
         out = policy(**micro.model_args(), inputs=inputs)
         for place, values in micro.per_sample(out.logprobs):
             assert torch.allclose(values, drawn[place].logprobs, atol=1e-5)

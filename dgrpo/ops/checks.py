@@ -1,20 +1,22 @@
-"""Checks of the arguments that all public functions share. Each error: argument, got, expected."""
+"""Checks of what every call is given. Each error: argument, got, expected.
+
+Those of a teacher stand in `teachers`, those of a divergence in `divergences`.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
 from numbers import Integral, Real
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from dgrpo_kernels.rows import DIVERGENCES
+from dgrpo.objectives.context import Context
+from dgrpo_kernels.rows import PolicyInputs
 
 IGNORE = -100  # the target of a token without loss
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-PUBLIC_DIVERGENCES = tuple(name for name in DIVERGENCES if name not in ("none", "bucket"))
 
 
 def shape(value: Tensor) -> str:
@@ -105,8 +107,8 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | N
             )
 
 
-def check_like_targets(name: str, value: object, targets: Tensor) -> Tensor:
-    """A real tensor shaped like `targets`, on its device."""
+def check_like_targets(name: str, value: object, targets: Tensor) -> None:
+    """Raise unless this is a real tensor shaped like `targets`, on its device."""
     check_tensor(name, value)
     if value.shape != targets.shape:
         raise ValueError(
@@ -118,7 +120,6 @@ def check_like_targets(name: str, value: object, targets: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: got a tensor on {value.device}, expected {targets.device}, where targets is"
         )
-    return value.detach()
 
 
 def check_transform(
@@ -128,32 +129,6 @@ def check_transform(
     check_number(f"{of}logit_scale", logit_scale, above=0)
     if logit_softcap is not None:
         check_number(f"{of}logit_softcap", logit_softcap, above=0)
-
-
-def check_divergence(divergence: object, clip: object, jsd_beta: object) -> None:
-    if divergence not in PUBLIC_DIVERGENCES:
-        raise ValueError(
-            f"divergence: got {divergence!r}, expected one of {', '.join(PUBLIC_DIVERGENCES)}"
-        )
-    if divergence == "clipped_forward_kl":
-        if clip is None:
-            raise ValueError(
-                "divergence_clip: got None, expected a positive number (nats a column) with "
-                "divergence='clipped_forward_kl'"
-            )
-        check_number("divergence_clip", clip, above=0)
-    elif clip is not None:
-        raise ValueError(
-            f"divergence_clip: got {clip}, expected None with divergence={divergence!r}; it "
-            "belongs to 'clipped_forward_kl'"
-        )
-    check_number("jsd_beta", jsd_beta)
-    if divergence == "jsd" and not 0 < jsd_beta < 1:
-        other = "forward_kl" if jsd_beta <= 0 else "reverse_kl"
-        raise ValueError(
-            f"jsd_beta: got {jsd_beta}, expected 0 < jsd_beta < 1; at the end of that range use "
-            f"divergence={other!r}"
-        )
 
 
 def check_vocabulary(columns: int, teacher_columns: int | None, vocab_size: int | None) -> int:
@@ -195,29 +170,94 @@ def check_rows(rows: object, targets: Tensor) -> None:
         )
 
 
-def pick_backend(backend: object, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module of row kernels: Triton on GPUs, torch elsewhere."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend: got {backend!r}, expected 'auto', 'triton' or 'torch'")
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        from dgrpo.ops import rows_torch
-
-        return rows_torch
-    try:
-        import triton
-
-        from dgrpo_kernels import triton_rows
-    except ImportError as error:
-        if backend == "auto":
-            from dgrpo.ops import rows_torch
-
-            return rows_torch
-        raise ValueError("backend: got 'triton', which is not installed; use 'torch'") from error
-    if dtype == torch.float64:
-        raise ValueError("backend: got 'triton' for fp64, expected 'torch' (or 'auto' on the CPU)")
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+def check_policy(context: Context, targets: Tensor) -> None:
+    """Raise for a field of a context that dGRPO's objective cannot use."""
+    if context.advantages is None:
+        raise TypeError("advantages: got None, expected a tensor shaped like targets")
+    for name in PolicyInputs._fields:
+        value = getattr(context, name)
+        if name == "teacher_coef" and not isinstance(value, Tensor):
+            check_number(name, value)
+        elif value is not None and not (name == "teacher_coef" and value.dim() == 0):
+            check_like_targets(name, value, targets)
+    check_number("clip_low", context.clip_low, least=0)
+    check_number("clip_high", context.clip_high, least=0)
+    check_number("ref_coef", context.ref_coef)
+    check_number("entropy_coef", context.entropy_coef)
+    if context.clip_dual is not None:
+        check_number("clip_dual", context.clip_dual, above=1)
+    if context.is_cap is not None:
+        check_number("is_cap", context.is_cap, above=0)
+        if context.sampler_logprobs is None:
+            raise ValueError(
+                f"is_cap: got {context.is_cap} without sampler_logprobs, expected None"
+            )
+    if context.sampler_logprobs is not None and context.policy_weights is not None:
         raise ValueError(
-            f"backend: got 'triton' for tensors on {device}, expected 'torch' or 'auto' (Triton "
-            "runs on the CPU only in its interpreter, TRITON_INTERPRET=1)"
+            "policy_weights: got a tensor beside sampler_logprobs, expected one of the two; both "
+            "define the importance weight u"
         )
-    return triton_rows
+    if context.ref_coef and context.ref_logprobs is None:
+        raise ValueError(
+            f"ref_logprobs: got None with ref_coef={context.ref_coef}, expected a tensor"
+        )
+
+
+# values, at the cost of host syncs: what `check=True` runs
+
+
+def check_finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
+    """Raise for NaN and inf; `where` (bool, the leading dimensions) says what counts."""
+    bad = ~torch.isfinite(value)
+    if where is not None:
+        bad = bad[where]
+    count = int(bad.sum())
+    if count:
+        raise ValueError(
+            f"{name}: got {count} values that are NaN or infinite, expected finite ones"
+        )
+
+
+def check_bias(name: str, bias: Tensor | None) -> None:
+    """Raise for NaN and +inf; -inf forbids a column."""
+    if bias is not None and bool((bias.isnan() | (bias == torch.inf)).any()):
+        count = int((bias.isnan() | (bias == torch.inf)).sum())
+        raise ValueError(
+            f"{name}: got {count} values that are NaN or +inf, expected finite ones, or -inf for a "
+            "column that is never chosen"
+        )
+
+
+def check_context_values(context: Context, counts: Tensor) -> None:
+    """Raise for NaN and inf where `counts` (bool), but where nothing depends on the value.
+
+    A token of weight 0 takes no part. One without advantage has no ratio, so its old and sampler
+    log-probabilities may be infinite.
+    """
+    if context.token_weights is not None:
+        check_finite("token_weights", context.token_weights, counts)
+        counts = counts & (context.token_weights != 0)
+    if isinstance(context.teacher_coef, Tensor) and not context.teacher_coef.dim():
+        check_finite("teacher_coef", context.teacher_coef)
+    for name, value in context.per_token().items():
+        where = counts
+        if name in ("old_logprobs", "sampler_logprobs"):
+            where = counts & ((context.advantages != 0) | value.isnan())
+        check_finite(name, value, where)
+
+
+def check_targets(targets: Tensor, vocabulary: int, rows: Tensor | None) -> None:
+    """Targets in the vocabulary or -100, and `rows` exactly the unmasked ones."""
+    flat = targets.reshape(-1)
+    outside = (flat != IGNORE) & ((flat < 0) | (flat >= vocabulary))
+    if bool(outside.any()):
+        raise ValueError(
+            f"targets: got {int(flat[outside][0])}, expected {IGNORE} or 0 to {vocabulary - 1}"
+        )
+    if rows is not None:
+        want = (flat != IGNORE).nonzero()[:, 0]
+        if not torch.equal(rows.to(want.device).sort().values, want):
+            raise ValueError(
+                f"rows: got {len(rows)} indices that are not those of the {len(want)} unmasked "
+                f"tokens, expected each token whose target is not {IGNORE} once"
+            )

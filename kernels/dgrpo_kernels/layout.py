@@ -1,0 +1,44 @@
+"""Where the kernels find their numbers, and how many columns they take at a time.
+
+Row offsets, in units of the row stride, of the buffers that `RowStats`, `PolicyInputs` and
+`PolicyOutputs` describe.
+"""
+
+import triton
+import triton.language as tl
+
+from dgrpo_kernels.rows import PolicyInputs, PolicyOutputs, RowStats
+
+_STATS, _INPUTS, _OUTPUTS = (
+    {name: tl.constexpr(row) for row, name in enumerate(kind._fields)}
+    for kind in (RowStats, PolicyInputs, PolicyOutputs)
+)
+MAX_Z, LOG_SUM_Z = _STATS["max_z"], _STATS["log_sum_z"]
+MAX_T, LOG_SUM_T = _STATS["max_t"], _STATS["log_sum_t"]
+LOGPROBS, TEACHER_LOGPROBS = _STATS["logprobs"], _STATS["teacher_logprobs"]
+DIVERGENCE_ROW, ENTROPY, AUX = _STATS["divergence"], _STATS["entropy"], _STATS["aux"]
+POLICY_MAX, POLICY_LOG_SUM = _STATS["policy_max"], _STATS["policy_log_sum"]
+
+TOKEN_WEIGHTS, ADVANTAGES = _INPUTS["token_weights"], _INPUTS["advantages"]
+OLD_LOGPROBS, REF_LOGPROBS = _INPUTS["old_logprobs"], _INPUTS["ref_logprobs"]
+POLICY_WEIGHTS, SAMPLER_LOGPROBS = _INPUTS["policy_weights"], _INPUTS["sampler_logprobs"]
+TEACHER_COEF = _INPUTS["teacher_coef"]
+
+LOSSES, RATIO = _OUTPUTS["losses"], _OUTPUTS["ratio"]
+CLIPPED, CLAMPED = _OUTPUTS["clipped"], _OUTPUTS["clamped"]
+COEF_A, COEF_B, COEF_C = _OUTPUTS["a"], _OUTPUTS["b"], _OUTPUTS["c"]
+
+
+def stats_block(V: int) -> tuple[int, int]:
+    """Columns per step and warps: 8 columns per thread, whose accumulators stay in registers."""
+    return min(2048, triton.next_power_of_2(V)), 8 if V > 1024 else 4
+
+
+def grad_block(V: int) -> tuple[int, int, int]:
+    """Columns per step, warps, and programs per row: 256 rows are to fill a chip.
+
+    8 columns per thread give 16-byte loads and stores. Twice the columns and warps spill with the
+    JSD, a soft cap and a rounded policy at once (ahead-of-time check, triton 3.9).
+    """
+    block = min(1024, triton.next_power_of_2(V))
+    return block, 4, min(8, triton.cdiv(V, block))
