@@ -13,7 +13,7 @@ import dgrpo
 from bench.cases import Case
 from bench.provider import NEEDS_GPU, Provider, clipped_loss
 from bench.reference import BOTH, CROSS_ENTROPY, FORWARD_KL, KL, POLICY
-from dgrpo.objectives.context import Context
+from dgrpo.objectives import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo as dgrpo_objective
 
 MIB = 2**20

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dgrpo.objectives.context import Context
+from dgrpo.objectives import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
 from dgrpo.ops.autograd import run_loss, run_stats
-from dgrpo.ops.blocks import transformed
+from dgrpo.ops.gemm import accumulator, project
 from dgrpo.ops.options import Options
 from dgrpo.ops.steps import TokenStats
 
 MODES = ("loss", "stats", "logprobs")
+LIFT_BYTES = 2**26  # scratch for lifting a bf16 head on the CPU
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
@@ -146,6 +147,17 @@ class FusedHead(nn.Linear):
         z = nn.functional.linear(hidden, self.merged_weight(), self.bias)
         return transformed(z, self.logit_scale, self.logit_softcap)
 
+    @torch.no_grad()
+    def fp32_logits(self, hidden: Tensor) -> Tensor:
+        """(R, V) logits of (R, H) hidden states, summed in fp32 as in the loss. No gradient."""
+        weight = self.merged_weight()
+        dtype = accumulator(weight.dtype)
+        z = torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device)
+        project(hidden.to(weight.dtype), weight, z, LIFT_BYTES)
+        if self.bias is not None:
+            z += self.bias
+        return transformed(z, self.logit_scale, self.logit_softcap)
+
     def forward(self, hidden: Tensor, inputs: HeadInputs | None = None) -> HeadOutput | Tensor:
         """hidden: (N, H) or (B, T, H). Without `inputs`, plain logits; else see `HeadInputs`.
 
@@ -180,3 +192,11 @@ def _sequence_loss(stats: TokenStats, inputs: HeadInputs) -> HeadOutput:
     return HeadOutput(
         loss, stats.logprobs, stats.teacher_logprobs, stats.divergence, stats.entropy, metrics
     )
+
+
+def transformed(linear: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Plain logits of a linear layer's output: scaled and softly capped. -inf (a bias) stays."""
+    z = linear * scale
+    if softcap is None:
+        return z
+    return (torch.tanh(z / softcap) * softcap).masked_fill(z == -torch.inf, -torch.inf)

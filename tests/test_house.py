@@ -62,9 +62,6 @@ BEHIND_A_DOOR = {
     "dgrpo.data.books",
     "dgrpo.data.row_stream",
     "dgrpo.data.render",
-    "dgrpo.objectives.context",
-    "dgrpo.ops.gemm",
-    "dgrpo.ops.heads",
 }
 # A module imports only from lines below; names on one line ignore each other. A name stands for all
 # below it that has no line of its own: `trainer` for collect, update, build, record, ...
@@ -90,8 +87,7 @@ INSTALLS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "tokenizers": "transf
 OPTIONAL = {"liger_kernel", "lm_eval", "langdetect", "wandb", "flash_attn", "vllm"}
 # Modules that ask torch.distributed for rank or world although dgrpo.distributed knows them.
 ASK_FOR_RANKS = {
-    "dgrpo.ops.agreement",
-    "dgrpo.ops.shards",
+    "dgrpo.ops.vocab_parallel",
 }
 UNPACK = set()  # modules of the loss that take a dataclass apart with vars()
 

@@ -9,11 +9,12 @@ from dgrpo.ops.losses import (
     linear_loss,
     linear_token_stats,
 )
-from dgrpo.ops.options import Options
+from dgrpo.ops.options import DIVERGENCE_OPTIONS, Options
 from dgrpo.ops.steps import TokenStats
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 
 __all__ = [
+    "DIVERGENCE_OPTIONS",
     "DgrpoOutput",
     "LogprobsOutput",
     "LossOutput",

@@ -192,14 +192,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def transformed(linear: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Plain logits of a linear layer's output: scaled and softly capped. -inf (a bias) stays."""
-    z = linear * scale
-    if softcap is None:
-        return z
-    return (torch.tanh(z / softcap) * softcap).masked_fill(z == -torch.inf, -torch.inf)
-
-
 def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
     """Space for `rows` rows of logits in the accumulator's dtype."""
     return torch.empty(rows, padded(columns), dtype=accumulator(like.dtype), device=like.device)

@@ -13,10 +13,10 @@ from torch import Tensor
 from dgrpo.objectives.context import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
 from dgrpo.ops import checks, rows_torch
-from dgrpo.ops.divergences import SLOPES, Divergence
+from dgrpo.ops.divergences import SLOPES, Divergence, check_divergence, check_parameter_values
 from dgrpo.ops.gemm import accumulator
-from dgrpo.ops.options import Options, check_call, check_call_values
-from dgrpo.ops.teachers import TopKTeacher
+from dgrpo.ops.options import Options
+from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 from dgrpo.ops.vocab_parallel import Shard, agree, agreed, local_part
 from dgrpo_kernels.rows import STATS, PolicyInputs
 
@@ -121,7 +121,7 @@ def prepare(
     with agreed(group):
         if group is not None and checks.is_dtensor(weight):
             weight = local_part(weight)
-        check_call(hidden, weight, targets, options)
+        _check(hidden, weight, targets, options)
         pick_backend(options.backend, weight.device, weight.dtype)
         if not callable(objective):
             raise TypeError(f"objective: got {type(objective).__name__}, expected a function")
@@ -134,8 +134,66 @@ def prepare(
         shard = agree(weight, targets, options, needs(hidden, weight, options.bias))
     if options.check:
         with agreed(group):
-            check_call_values(hidden, weight, targets, options, ours, shard.total, shard.columns)
+            _check_values(hidden, weight, targets, options, ours, shard.total, shard.columns)
     return _lay_out(weight, targets, options, context, shard), weight
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> None:
+    """Raise for shapes, dtypes, devices and options that do not fit. No host sync."""
+    checks.check_head(hidden, weight, targets, options.bias)
+    checks.check_transform(options.temperature, options.logit_scale, options.logit_softcap)
+    checks.check_number("teacher_temperature", options.teacher_temperature, above=0)
+    check_divergence(options, targets)
+    if options.policy_logits not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"policy_logits: got {options.policy_logits!r}, expected 'float32' or 'bfloat16'"
+        )
+    budget = options.memory_budget
+    if type(budget) is not int:
+        raise TypeError(f"memory_budget: got {type(budget).__name__}, expected an int (bytes)")
+    if budget <= 0:
+        raise ValueError(f"memory_budget: got {budget}, expected bytes above 0")
+    if options.rows is not None:
+        checks.check_rows(options.rows, targets)
+    teacher = options.teacher
+    if teacher is not None:
+        if not isinstance(teacher, TeacherHead | TopKTeacher):
+            kind = type(teacher).__name__
+            raise TypeError(f"teacher: got {kind}, expected TeacherHead, TopKTeacher or None")
+        teacher.check(targets, weight.device, options.teacher_temperature)
+    if options.group is None and options.vocab_start is not None:
+        raise ValueError(f"vocab_start: got {options.vocab_start} without group, expected None")
+    if options.group is not None:
+        checks.check_whole("vocab_size", options.vocab_size, least=1)
+        checks.check_whole("vocab_start", options.vocab_start, least=0)
+
+
+def _check_values(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: Options,
+    context: Context | None,
+    vocabulary: int,
+    columns: int,
+) -> None:
+    """Raise for values that would reach the loss and cannot be used, at the cost of host syncs.
+
+    context: of dGRPO's objective, None for another's. `columns` are those of this shard that are
+    compared, `vocabulary` those of all shards.
+    """
+    checks.check_targets(targets, vocabulary, options.rows)
+    taught = with_loss = targets != checks.IGNORE
+    if context is not None:
+        checks.check_context_values(context, with_loss)
+        for name in ("token_weights", "teacher_coef"):
+            taught = taught & (context.per_token().get(name, taught) != 0)
+    if options.teacher is not None:
+        options.teacher.check_values(targets, taught, vocabulary, columns)
+        check_parameter_values(options, taught)
+    checks.check_finite("hidden", hidden, where=with_loss)
+    checks.check_finite("weight", weight[:columns])
+    checks.check_bias("bias", None if options.bias is None else options.bias[:columns])
 
 
 def _widened(context: Context, dtype: torch.dtype) -> Context:

@@ -82,6 +82,9 @@ class Divergence:
     def check(self, value: Any, targets: Tensor, chosen: bool) -> None:
         """Raise for a value of its option that cannot be used; `chosen`: it is the call's own."""
 
+    def check_values(self, values: Tensor) -> None:
+        """Raise for values of its option, one per token, that cannot be used. Syncs."""
+
     def online(self, tile: Tile) -> Tensor:
         """(R,) value, for one pass. May change u, v and f."""
         raise NotImplementedError
@@ -246,6 +249,7 @@ DIVERGENCES = {
     "clipped_forward_kl": ClippedForwardKL(),
     "jsd": JSD(),
 }
+PARAMETERS = tuple(d.parameter for d in DIVERGENCES.values() if d.parameter is not None)
 SLOPES = {**DIVERGENCES, "none": Divergence(), "bucket": Bucket()}  # what the row kernels know
 
 
@@ -269,3 +273,11 @@ def check_divergence(options: Any, targets: Tensor) -> None:
         if divergence.parameter is not None:
             value = getattr(options, divergence.parameter)
             divergence.check(value, targets, chosen=name == options.divergence)
+
+
+def check_parameter_values(options: Any, taught: Tensor) -> None:
+    """Raise for a parameter's values that cannot be used at `taught` tokens (bool). Syncs."""
+    divergence = DIVERGENCES[options.divergence]
+    value = None if divergence.parameter is None else getattr(options, divergence.parameter)
+    if isinstance(value, Tensor):
+        divergence.check_values(value[taught])

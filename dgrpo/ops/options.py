@@ -1,4 +1,4 @@
-"""The keyword arguments that all public functions share, in one frozen object, and their checks."""
+"""The keyword arguments that all public functions share, in one frozen object."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from dgrpo.objectives.context import Context, python_number
-from dgrpo.ops import checks
-from dgrpo.ops.divergences import check_divergence
+from dgrpo.objectives.context import python_number
+from dgrpo.ops.divergences import PARAMETERS
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
 
-DIVERGENCE_OPTIONS = ("divergence", "divergence_clip", "jsd_beta")
+DIVERGENCE_OPTIONS = ("divergence", *PARAMETERS)
 TEACHER_OPTIONS = ("teacher", "teacher_temperature", *DIVERGENCE_OPTIONS)
 
 
@@ -60,60 +59,3 @@ class Options:
         """The same options for scoring, which compares with no teacher."""
         defaults = {field.name: field.default for field in fields(self)}
         return replace(self, **{name: defaults[name] for name in TEACHER_OPTIONS})
-
-
-def check_call(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> None:
-    """Raise for shapes, dtypes, devices and options that do not fit. No host sync."""
-    checks.check_head(hidden, weight, targets, options.bias)
-    checks.check_transform(options.temperature, options.logit_scale, options.logit_softcap)
-    checks.check_number("teacher_temperature", options.teacher_temperature, above=0)
-    check_divergence(options, targets)
-    if options.policy_logits not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"policy_logits: got {options.policy_logits!r}, expected 'float32' or 'bfloat16'"
-        )
-    budget = options.memory_budget
-    if type(budget) is not int:
-        raise TypeError(f"memory_budget: got {type(budget).__name__}, expected an int (bytes)")
-    if budget <= 0:
-        raise ValueError(f"memory_budget: got {budget}, expected bytes above 0")
-    if options.rows is not None:
-        checks.check_rows(options.rows, targets)
-    teacher = options.teacher
-    if teacher is not None:
-        if not isinstance(teacher, TeacherHead | TopKTeacher):
-            kind = type(teacher).__name__
-            raise TypeError(f"teacher: got {kind}, expected TeacherHead, TopKTeacher or None")
-        teacher.check(targets, weight.device, options.teacher_temperature)
-    if options.group is None and options.vocab_start is not None:
-        raise ValueError(f"vocab_start: got {options.vocab_start} without group, expected None")
-    if options.group is not None:
-        checks.check_whole("vocab_size", options.vocab_size, least=1)
-        checks.check_whole("vocab_start", options.vocab_start, least=0)
-
-
-def check_call_values(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    options: Options,
-    context: Context | None,
-    vocabulary: int,
-    columns: int,
-) -> None:
-    """Raise for values that would reach the loss and cannot be used, at the cost of host syncs.
-
-    context: of dGRPO's objective, None for another's. `columns` are those of this shard that are
-    compared, `vocabulary` those of all shards.
-    """
-    checks.check_targets(targets, vocabulary, options.rows)
-    taught = with_loss = targets != checks.IGNORE
-    if context is not None:
-        checks.check_context_values(context, with_loss)
-        for name in ("token_weights", "teacher_coef"):
-            taught = taught & (context.per_token().get(name, taught) != 0)
-    if options.teacher is not None:
-        options.teacher.check_values(targets, taught, vocabulary, columns)
-    checks.check_finite("hidden", hidden, where=with_loss)
-    checks.check_finite("weight", weight[:columns])
-    checks.check_bias("bias", None if options.bias is None else options.bias[:columns])

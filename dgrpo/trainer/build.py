@@ -12,7 +12,7 @@ import transformers
 from dgrpo.data import Prompt, PromptStream
 from dgrpo.distributed import ranks
 from dgrpo.longblocks.rewards.runner import Scorer
-from dgrpo.ops import Options
+from dgrpo.ops import DIVERGENCE_OPTIONS, Options
 from dgrpo.trainer.attempts import gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.trainer.columns import check_columns
@@ -105,9 +105,7 @@ def _build(
         say(f"teacher: loading {settings.teacher.name}")
     teacher, columns = load_teacher(settings, model, tokenizer, mesh, device)
     options = Options(
-        divergence=method.divergence,
-        divergence_clip=method.divergence_clip,
-        jsd_beta=method.jsd_beta,
+        **{name: getattr(method, name) for name in DIVERGENCE_OPTIONS},
         temperature=settings.rollout.temperature if method.sequences == "rollout" else 1.0,
         teacher_temperature=settings.teacher.temperature,
         vocab_size=columns,

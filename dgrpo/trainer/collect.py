@@ -246,7 +246,6 @@ def importance_weights(run: Run, own: Tensor, sampler: Tensor) -> Tensor:
 @torch.no_grad()
 def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Tensor]:
     """(C,) log-probabilities of each completion under a model. COLLECTIVE."""
-    options = run.options.without_teacher()
     bare = [
         Sample(s.prompt_ids, s.completion_ids, loss_mask=s.loss_mask, group=s.group)
         for s in samples
@@ -256,7 +255,7 @@ def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Te
     model.eval()  # dropout would make these another policy's
     for micro in balanced_count(pack(bare, **run.packing)):
         micro = micro.to(run.device)
-        out = model(**micro.model_args(), inputs=micro.head_inputs("logprobs", options=options))
+        out = model(**micro.model_args(), inputs=micro.head_inputs("logprobs", options=run.options))
         found |= dict(micro.per_sample(out.logprobs))
     model.train(training)
     return [found[i] for i in range(len(samples))]

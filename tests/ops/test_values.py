@@ -212,13 +212,8 @@ def test_a_number_beyond_floats():
 def test_a_context_broadcasts_over_nothing():
     targets = CASE.targets[:, None]
     context = Context(CASE.advantages, torch.full((N,), 0.1))
-    inputs = HeadInputs(
-        targets,
-        mode="stats",
-        context=context,
-        sequence_objective=lambda s, c: c.token_weights * s.logprobs,
-    )
-    raises(ValueError, "advantages", "(6,) (6, 1)", FusedHead(16, V), CASE.hidden[:, None], inputs)
+    with_it = {"context": context, "sequence_objective": lambda s, c: c.token_weights * s.logprobs}
+    raises(ValueError, "advantages", "(6,) (6, 1)", HeadInputs, targets, mode="stats", **with_it)
 
 
 def test_an_objective_that_is_text():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgrpo.head import HeadInputs
-from dgrpo.objectives.context import Context
+from dgrpo.objectives import Context
 from dgrpo.ops import Options
 from dgrpo.trainer.attention.packed import Prefixes
 from dgrpo.trainer.batch.sample import Sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgrpo.distributed import ranks
-from dgrpo.objectives.context import Context
+from dgrpo.objectives import Context
 from dgrpo.trainer.attention.packed import Prefixes
 from dgrpo.trainer.batch.micro import Micro
 from dgrpo.trainer.batch.sample import IGNORED, SHARED, Sample

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dgrpo.head import FusedHead
-from dgrpo.ops.blocks import transformed
-from dgrpo.ops.gemm import accumulator, project
-
-LIFT_BYTES = 2**26  # scratch for lifting a bf16 head on the CPU
+from dgrpo.head import FusedHead, transformed
 
 
 class LoraHead(FusedHead):
@@ -69,17 +65,6 @@ def install_head(causal: PreTrainedModel) -> None:
         causal.set_output_embeddings(FusedHead.from_linear(linear, scale, softcap))
     else:
         holder.base_layer = LoraHead.from_linear(linear, scale, softcap).attached(holder)
-
-
-def fp32_logits(head: FusedHead, hidden: Tensor) -> Tensor:
-    """(R, V) logits of (R, H) hidden states, accumulated in fp32 as in the loss. No gradient."""
-    weight = head.merged_weight().detach()
-    dtype = accumulator(weight.dtype)
-    z = torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device)
-    project(hidden.detach().to(weight.dtype), weight, z, LIFT_BYTES)
-    if head.bias is not None:
-        z += head.bias.detach()
-    return transformed(z, head.logit_scale, head.logit_softcap)
 
 
 def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dgrpo.head import FusedHead, HeadInputs, HeadOutput
 from dgrpo.trainer.attention.dispatch import packed_arguments, use_packed_attention
 from dgrpo.trainer.attention.packed import Prefixes
-from dgrpo.trainer.policy.heads import LoraHead, fp32_logits, head_of, install_head
+from dgrpo.trainer.policy.heads import LoraHead, head_of, install_head
 
 
 class PolicyModel(nn.Module):
@@ -176,7 +176,7 @@ class PolicyModel(nn.Module):
         """
         lengths = None if lengths is None else tuple(lengths)
         packing = packed_arguments(cu_seqlens, lengths, cache)
-        return fp32_logits(self.head, self._run(input_ids, position_ids, packing)[rows])
+        return self.head.fp32_logits(self._run(input_ids, position_ids, packing)[rows])
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import pytest
 
 from dgrpo.head import HeadInputs
+from dgrpo.ops import Options
 from dgrpo.trainer.batch import pack
 from tests.tiny import make_samples
 
@@ -17,9 +18,9 @@ def test_moving_leaves_the_samples():
 
 def test_what_the_head_gets():
     (micro,) = pack(make_samples([(2, 3)]), 9)
-    inputs = micro.head_inputs("stats", options={"temperature": 0.7})
+    inputs = micro.head_inputs("stats", options=Options(temperature=0.7))
     assert isinstance(inputs, HeadInputs) and inputs.mode == "stats"
-    assert inputs.rows is micro.rows and inputs.options == {"temperature": 0.7}
+    assert inputs.options.rows is micro.rows and inputs.options.temperature == 0.7
     names = {"input_ids", "position_ids", "cu_seqlens", "lengths", "prefixes"}
     assert micro.model_args().keys() == names
 

@@ -6,7 +6,7 @@ import torch
 from dgrpo.head import FusedHead
 from dgrpo.trainer.batch import pack
 from dgrpo.trainer.policy import PolicyModel
-from dgrpo.trainer.policy.heads import LoraHead, fp32_logits
+from dgrpo.trainer.policy.heads import LoraHead
 from tests.tiny import (
     make_samples,
     plain_logits,
@@ -22,7 +22,7 @@ def test_logits_for_sampling_are_the_models_own(kind):
     (sample,) = make_samples([(4, 9)])
     (micro,) = pack([sample], 100)
     hidden = policy.hidden_states(**micro.model_args())
-    got = fp32_logits(policy.head, hidden[3:])
+    got = policy.head.fp32_logits(hidden[3:])
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, plain_logits(plain, sample).detach(), rtol=1e-4, atol=1e-5)
 
@@ -31,7 +31,7 @@ def test_logits_of_a_bf16_head_are_not_rounded_to_bf16():
     torch.manual_seed(0)
     head = FusedHead(64, 500, dtype=torch.bfloat16)
     hidden = torch.randn(5, 64).bfloat16()
-    got = fp32_logits(head, hidden)
+    got = head.fp32_logits(hidden)
     want = hidden.double() @ head.weight.double().T
     assert relative(got, want) < 1e-6 < relative(got.bfloat16(), want)
 
@@ -40,7 +40,7 @@ def test_a_forbidden_token_is_never_sampled_whatever_the_soft_cap():
     head = FusedHead(8, 20, bias=True, logit_softcap=5.0)
     with torch.no_grad():
         head.bias[3] = -torch.inf
-    logits = fp32_logits(head, torch.randn(4, 8))
+    logits = head.fp32_logits(torch.randn(4, 8))
     assert logits[:, 3].isneginf().all() and logits.isfinite().sum() == 4 * 19
 
 
