@@ -22,6 +22,7 @@ from torch.profiler import record_function
 
 from dgrpo.ops.call import Call, Need
 from dgrpo.ops.gemm import accumulate, accumulate_bias, accumulator, grad_hidden
+from dgrpo_kernels.rows import FLOOR
 
 COPY_ROWS = 2**20  # elements of a copy that the CPU converts at a time
 LEAST = 2.0**-100  # the least power of two taken of a number that is not 0
@@ -35,16 +36,17 @@ def power_of_two(size: Tensor, otherwise: float) -> Tensor:
     return torch.exp2(torch.log2(size.where(usable, otherwise)).floor()).clamp(min=LEAST)
 
 
-def row_units(coef: Tensor, reverse_kl: Tensor | None, factor: float) -> Tensor:
-    """(R,) units of G's rows, from a, b, c, (3, R), and the reverse KL (None = another divergence).
+def row_units(coef: Tensor, steep: Tensor | None, factor: float) -> Tensor:
+    """(R,) units of G's rows, from a, b, c, (3, R), and a divergence D with steep slopes, or None.
 
     No entry of a row exceeds `factor (|a| + (2 D + 1) |b| + log V |c|)`, factor = d logit / d raw:
-    at most 16 times the largest of its terms, thus 2^15 units. D counts for the reverse KL alone
-    (1e6 nats where the teacher forbids what the student says); other slopes are at most 1.
+    at most 16 times the largest of its terms, thus 2^15 units. D counts where slopes grow with it,
+    as the reverse KL's do (to 1e6 nats, where the teacher forbids what the student says); others
+    are at most 1.
     """
     a, b, c = coef.abs().unbind(0)
-    if reverse_kl is not None:
-        b = b * reverse_kl.clamp(min=1).where(b != 0, 1)
+    if steep is not None:
+        b = b * steep.clamp(1, -FLOOR).where(b != 0, 1)
     size = torch.maximum(torch.maximum(a, b), c) * factor
     return power_of_two(size, LEAST) / ROW_UNITS
 
