@@ -37,7 +37,7 @@ TARGETS = {
 ROWS, TOPK = 4, 64
 VOCAB = 152064  # Qwen2.5's; divisible by 16
 ODD_VOCAB = 50257  # GPT-2's; divisible by nothing
-FULL = ("reverse_kl", "forward_kl", "clipped_forward_kl", "jsd")
+FULL = ("reverse_kl", "forward_kl", "clipped_forward_kl", "jsd", "jeffreys")
 
 
 class AheadOfTime:

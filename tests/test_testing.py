@@ -43,12 +43,15 @@ DIVERGENCES = {
     "jsd": 0.25 * (0.2 * math.log(0.2 / 0.425) + 0.2 * math.log(0.2 / 0.275) + 0.6 * math.log(2))
     + 0.75
     * (0.5 * math.log(0.5 / 0.425) + 0.3 * math.log(0.3 / 0.275) + 0.2 * math.log(0.2 / 0.3)),
+    # 0.2 Q - 0.8 P = (-0.36, -0.2, -0.04)
+    "jeffreys": -0.36 * math.log(0.4) - 0.2 * math.log(2 / 3) - 0.04 * math.log(3),
 }
+PARAMETERS = {"divergence_clip": 0.1, "jsd_beta": 0.25, "jeffreys_weight": 0.2}
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergence_by_hand(name):
-    options = {"divergence": name, "divergence_clip": 0.1, "jsd_beta": 0.25}
+    options = {"divergence": name, **PARAMETERS}
     got = one_token(teacher=full_teacher(), teacher_coef=1.0, **options)
     assert got.divergence.item() == pytest.approx(DIVERGENCES[name], abs=1e-12)
     assert got.loss.item() == pytest.approx(DIVERGENCES[name], abs=1e-12)
@@ -67,19 +70,20 @@ def closed_form_gradients():
         "forward_kl": P - Q,
         "clipped_forward_kl": P * Q[unclipped].sum() - Q * unclipped,
         "jsd": 0.75 * P * (to_mixed - (P * to_mixed).sum()),
+        "jeffreys": 0.2 * (P - Q) + 0.8 * P * (log_ratio - (P * log_ratio).sum()),
     }
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergence_gradient_has_its_closed_form(name):
-    options = {"divergence": name, "divergence_clip": 0.1, "jsd_beta": 0.25}
+    options = {"divergence": name, **PARAMETERS}
     got = one_token(teacher=full_teacher(), teacher_coef=1.0, **options)
     torch.testing.assert_close(got.d_weight[:, 0], closed_form_gradients()[name])
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_top_k_with_every_token_but_one_is_the_full_divergence(name):
-    options = {"divergence": name, "divergence_clip": 0.1, "jsd_beta": 0.25, "teacher_coef": 1.0}
+    options = {"divergence": name, **PARAMETERS, "teacher_coef": 1.0}
     teacher = top_teacher([2, -1, 0], [0.6, 0.1, 0.2])  # token 1 is the tail; the -1 is ignored
     got, want = one_token(teacher=teacher, **options), one_token(teacher=full_teacher(), **options)
     assert got.divergence.item() == pytest.approx(want.divergence.item(), abs=1e-7)
@@ -98,7 +102,7 @@ def test_top_k_tail_by_hand():
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_top_k_of_the_whole_vocabulary_has_no_tail(name):
-    options = {"divergence": name, "divergence_clip": 0.1, "jsd_beta": 0.25, "teacher_coef": 1.0}
+    options = {"divergence": name, **PARAMETERS, "teacher_coef": 1.0}
     got = one_token(teacher=top_teacher([0, 1, 2], [0.2, 0.2, 0.6]), **options)
     assert got.divergence.item() == pytest.approx(DIVERGENCES[name], abs=1e-12)
     torch.testing.assert_close(got.d_weight[:, 0], closed_form_gradients()[name])

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dgrpo.ops.checks import check_number
+from dgrpo.ops.checks import check_like_targets, check_number
 from dgrpo_kernels.rows import FLOOR, RowStats
 
 LOWEST = -1e30  # stands for -inf where 0 * inf would arise
@@ -243,11 +243,62 @@ class JSD(Divergence):
         return torch.logaddexp(lp + math.log1p(-beta), lq + math.log(beta))
 
 
+class Jeffreys(Divergence):
+    """`w KL(q‖p) + (1 - w) KL(p‖q)`, w a number or one per token; aux = KL(p‖q)."""
+
+    passes, parameter, steep, adds_q = 2, "jeffreys_weight", True, True
+
+    def check(self, value: Any, targets: Tensor, chosen: bool) -> None:
+        if isinstance(value, Tensor):
+            check_like_targets("jeffreys_weight", value, targets)
+        elif not 0 <= check_number("jeffreys_weight", value) <= 1:
+            raise ValueError(f"jeffreys_weight: got {value}, expected 0 to 1")
+
+    def check_values(self, values: Tensor) -> None:
+        outside = ~((values >= 0) & (values <= 1))
+        if bool(outside.any()):
+            raise ValueError(f"jeffreys_weight: got {float(values[outside][0])}, expected 0 to 1")
+
+    def columns(self, lp: Tensor, lq: Tensor, parameter: Parameter, holes: bool) -> tuple:
+        q = lq.exp()
+        teacher = (lq - lp).mul_(q).masked_fill_((q == 0) | (parameter == 0), 0).sum(-1)
+        p = lp.exp()
+        lp = lp.clamp_(min=FLOOR) if holes else lp
+        student = torch.linalg.vecdot(p, lp.sub_(lq))
+        return _mixed(parameter, teacher, student), student
+
+    def slope(self, terms: Terms, u: Tensor, v: Tensor, e: Tensor) -> Tensor:
+        lq, lp, weight = terms.log_q(v), u - terms.log_sum, terms.parameter
+        share = terms.b * (1 - weight)
+        plain = terms.plain + terms.b * weight - (1 - weight) * terms.times_b(terms.at.aux)
+        lp.sub_(lq).mul_(share * terms.inverse).addcmul_(u, -terms.c * terms.inverse)
+        g = lp.add_(plain * terms.inverse).mul_(e)
+        return g.addcmul_(lq.exp_(), -terms.b * weight)
+
+    def buckets(self, lp: Tensor, lq: Tensor, parameter: Parameter) -> Buckets:
+        forward, reverse = ForwardKL().buckets(lp, lq, None), ReverseKL().buckets(lp, lq, None)
+        weight = lq.new_full((len(lq), 1), 1) * parameter
+        teacher = forward.value.masked_fill(weight[:, 0] == 0, 0)
+        return Buckets(
+            _mixed(weight, teacher, reverse.value),
+            weight * forward.slope + (1 - weight) * reverse.slope,
+            _mixed(weight, forward.aux, reverse.aux),
+            forward.log_q + weight[:, 0].log(),
+        )
+
+
+def _mixed(weight: Parameter, teacher: Tensor, student: Tensor) -> Tensor:
+    """(R,) `w teacher + (1 - w) student`."""
+    weight = weight[:, 0] if isinstance(weight, Tensor) else weight
+    return weight * teacher + (1 - weight) * student
+
+
 DIVERGENCES = {
     "reverse_kl": ReverseKL(),
     "forward_kl": ForwardKL(),
     "clipped_forward_kl": ClippedForwardKL(),
     "jsd": JSD(),
+    "jeffreys": Jeffreys(),
 }
 PARAMETERS = tuple(d.parameter for d in DIVERGENCES.values() if d.parameter is not None)
 SLOPES = {**DIVERGENCES, "none": Divergence(), "bucket": Bucket()}  # what the row kernels know

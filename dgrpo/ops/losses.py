@@ -60,6 +60,7 @@ def linear_dgrpo_loss(
     divergence: str = "reverse_kl",
     divergence_clip: float | None = None,
     jsd_beta: float = 0.5,
+    jeffreys_weight: float | Tensor = 0.5,
     ref_coef: float = 0.0,
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
@@ -105,7 +106,8 @@ def linear_dgrpo_loss(
             `is_cap`: u = min(exp(logp - sampler_logprobs), is_cap), from this very pass.
         clip_dual: the c > 1 of dual clip. entropy_coef: an entropy bonus.
         divergence: "reverse_kl" KL(p‖q), "forward_kl" KL(q‖p), "clipped_forward_kl" (each column's
-            term at most `divergence_clip`), "jsd" (TRL's generalised JSD, `jsd_beta`).
+            term at most `divergence_clip`), "jsd" (TRL's generalised JSD, `jsd_beta`), "jeffreys"
+            (both KLs; `jeffreys_weight` is the share of KL(q‖p), a number or shaped like targets).
         bias (V,), logit_scale, logit_softcap: logits are cap(scale (h W + bias)) / temperature; a
             bias of -inf forbids its token, capped or not.
         vocab_size: compare the first vocab_size columns of both heads.
@@ -126,6 +128,7 @@ def linear_dgrpo_loss(
     """
     options = Options(
         teacher=teacher, divergence=divergence, divergence_clip=divergence_clip, jsd_beta=jsd_beta,
+        jeffreys_weight=jeffreys_weight,
         temperature=temperature, teacher_temperature=teacher_temperature, bias=bias,
         logit_scale=logit_scale, logit_softcap=logit_softcap, vocab_size=vocab_size,
         policy_logits=policy_logits, rows=rows, memory_budget=memory_budget, check=check,

@@ -24,6 +24,7 @@ class Options:
     divergence: str = "reverse_kl"
     divergence_clip: float | None = None
     jsd_beta: float = 0.5
+    jeffreys_weight: float | Tensor = 0.5
     temperature: float = 1.0
     teacher_temperature: float = 1.0
     bias: Tensor | None = None

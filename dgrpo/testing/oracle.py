@@ -145,6 +145,7 @@ def oracle_stats(
     divergence: str = "reverse_kl",
     divergence_clip: float | None = None,
     jsd_beta: float = 0.5,
+    jeffreys_weight: float | Tensor = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -189,7 +190,9 @@ def oracle_stats(
             teacher_logp = q.log_softmax(-1).gather(1, labels)[:, 0]
             teacher_logp = torch.where(present, teacher_logp, 0.0)
             q = torch.maximum(q, q.amax(-1, keepdim=True) + TEACHER_FLOOR).log_softmax(-1)
-        value = _divergence(p, q, divergence, divergence_clip, jsd_beta)
+        shares = torch.as_tensor(jeffreys_weight, dtype=p.dtype, device=p.device)
+        shares = shares.reshape(-1)[rows] if shares.dim() else shares
+        value = _divergence(p, q, divergence, divergence_clip, jsd_beta, shares)
         value = torch.where(present, value, 0.0)
     empty = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
     fields = (logp, value, entropy, teacher_logp.detach())
@@ -244,7 +247,9 @@ def _times(p: Tensor, values: Tensor) -> Tensor:
     return p * torch.where(p > 0, values, 0.0)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, name: str, clip: float | None, beta: float) -> Tensor:
+def _divergence(
+    log_p: Tensor, log_q: Tensor, name: str, clip: float | None, beta: float, share: Tensor
+) -> Tensor:
     """D(p, q) over the last axis by its definition; log-probabilities (R, V), fp64."""
     p, q = log_p.exp(), log_q.exp()
     if name == "reverse_kl":
@@ -256,6 +261,11 @@ def _divergence(log_p: Tensor, log_q: Tensor, name: str, clip: float | None, bet
     if name == "jsd":
         log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
         return (beta * _times(q, log_q - log_m) + (1 - beta) * _times(p, log_p - log_m)).sum(-1)
+    if name == "jeffreys":
+        share = share[..., None]
+        forward, reverse = _times(share * q, log_q - log_p), _times(p, log_p - log_q)
+        return (forward + (1 - share) * reverse).sum(-1)
     raise ValueError(
-        f"divergence: got {name!r}, expected reverse_kl, forward_kl, clipped_forward_kl or jsd"
+        f"divergence: got {name!r}, expected reverse_kl, forward_kl, clipped_forward_kl, jsd or "
+        "jeffreys"
     )

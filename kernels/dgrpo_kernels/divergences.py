@@ -5,16 +5,20 @@
     clipped forward KL   sum min(q log(q/p), C)       dD/dz = p S - q 1[q log(q/p) < C]
     JSD                  beta KL(q‖M) + (1-beta) KL(p‖M)
                                                       dD/dz = (1-beta) p (log p - log M - KL(p‖M))
+    Jeffreys             w KL(q‖p) + (1-w) KL(p‖q)
+                                                      dD/dz = w (p - q)
+                                                              + (1-w) p (log p - log q - KL(p‖q))
 
 with S the sum of the unclipped q and M = (1-beta) p + beta q (the JSD's convention is TRL's, GKD
-2306.13649). One of one pass is summed online in `row_stats`, `add_online`, and finished by
-`online_value`; one of two passes needs both normalisers first: `row_divergence` sums the value and
-`aux` (S or KL(p‖M)) column by column, `column_terms`. `slope` is dD/dz of a block of columns.
+2306.13649; w = 1/2 is half of what Jeffreys 1946 defines). One of one pass is summed online in
+`row_stats`, `add_online`, and finished by `online_value`; one of two passes needs both normalisers
+first: `row_divergence` sums the value and `aux` (S, KL(p‖M) or KL(p‖q)) column by column,
+`column_terms`. `slope` is dD/dz of a block of columns.
 
 To add a divergence: an entry, its functions, and a branch where they are called.
 `dgrpo.ops.divergences` is the twin in plain torch.
 
-u, v: logits less the row's maximum. lp, lq: log p, log q. parameter: C or beta, one per row.
+u, v: logits less the row's maximum. lp, lq: log p, log q. parameter: C, beta or w, one per row.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ DIVERGENCES = {
     "forward_kl": Divergence(2, 1),
     "clipped_forward_kl": Divergence(3, 2),
     "jsd": Divergence(4, 2),
+    "jeffreys": Divergence(6, 2),
     "bucket": Divergence(5, 0),  # the slope of any of them in a top-k teacher's tail: see RowStats
 }
 NONE = tl.constexpr(DIVERGENCES["none"].code)
@@ -47,6 +52,7 @@ REVERSE_KL = tl.constexpr(DIVERGENCES["reverse_kl"].code)
 FORWARD_KL = tl.constexpr(DIVERGENCES["forward_kl"].code)
 CLIPPED_FORWARD_KL = tl.constexpr(DIVERGENCES["clipped_forward_kl"].code)
 JSD = tl.constexpr(DIVERGENCES["jsd"].code)
+JEFFREYS = tl.constexpr(DIVERGENCES["jeffreys"].code)
 
 
 # reverse KL: the running sum of e^u (u - v)
@@ -115,6 +121,21 @@ def _jsd_slope(p, lp, lq, aux, beta):
     return (1.0 - beta) * p * (lp - log_mix - aux)
 
 
+# Jeffreys
+
+
+@triton.jit
+def _jeffreys_terms(p, q, lp, lq, weight):
+    student = tl.where(p > 0, p * (lp - lq), 0.0)
+    teacher = tl.where(q > 0, weight * q * (lq - lp), 0.0)
+    return tl.where(weight == 0, 0.0, teacher) + (1.0 - weight) * student, student
+
+
+@triton.jit
+def _jeffreys_slope(p, lp, lq, aux, weight):
+    return weight * (p - tl.exp(lq)) + (1.0 - weight) * p * (lp - lq - aux)
+
+
 # what the row kernels call
 
 
@@ -148,8 +169,10 @@ def column_terms(p, q, lp, lq, parameter, DIVERGENCE: tl.constexpr):
     """Each column's part of the value and of `aux`, of a divergence of two passes."""
     if DIVERGENCE == CLIPPED_FORWARD_KL:
         value, aux = _clipped_forward_kl_terms(q, lp, lq, parameter)
-    else:
+    elif DIVERGENCE == JSD:
         value, aux = _jsd_terms(p, q, lp, lq, parameter)
+    else:
+        value, aux = _jeffreys_terms(p, q, lp, lq, parameter)
     return value, aux
 
 
@@ -164,6 +187,8 @@ def slope(lp, lq, p, divergence, aux, parameter, DIVERGENCE: tl.constexpr):
         g = _clipped_forward_kl_slope(p, lp, lq, aux, parameter)
     elif DIVERGENCE == JSD:
         g = _jsd_slope(p, lp, lq, aux, parameter)
+    elif DIVERGENCE == JEFFREYS:
+        g = _jeffreys_slope(p, lp, lq, aux, parameter)
     else:
         g = p * aux - tl.exp(lq)
     return g

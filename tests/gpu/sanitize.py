@@ -26,7 +26,15 @@ from dgrpo_kernels.rows import POLICY_INPUTS, POLICY_OUTPUTS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, TOPK = 5, 7
 COLUMNS = (1, 33, 3001)
-DIVERGENCES = ("none", "reverse_kl", "forward_kl", "clipped_forward_kl", "jsd", "bucket")
+DIVERGENCES = (
+    "none",
+    "reverse_kl",
+    "forward_kl",
+    "clipped_forward_kl",
+    "jsd",
+    "jeffreys",
+    "bucket",
+)
 
 
 def block(columns: int, everything: bool, dtype: torch.dtype = torch.float32) -> Logits:
@@ -52,7 +60,7 @@ def launch(columns: int, divergence: str, everything: bool, dtype: torch.dtype) 
     targets = torch.randint(columns, (ROWS,), device=DEVICE)
     targets[1], targets[2] = -100, 2**40  # never to be followed
     stats = torch.zeros(STATS, ROWS, device=DEVICE)
-    second = divergence in ("clipped_forward_kl", "jsd")
+    second = divergence in ("clipped_forward_kl", "jsd", "jeffreys")
     first = divergence if full and not second else "none"
     kernels.row_stats(z, t, targets, stats, divergence=first, round_policy=everything)
     options = {"divergence": divergence, "parameter": 0.3}

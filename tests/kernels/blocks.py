@@ -16,6 +16,7 @@ DIVERGENCES = {
     "forward_kl": {},
     "clipped_forward_kl": {"parameter": 0.05},
     "jsd": {"parameter": 0.3},
+    "jeffreys": {"parameter": 0.3},
 }
 TRANSFORMS = {
     "plain": {},
@@ -118,6 +119,7 @@ def want(
             "forward_kl": lambda: (q * (lq - lp)).sum(-1),
             "clipped_forward_kl": lambda: (q * (lq - lp)).clamp(max=clip).sum(-1),
             "jsd": lambda: (beta * q * (lq - mix) + (1 - beta) * p * (lp - mix)).sum(-1),
+            "jeffreys": lambda: ((beta * q - (1 - beta) * p) * (lq - lp)).sum(-1),
         }[divergence]()
     grad = None
     if coef is not None:
@@ -136,7 +138,7 @@ def measured(rows_module, z, t, targets, divergence, round_policy=False, **optio
     """Finished statistics by a backend, second pass included."""
     wide = z.raw.dtype
     stats = new_stats(len(targets), wide)
-    second = divergence in ("clipped_forward_kl", "jsd")
+    second = divergence in ("clipped_forward_kl", "jsd", "jeffreys")
     first = "none" if t is None or second else divergence
     rows_module.row_stats(z, t, targets, stats, divergence=first, round_policy=round_policy)
     if t is not None and second:

@@ -15,6 +15,7 @@ DIVERGENCES = {
     "forward_kl": {"divergence": "forward_kl"},
     "clipped_forward_kl": {"divergence": "clipped_forward_kl", "divergence_clip": 0.05},
     "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+    "jeffreys": {"divergence": "jeffreys", "jeffreys_weight": 0.3},
 }
 TEACHERS = ("full", "by_rows", "topk", "padded_topk")
 GIVEN = ("logprobs", "teacher_logprobs", "divergence", "entropy", "ratio")

@@ -118,12 +118,16 @@ class Method(Settings):
     """How correct_rollout and privileged write the teacher's prompt."""
     teacher_coef: Coefficient = 0.5
     """Beta, the weight of the divergence to the teacher: a number or a schedule."""
-    divergence: Literal["reverse_kl", "forward_kl", "clipped_forward_kl", "jsd"] = "reverse_kl"
+    divergence: Literal["reverse_kl", "forward_kl", "clipped_forward_kl", "jsd", "jeffreys"] = (
+        "reverse_kl"
+    )
     """Divergence to the teacher over the whole vocabulary."""
     divergence_clip: PositiveFloat | None = None
     """Bound of each vocabulary term of clipped_forward_kl."""
     jsd_beta: float = Field(0.5, gt=0.0, lt=1.0)
     """Mixture of jsd; towards 0 forward KL, towards 1 reverse KL."""
+    jeffreys_weight: float = Field(0.5, ge=0.0, le=1.0)
+    """Share of the forward KL in jeffreys; the rest is the reverse KL."""
     gate: str = "none"
     """Factor on each sample's beta: none, wrong, mixed or "module:function"."""
     ref_coef: Coefficient = 0.0
