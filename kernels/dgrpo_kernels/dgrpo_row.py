@@ -19,22 +19,11 @@ def _clamp_log(x):
 
 @triton.jit
 def dgrpo_row(
-    in_ptr,
-    in_row,
-    logp,
-    divergence,
-    entropy,
-    clip_low,
-    clip_high,
-    clip_dual,
-    is_cap,
-    ref_coef,
-    entropy_coef,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
+    in_ptr, in_row, logp, divergence, entropy,
+    clip_low, clip_high, clip_dual, is_cap, ref_coef, entropy_coef,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_SAMPLER: tl.constexpr,
-):
+):  # fmt: skip
     """Loss, ratio, flags and (a, b, c) of one token; a zero coefficient skips its term."""
     weight = tl.load(in_ptr + in_row * at.TOKEN_WEIGHTS)
     advantage = tl.load(in_ptr + in_row * at.ADVANTAGES)

@@ -22,28 +22,12 @@ from dgrpo_kernels.rows import Logits, check_rows
     do_not_specialize_on_alignment=["stats_ptr", "parameters_ptr"],
 )
 def _row_divergence_kernel(
-    z_ptr,
-    t_ptr,
-    z_bias_ptr,
-    t_bias_ptr,
-    stats_ptr,
-    parameters_ptr,
-    V,
-    z_row,
-    t_row,
-    stats_row,
-    z_scale,
-    z_softcap,
-    z_inv_temperature,
-    t_scale,
-    t_softcap,
-    t_inv_temperature,
-    parameter,
-    Z_SOFTCAP: tl.constexpr,
-    T_SOFTCAP: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
+    z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, stats_ptr, parameters_ptr,
+    V, z_row, t_row, stats_row,
+    z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature, parameter,
+    Z_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr, DIVERGENCE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_row
     t_ptr += row * t_row
@@ -94,26 +78,9 @@ def row_divergence(
     per_row = isinstance(parameter, Tensor)
     with torch.cuda.device_of(z.raw):
         _row_divergence_kernel[(rows,)](
-            z.raw,
-            t.raw,
-            z.bias,
-            t.bias,
-            stats,
-            parameter if per_row else None,
-            V,
-            z.raw.stride(0),
-            t.raw.stride(0),
-            stats.stride(0),
-            float(z.scale),
-            float(z.softcap or 1.0),
-            1.0 / z.temperature,
-            float(t.scale),
-            float(t.softcap or 1.0),
-            1.0 / t.temperature,
-            0.0 if per_row else float(parameter or 0.0),
-            Z_SOFTCAP=z.softcap is not None,
-            T_SOFTCAP=t.softcap is not None,
-            DIVERGENCE=DIVERGENCES[divergence].code,
-            BLOCK=block,
-            num_warps=warps,
-        )
+            z.raw, t.raw, z.bias, t.bias, stats, parameter if per_row else None,
+            V, z.raw.stride(0), t.raw.stride(0), stats.stride(0),
+            *z.scalars, *t.scalars, 0.0 if per_row else float(parameter or 0.0),
+            Z_SOFTCAP=z.softcap is not None, T_SOFTCAP=t.softcap is not None,
+            DIVERGENCE=DIVERGENCES[divergence].code, BLOCK=block, num_warps=warps,
+        )  # fmt: skip

@@ -32,62 +32,21 @@ from dgrpo_kernels.rows import Logits, PolicyRows, check_rows
 @triton.jit(
     do_not_specialize=["stats_row", "coef_row", "in_row", "out_row"],
     do_not_specialize_on_alignment=[
-        "targets_ptr",
-        "stats_ptr",
-        "parameters_ptr",
-        "coef_ptr",
-        "in_ptr",
-        "out_ptr",
+        "targets_ptr", "stats_ptr", "parameters_ptr", "coef_ptr", "in_ptr", "out_ptr",
     ],
-)
+)  # fmt: skip
 def _row_grad_kernel(
-    z_ptr,
-    t_ptr,
-    z_bias_ptr,
-    t_bias_ptr,
-    targets_ptr,
-    stats_ptr,
-    parameters_ptr,
-    coef_ptr,
-    in_ptr,
-    # outputs
-    grad_ptr,
-    out_ptr,
-    # sizes and row strides
-    V,
-    z_row,
-    t_row,
-    grad_row,
-    stats_row,
-    coef_row,
-    in_row,
-    out_row,
-    # scalars
-    z_scale,
-    z_softcap,
-    z_inv_temperature,
-    t_scale,
-    t_softcap,
-    t_inv_temperature,
-    parameter,
-    clip_low,
-    clip_high,
-    clip_dual,
-    is_cap,
-    ref_coef,
-    entropy_coef,
-    # compile-time
-    Z_SOFTCAP: tl.constexpr,
-    T_SOFTCAP: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
+    z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, targets_ptr, stats_ptr, parameters_ptr, coef_ptr, in_ptr,
+    grad_ptr, out_ptr,
+    V, z_row, t_row, grad_row, stats_row, coef_row, in_row, out_row,
+    z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature, parameter,
+    clip_low, clip_high, clip_dual, is_cap, ref_coef, entropy_coef,
+    Z_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr, DIVERGENCE: tl.constexpr,
     ROUND_POLICY: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_SAMPLER: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     stats_ptr += row
@@ -112,22 +71,10 @@ def _row_grad_kernel(
 
     if in_ptr is not None:
         loss, ratio, clipped, clamped, a, b, c = dgrpo_row(
-            in_ptr + row,
-            in_row,
-            logp,
-            divergence,
-            entropy,
-            clip_low,
-            clip_high,
-            clip_dual,
-            is_cap,
-            ref_coef,
-            entropy_coef,
-            HAS_OLD,
-            HAS_REF,
-            HAS_WEIGHTS,
-            HAS_SAMPLER,
-        )
+            in_ptr + row, in_row, logp, divergence, entropy,
+            clip_low, clip_high, clip_dual, is_cap, ref_coef, entropy_coef,
+            HAS_OLD, HAS_REF, HAS_WEIGHTS, HAS_SAMPLER,
+        )  # fmt: skip
         if split == 0:
             out_ptr += row
             tl.store(out_ptr + out_row * at.LOSSES, loss)
@@ -197,11 +144,11 @@ def row_grad(
     divergence's own, a number or (R,) fp32. A zero coefficient skips its term; the loss of a row
     whose log-probability is NaN is NaN.
     """
-    for name, block in (("z", z.raw), ("out", out), ("t", z.raw if t is None else t.raw)):
+    teacher = Logits(z.raw) if t is None else t
+    for name, block in (("z", z.raw), ("out", out), ("t", teacher.raw)):
         check_rows(name, block)
     rows, V = z.raw.shape
     block, warps, splits = at.grad_block(V)
-    teacher = Logits(z.raw) if t is None else t
     per_row = isinstance(parameter, Tensor)
     context = None if policy is None else policy.context
     numbers = (0.0,) * 6
@@ -210,44 +157,21 @@ def row_grad(
             context.clip_low, context.clip_high, context.clip_dual, context.is_cap,
             context.ref_coef, context.entropy_coef,
         )  # fmt: skip
+    inputs, outputs = (None, None) if policy is None else (policy.inputs, policy.outputs)
+    strides = (0 if x is None else x.stride(0) for x in (coef, inputs, outputs))
     with torch.cuda.device_of(z.raw):
         _row_grad_kernel[(rows * splits,)](
-            z.raw,
-            None if t is None else t.raw,
-            z.bias,
-            teacher.bias,
-            targets,
-            stats,
-            parameter if per_row else None,
-            coef,
-            None if policy is None else policy.inputs,
-            out,
-            None if policy is None else policy.outputs,
-            V,
-            z.raw.stride(0),
-            teacher.raw.stride(0),
-            out.stride(0),
-            stats.stride(0),
-            0 if coef is None else coef.stride(0),
-            0 if policy is None else policy.inputs.stride(0),
-            0 if policy is None else policy.outputs.stride(0),
-            float(z.scale),
-            float(z.softcap or 1.0),
-            1.0 / z.temperature,
-            float(teacher.scale),
-            float(teacher.softcap or 1.0),
-            1.0 / teacher.temperature,
-            0.0 if per_row else float(parameter or 0.0),
+            z.raw, None if t is None else t.raw, z.bias, teacher.bias, targets, stats,
+            parameter if per_row else None, coef, inputs,
+            out, outputs,
+            V, z.raw.stride(0), teacher.raw.stride(0), out.stride(0), stats.stride(0), *strides,
+            *z.scalars, *teacher.scalars, 0.0 if per_row else float(parameter or 0.0),
             *(inf if number is None else float(number) for number in numbers),
-            Z_SOFTCAP=z.softcap is not None,
-            T_SOFTCAP=teacher.softcap is not None,
-            DIVERGENCE=DIVERGENCES[divergence].code,
-            ROUND_POLICY=round_policy,
+            Z_SOFTCAP=z.softcap is not None, T_SOFTCAP=teacher.softcap is not None,
+            DIVERGENCE=DIVERGENCES[divergence].code, ROUND_POLICY=round_policy,
             HAS_OLD=getattr(context, "old_logprobs", None) is not None,
             HAS_REF=getattr(context, "ref_logprobs", None) is not None,
             HAS_WEIGHTS=getattr(context, "policy_weights", None) is not None,
             HAS_SAMPLER=getattr(context, "sampler_logprobs", None) is not None,
-            SPLITS=splits,
-            BLOCK=block,
-            num_warps=warps,
-        )
+            SPLITS=splits, BLOCK=block, num_warps=warps,
+        )  # fmt: skip

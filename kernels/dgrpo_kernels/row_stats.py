@@ -31,30 +31,13 @@ from dgrpo_kernels.rows import Logits, check_rows
     do_not_specialize_on_alignment=["stats_ptr", "targets_ptr"],
 )
 def _row_stats_kernel(
-    z_ptr,
-    t_ptr,
-    z_bias_ptr,
-    t_bias_ptr,
-    targets_ptr,
-    stats_ptr,
-    V,
-    z_row,
-    t_row,
-    stats_row,
-    z_scale,
-    z_softcap,
-    z_inv_temperature,
-    t_scale,
-    t_softcap,
-    t_inv_temperature,
-    missing,
-    Z_SOFTCAP: tl.constexpr,
-    T_SOFTCAP: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
+    z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, targets_ptr, stats_ptr,
+    V, z_row, t_row, stats_row,
+    z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature, missing,
+    Z_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr, DIVERGENCE: tl.constexpr,
     ONLINE: tl.constexpr,  # the divergence is one of one pass
-    ROUND_POLICY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ROUND_POLICY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_row
     if t_ptr is not None:
@@ -164,35 +147,18 @@ def row_stats(
     finished here, one of two needs `row_divergence` after it. A teacher's logit
     counts as at least its row's peak - 1e6 in the KLs, so that a masked column keeps them finite.
     """
+    teacher = z if t is None else t
     check_rows("z", z.raw)
-    if t is not None:
-        check_rows("t", t.raw)
+    check_rows("t", teacher.raw)
     rows, V = z.raw.shape
     block, warps = at.stats_block(V)
     with torch.cuda.device_of(z.raw):
         _row_stats_kernel[(rows,)](
-            z.raw,
-            None if t is None else t.raw,
-            z.bias,
-            None if t is None else t.bias,
-            targets,
+            z.raw, None if t is None else t.raw, z.bias, None if t is None else t.bias, targets,
             stats,
-            V,
-            z.raw.stride(0),
-            z.raw.stride(0) if t is None else t.raw.stride(0),
-            stats.stride(0),
-            float(z.scale),
-            float(z.softcap or 1.0),
-            1.0 / z.temperature,
-            1.0 if t is None else float(t.scale),
-            1.0 if t is None else float(t.softcap or 1.0),
-            1.0 if t is None else 1.0 / t.temperature,
-            missing,
-            Z_SOFTCAP=z.softcap is not None,
-            T_SOFTCAP=t is not None and t.softcap is not None,
-            DIVERGENCE=DIVERGENCES[divergence].code,
-            ONLINE=DIVERGENCES[divergence].passes == 1,
-            ROUND_POLICY=round_policy,
-            BLOCK=block,
-            num_warps=warps,
-        )
+            V, z.raw.stride(0), teacher.raw.stride(0), stats.stride(0),
+            *z.scalars, *teacher.scalars, missing,
+            Z_SOFTCAP=z.softcap is not None, T_SOFTCAP=t is not None and t.softcap is not None,
+            DIVERGENCE=DIVERGENCES[divergence].code, ONLINE=DIVERGENCES[divergence].passes == 1,
+            ROUND_POLICY=round_policy, BLOCK=block, num_warps=warps,
+        )  # fmt: skip

@@ -55,6 +55,11 @@ class Logits(NamedTuple):
     temperature: float = 1.0
     holes: bool = True
 
+    @property
+    def scalars(self) -> tuple[float, float, float]:
+        """What the kernels take of the transform: scale, soft cap, 1 / temperature."""
+        return float(self.scale), float(self.softcap or 1.0), 1.0 / self.temperature
+
 
 class PolicyInputs(NamedTuple):
     """Rows of the `(7, R)` fp32 buffer that the fused dGRPO objective reads."""
