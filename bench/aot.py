@@ -108,7 +108,7 @@ def main() -> int:
 
 def check_all(targets: list[str], *, everything: bool) -> int:
     """Check the variants of every target and print a table; returns the exit status."""
-    print(f"triton {triton.__version__}; bytes a thread for loads and stores in loops")
+    print(f"triton {triton.__version__}; bytes per thread for loads and stores in loops")
     print(
         f"{'target':7} {'kernel, divergence, vocabulary, options':66} {'warps':5} {'regs':>5} "
         f"{'spills':6} {'stack':5} {'shared':>7} {'loads':5} {'stores':5}"

@@ -31,7 +31,7 @@ class MachineCode:
     stack: int
     shared: int  # of one program
     shared_limit: int
-    loop_loads: list[int] = field(default_factory=list)  # bytes a thread, each load in a loop
+    loop_loads: list[int] = field(default_factory=list)  # bytes per thread, of each load in a loop
     loop_stores: list[int] = field(default_factory=list)
 
     def faults(self) -> list[str]:

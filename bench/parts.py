@@ -118,7 +118,7 @@ def parts(case: Case, plan: Plan, copied: int, repeats: int) -> list[Part]:
 
     scale = tokens / min(FLOOR_ROWS, tokens)
     floor = {name: scale * burst_ms(run, repeats=repeats) for name, run in gemms(case).items()}
-    rate = copy_rate(copied, device, repeats) / 1e3  # bytes a millisecond
+    rate = copy_rate(copied, device, repeats) / 1e3  # bytes per millisecond
     many, few = tokens / plan.logit_rows, tokens / plan.grad_rows
     size = weight.dtype.itemsize
     products = {

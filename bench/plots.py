@@ -53,7 +53,7 @@ def speed(report: dict) -> None:
 
 
 def memory(report: dict) -> None:
-    """Peak bytes over the number of tokens, one line a provider."""
+    """Peak bytes over the number of tokens, one line per provider."""
     rows = [r for r in report["rows"] if r["terms"] == BOTH and r["peak_bytes"] is not None]
     names = list(dict.fromkeys(r["shape"] for r in rows))
     _, axes = plt.subplots(

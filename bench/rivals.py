@@ -51,7 +51,7 @@ def liger_grpo(case: Case) -> Tensor:
 
 
 def liger_jsd(case: Case) -> Tensor:
-    """Liger's chunked JSD loss at beta = 1, the reverse KL; 1024 tokens a chunk, its default."""
+    """Liger's chunked JSD loss at beta = 1, the reverse KL; 1024 tokens per chunk, its default."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     head = LigerFusedLinearJSDLoss(

@@ -1,4 +1,4 @@
-"""A call's road: prepared, swept, and joined to autograd where something needs a gradient.
+"""Run a call: prepare it, sweep it, and hand its gradients to autograd.
 
 Two autograd functions: gradients finished in forward, and gradients by recomputation.
 """

@@ -1,6 +1,6 @@
 """The four matrix products of the sweep, each with fp32 results from low-precision operands.
 
-On GPUs the vendor's GEMM writes fp32 directly (`out_dtype`, probed once a device). Elsewhere the
+On GPUs the vendor's GEMM writes fp32 directly (`out_dtype`, probed once per device). Elsewhere the
 operands are lifted to fp32 by slices of the vocabulary, which is exact, and no fp32 copy of the
 head ever exists.
 """
@@ -48,7 +48,7 @@ def writes_fp32(product: str, like: Tensor) -> bool:
 
 
 def _slices(columns: int, other: int, scratch: int) -> Iterator[slice]:
-    """Slices of the vocabulary whose lifted operands, `other` elements a column, fit `scratch`."""
+    """Slices of the vocabulary whose lifted operands, `other` per column, fit `scratch` bytes."""
     step = max(64, scratch // (4 * max(other, 1)))
     return (slice(start, min(start + step, columns)) for start in range(0, columns, step))
 

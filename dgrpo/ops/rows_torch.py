@@ -2,7 +2,7 @@
 
 Same functions, arguments and results as `dgrpo_kernels` (whose docstrings hold the formulas), but
 for the fused objective, which the plain `dgrpo.objectives.dgrpo` replaces; fp64 too. Rows go in
-tiles that stay in cache, so that temporaries are a few MiB whatever the size of the block.
+tiles that stay in cache, so that temporaries are a few MiB for blocks of any size.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def row_grad(
             inverse = (-log_sum).exp()
             terms = Terms(at, b, c, fixed, log_sum, inverse, _of(parameter, tile))
             if v is not None:
-                v.masked_fill_(b == 0, 0)  # whatever a teacher says of a token that skips it
+                v.masked_fill_(b == 0, 0)  # a skipped token's teacher may hold NaN or inf
             g = entry.slope(terms, u, v, e)
             if z.holes and entry.adds_q:
                 g.masked_fill_(x == -torch.inf, 0)

@@ -3,7 +3,7 @@
 Two levels of blocks (`blocks`): R rows of fp32 logits, M rows of gradient before each dHidden and
 dW product. A step decides what happens to a part's logits: `Score` keeps statistics, `Descend`
 evaluates an objective and writes gradients at once (4 matrix products), `Replay` writes gradients
-from upstream coefficients (recompute mode). One loop, whatever the loss.
+from upstream coefficients (recompute mode). All losses share this loop.
 """
 
 from __future__ import annotations

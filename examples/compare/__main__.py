@@ -6,7 +6,7 @@
 
 The order: tokenizer; teacher and base student side by side; the teacher's answers; a cold start a
 seed; for each method some learning rates, chosen on validation prompts with a seed of their own;
-then every method once a seed, scored on the test prompts. Interrupted, the same command goes on,
+then every method once per seed, scored on the test prompts. Interrupted, the same command goes on,
 and a finished run is not run again. What it leaves behind is in results/SIZE/: the metrics of every
 run, the scores of every test prompt, tables and figures; docs/comparison.md reads them.
 """

@@ -2,7 +2,7 @@
 
 A file such as small.yaml holds the stages of `dgrpo train` and a group `compare`. The stages whose
 names end in a number make the models that all methods share (those of one name in a row), `cold`
-is run once a seed, and every further stage is a method, run once a seed from that seed's `cold`.
+is run once per seed, and every further stage is a method, run once per seed from its `cold`.
 A method's name up to the first "-" is the family whose learning rate it takes.
 """
 
