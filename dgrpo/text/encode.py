@@ -57,7 +57,9 @@ def encode_chat(
 
 
 def count_tokens(tokenizer, text: str) -> int:
-    """Number of tokens of `text` taken literally."""
+    """Number of tokens of `text` taken literally; of bytes, with `"bytes"` as the tokenizer."""
+    if tokenizer == "bytes":
+        return len(text.encode("utf-8", errors="replace"))
     return len(encode_text(tokenizer, text))
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from dgrpo.longblocks.tasks import grounding
-from dgrpo.longblocks.tasks.corpus import build_corpus, counter
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, Woven, distractor_count, row, weave
+from dgrpo.longblocks.tasks.corpus import build_corpus
+from dgrpo.longblocks.tasks.facts import Ground, Names, Woven, distractor_count, row, weave
 
 ANSWER = 'End with a line that says "Answer: " and then '
 NEEDLE = "The special number of {} is {}."
@@ -50,8 +50,7 @@ def ruler(
 
 
 def _rows(tokenizer, tasks, lengths, count, seed, haystack) -> Iterator[dict]:
-    corpus = build_corpus(tokenizer, haystack).part("test")
-    ground = Ground(corpus, counter(tokenizer))
+    ground = Ground(build_corpus(tokenizer, haystack).part("test"), tokenizer)
     for length in lengths:
         for task in tasks:
             for i in range(count):
@@ -74,12 +73,12 @@ def multi_key(ground: Ground, rng, tokens: int, depth: float) -> dict:
 
 def multi_value(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """All four values of one key."""
-    return _needles(ground, rng, tokens, None, keys=1, values=4, others=4)
+    return _needles(ground, rng, tokens, [], keys=1, values=4, others=4)
 
 
 def multi_query(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """The values of four keys."""
-    return _needles(ground, rng, tokens, None, keys=4, values=1, others=4)
+    return _needles(ground, rng, tokens, [], keys=4, values=1, others=4)
 
 
 def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int | None) -> dict:
@@ -99,10 +98,9 @@ def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int
             f"mentions? {ANSWER}the {len(right)} numbers, separated by commas."
         )
     texts = [NEEDLE.format(*pair) for pair in [*asked, *more]]
-    facts = [Fact(text, i < len(asked)) for i, text in enumerate(texts)]
-    woven = weave(ground, rng, facts, tokens, question, depths)
+    woven = weave(ground, rng, texts, tokens, question, depths)
     wrong = [str(number) for _, number in more]
-    return _row(woven, question, right, wrong, texts[: len(asked)], len(asked))
+    return _row(woven, question, right, wrong, texts[: len(asked)])
 
 
 def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
@@ -120,10 +118,10 @@ def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
         f"Which variables are assigned the value {value}, directly or through others? {ANSWER}"
         "their 5 names, separated by commas."
     )
-    facts = [Fact(t, i == 0) for i, (some, _, _) in enumerate(chains) for t in some]
+    facts = [text for some, _, _ in chains for text in some]
     woven = weave(ground, rng, facts, tokens, question)
     wrong = [name for _, some, _ in chains[1:] for name in some]
-    return _row(woven, question, variables, wrong, texts, 5)
+    return _row(woven, question, variables, wrong, texts)
 
 
 def common_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
@@ -163,7 +161,7 @@ def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str)
     if kept[order[top - 1]] <= kept[order[top]] or set(order[:top]) != set(words[:top]):
         raise ValueError(f"lengths: {tokens} tokens are too few to tell the most {kind} words")
     woven = Woven(text, length + ground.count(question) + 2, [], [])
-    return _row(woven, question, order[:top], order[top : top + 8], [], 0)
+    return _row(woven, question, order[:top], order[top : top + 8], [])
 
 
 def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
@@ -196,7 +194,7 @@ def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     }
 
 
-def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
+def _row(woven: Woven, question, right, wrong, gold: list[str]) -> dict:
     one = len(right) == 1
     answer = ", ".join(right)
     return row(
@@ -208,7 +206,6 @@ def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
         answer=answer,
         reward="exact_match" if one else "item_f1",
         reference=f"Answer: {answer}",
-        evidence="\n".join(evidence),
         aliases=list(right) if one else [],
         items=[] if one else list(right),
         distractors=list(wrong),

@@ -7,9 +7,9 @@ a line `Answer: value` and, for every passage it rests on, a line `Quote: "sente
 import numpy as np
 
 from dgrpo.longblocks.tasks.facts import (
-    Fact,
     Ground,
     Names,
+    choose,
     distractor_count,
     pick,
     row,
@@ -19,6 +19,7 @@ from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, Attribute, intro, valu
 
 FAMILY = "grounding"
 ABSTAIN = "not answerable"
+NUMERIC = [a for a in ATTRIBUTES if a.high]
 RULES = (
     'Write a line "Answer: " with the value alone; then, for every passage that the answer rests '
     'on, a line of the form Quote: "one whole sentence, word for word" [label of the passage]. '
@@ -29,9 +30,9 @@ RULES = (
 def quoting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     """One passage holds the answer; others tell the same of other lighthouses."""
     names = Names(rng)
-    place, asked = names.place(), _attribute(rng)
+    place, asked = names.place(), choose(rng, ATTRIBUTES)
     right = value(asked, names)
-    gold = [_passage(names, rng, place, [(asked, right)])]
+    gold = [_passage(names, rng, place, asked, right)]
     facts, wrong = _others(ground, rng, tokens, names, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
     return _row(ground, rng, tokens, "quoting", question, right, gold, facts, wrong)
@@ -40,7 +41,7 @@ def quoting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
 def contradicting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     """Two sources disagree: the question names one of them, or wants both weighed."""
     names = Names(rng)
-    place, asked = names.place(), _attribute(rng, numeric=True)
+    place, asked = names.place(), choose(rng, NUMERIC)
     values = [value(asked, names) for _ in range(2)]
     sources = ["the survey of the harbour office", "the log of the coast guard"]
     rng.shuffle(sources)
@@ -71,7 +72,7 @@ def contradicting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict
 def superseded(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     """Several dated statements, in any order: the latest one counts."""
     names = Names(rng)
-    place, asked = names.place(), _attribute(rng, numeric=True)
+    place, asked = names.place(), choose(rng, NUMERIC)
     dated = sorted((names.date(), value(asked, names)) for _ in range(pick(rng, 2, 4)))
     texts = [
         f"As of {when}, {_lower(asked.sentence.format(x=place, v=v))}" for (_, when), v in dated
@@ -83,32 +84,26 @@ def superseded(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         "Later statements replace earlier ones. By the latest one: "
         f"{asked.question.format(x=place)} {RULES}"
     )
-    wrong = [v for _, v in dated[:-1]] + wrong
-    return _row(
-        ground, rng, tokens, "superseded", question, dated[-1][1], passages[-1:], others, wrong
-    )
+    *earlier, right = [v for _, v in dated]
+    wrong, gold = earlier + wrong, passages[-1:]
+    return _row(ground, rng, tokens, "superseded", question, right, gold, others, wrong)
 
 
 def unanswerable(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     """The document tells other things of this lighthouse, and this thing of others."""
     names = Names(rng)
-    place, asked = names.place(), _attribute(rng)
+    place, asked = names.place(), choose(rng, ATTRIBUTES)
     facts, wrong = _others(ground, rng, tokens, names, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
     return _row(ground, rng, tokens, "unanswerable", question, None, [], facts, wrong)
 
 
-def _attribute(rng: np.random.Generator, numeric: bool = False) -> Attribute:
-    choices = [a for a in ATTRIBUTES if a.high or not numeric]
-    return choices[pick(rng, 0, len(choices) - 1)]
-
-
-def _passage(names, rng, place: str, told: list[tuple[Attribute, str]]) -> tuple[str, str]:
-    """A passage about one lighthouse, and the sentence of the first thing that it tells."""
-    more = [a for a in ATTRIBUTES if a not in [attribute for attribute, _ in told]]
-    extra = more[pick(rng, 0, len(more) - 1)]
-    sentences = [a.sentence.format(x=place, v=v) for a, v in [*told, (extra, value(extra, names))]]
-    order = rng.permutation(len(sentences))
+def _passage(names, rng, place: str, asked: Attribute, answer: str) -> tuple[str, str]:
+    """A passage that tells what is asked and one thing more, and the sentence of the former."""
+    extra = choose(rng, [a for a in ATTRIBUTES if a is not asked])
+    told = ((asked, answer), (extra, value(extra, names)))
+    sentences = [a.sentence.format(x=place, v=v) for a, v in told]
+    order = rng.permutation(2)
     return " ".join([intro(place, rng), *(sentences[i] for i in order)]), sentences[0]
 
 
@@ -116,36 +111,31 @@ def _others(ground, rng, tokens, names, place, asked) -> tuple[list[str], list[s
     """Passages that look like the answer: what is asked, of others; other things, of this one."""
     others = [a for a in ATTRIBUTES if a is not asked]
     same = [others[i] for i in rng.permutation(len(others))[:2]]
-    texts = [f"{intro(place, rng)} {same[0].sentence.format(x=place, v=value(same[0], names))}"]
-    texts.append(f"{intro(place, rng)} {same[1].sentence.format(x=place, v=value(same[1], names))}")
+    texts = [f"{intro(place, rng)} {a.sentence.format(x=place, v=value(a, names))}" for a in same]
     wrong = []
     for _ in range(distractor_count(tokens, 2 * ground.count(texts[0]))):
         wrong.append(value(asked, names))
-        texts.append(_passage(names, rng, names.place(), [(asked, wrong[-1])])[0])
+        texts.append(_passage(names, rng, names.place(), asked, wrong[-1])[0])
     return texts, wrong
 
 
 def _row(ground, rng, tokens, task, question, right, gold, others, wrong) -> dict:
     """`gold`: (passage, sentence to quote) pairs; `right` None: not answerable."""
-    facts = [Fact(text, True) for text, _ in gold] + [Fact(text) for text in others]
-    woven = weave_passages(ground, rng, facts, tokens, question)
-    pairs = list(zip(gold, woven.labels, strict=False))
+    passages = [text for text, _ in gold]
+    woven = weave_passages(ground, rng, passages + others, tokens, question)
+    pairs = zip(gold, woven.labels, strict=False)
     quotes = [f'Quote: "{sentence}" [{label}]' for (_, sentence), label in pairs]
     answer = "\n".join([f"Answer: {right or ABSTAIN}", *quotes])
-    evidence = "\n\n".join(f"[{label}] {text}" for (text, _), label in pairs)
     return row(
         woven,
-        gold=len(gold),
+        gold=passages,
         family=FAMILY,
         task=task,
         question=question,
         answer=answer,
         reward="grounded",
-        evidence=evidence,
         aliases=[right] if right else [ABSTAIN],
         distractors=wrong,
-        passages=[text for text, _ in gold],
-        passage_ids=[label for _, label in pairs],
         answerable=right is not None,
     )
 

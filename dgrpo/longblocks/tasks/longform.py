@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, distractor_count, pick, row, weave
+from dgrpo.longblocks.tasks.facts import Ground, Names, choose, distractor_count, pick, row, weave
 from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, value
 
 FAMILY = "long_form"
@@ -25,10 +25,10 @@ def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     for _ in range(distractor_count(tokens, ground.count(texts[0]))):
         if len(others) % 6 == 0:
             other = names.place()
-        attribute = ATTRIBUTES[pick(rng, 0, len(ATTRIBUTES) - 1)]
+        attribute = choose(rng, ATTRIBUTES)
         wrong.append(value(attribute, names))
         others.append(attribute.sentence.format(x=other, v=wrong[-1]))
-    form = list(FORMS)[pick(rng, 0, 3)]
+    form = choose(rng, list(FORMS))
     headings = list(dict.fromkeys(a.section for a, _ in told)) if form == "sections" else []
     low, high = 4 * many, 30 * many
     question = (
@@ -37,16 +37,14 @@ def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         f"over the document. Write between {low} and {high} words, nothing before or after the "
         "report, and nothing about other lighthouses."
     )
-    facts = [Fact(text, True) for text in texts] + [Fact(text) for text in others]
     return row(
-        weave(ground, rng, facts, tokens, question),
-        gold=many,
+        weave(ground, rng, texts + others, tokens, question),
+        gold=texts,
         family=FAMILY,
         task="report",
         question=question,
         answer=_written(form, told, texts, headings),
         reward="coverage",
-        evidence="\n".join(texts),
         points=[[a.key, v] for a, v in told],
         distractors=wrong,
         form=form,

@@ -1,8 +1,18 @@
 """Multi-hop reasoning: chains of facts, counting and comparing over many places of a document."""
 
+from itertools import pairwise
+
 import numpy as np
 
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, distractor_count, pick, row, weave
+from dgrpo.longblocks.tasks.facts import (
+    ANSWER,
+    Ground,
+    Names,
+    distractor_count,
+    pick,
+    row,
+    weave,
+)
 
 FAMILY = "multi_hop"
 
@@ -28,7 +38,7 @@ def variable_tracing(ground: Ground, rng: np.random.Generator, tokens: int) -> d
     start, value = chains[0][1][0], chains[0][1][-1]
     question = (
         f"Dials in this document take their readings from other dials. Which number does the dial "
-        f'{start} show? End with a line that says "Answer: " and then the number alone.'
+        f"{start} show? {ANSWER.format('the number')}"
     )
     wrong = [entities[-1] for _, entities in chains[1:]]
     texts = [text for some, _ in chains for text in some]
@@ -38,10 +48,7 @@ def variable_tracing(ground: Ground, rng: np.random.Generator, tokens: int) -> d
 def _dials(names: Names, hops: int) -> tuple[list[str], list[str]]:
     dials = [names.place() for _ in range(hops)]
     value = str(names.number(10_000, 100_000))
-    texts = [
-        f"The dial {a} always shows what the dial {b} shows."
-        for a, b in zip(dials[:-1], dials[1:], strict=True)
-    ]
+    texts = [f"The dial {a} always shows what the dial {b} shows." for a, b in pairwise(dials)]
     return [*texts, f"The dial {dials[-1]} shows {value}."], [*dials, value]
 
 
@@ -53,7 +60,7 @@ def relations(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     entities = chains[0][1]
     question = (
         f"By what this document says, name {described(start, hops, entities[0])}. "
-        'End with a line that says "Answer: " and then the name alone.'
+        f"{ANSWER.format('the name')}"
     )
     wrong = entities[:-1] + [others[-1] for _, others in chains[1:]]
     texts = [text for some, _ in chains for text in some]
@@ -65,9 +72,8 @@ def relation_chain(names: Names, start: int, hops: int) -> tuple[list[str], list
     """The facts of a chain from the `start`-th relation on, and its `hops + 1` entities."""
     kinds = [RELATIONS[start + i][0] for i in range(hops + 1)]
     entities = [names.person() if kind in PEOPLE else names.place() for kind in kinds]
-    pairs = zip(entities[:-1], entities[1:], strict=True)
-    texts = [RELATIONS[start + i][1].format(a=a, b=b) for i, (a, b) in enumerate(pairs)]
-    return texts, entities
+    pairs = enumerate(pairwise(entities), start)
+    return [RELATIONS[i][1].format(a=a, b=b) for i, (a, b) in pairs], entities
 
 
 def called(place: int, name: str) -> list[str]:
@@ -103,21 +109,17 @@ def counting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     for _ in range(distractor_count(tokens, cost)):
         records.append((names.place(), names.number(11, 9000), str(rng.choice(others))))
     texts = [line.format(names.date()[1], *record) for record in records]
-    largest = max(records[:many], key=lambda record: record[1])
+    largest = max(records[:many], key=lambda record: record[1])[0]
     total = sum(crates for _, crates, _ in records[:many])
     every = sum(crates for _, crates, _ in records)
-    kind = ("count", "sum", "most")[pick(rng, 0, 2)]
-    asked, answer, what = {
-        "count": (f"How many ships brought crates to the harbour of {harbour}", many, "number"),
-        "sum": (f"How many crates in all came to the harbour of {harbour}", total, "number"),
-        "most": (f"Which ship brought most crates to the harbour of {harbour}", largest[0], "name"),
-    }[kind]
-    wrong = {
-        "count": [many - 1, many + 1, len(records)],
-        "sum": [total - records[0][1], every],
-        "most": [ship for ship, _, _ in records if ship != largest[0]],
-    }[kind]
-    question = f'{asked}? End with a line that says "Answer: " and then the {what} alone.'
+    to = f"to the harbour of {harbour}"
+    ships = [ship for ship, _, _ in records if ship != largest]
+    asked, answer, wrong, what = (
+        (f"How many ships brought crates {to}", many, [many - 1, many + 1, len(records)], "number"),
+        (f"How many crates in all came {to}", total, [total - records[0][1], every], "number"),
+        (f"Which ship brought most crates {to}", largest, ships, "name"),
+    )[pick(rng, 0, 2)]
+    question = f"{asked}? {ANSWER.format(f'the {what}')}"
     return _row(ground, rng, tokens, "counting", question, texts, many, str(answer), wrong)
 
 
@@ -136,26 +138,23 @@ def comparison(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     listed = [str(name) for name in rng.permutation([name for name, _ in stations[:many]])]
     question = (
         f"Of the weather stations {', '.join(listed[:-1])} and {listed[-1]}, which one measured "
-        f"the {'most' if most else 'least'} rain? "
-        'End with a line that says "Answer: " and then the name alone.'
+        f"the {'most' if most else 'least'} rain? {ANSWER.format('the name')}"
     )
     wrong = [name for name in listed if name != best]
     return _row(ground, rng, tokens, "comparison", question, texts, many, best, wrong)
 
 
 def _row(ground, rng, tokens, task, question, texts, many, answer, distractors) -> dict:
-    """A row whose answer needs the first `many` of the facts."""
-    facts = [Fact(text, i < many) for i, text in enumerate(texts)]
+    """A row whose answer needs the first `many` of the texts."""
     return row(
-        weave(ground, rng, facts, tokens, question),
-        gold=many,
+        weave(ground, rng, texts, tokens, question),
+        gold=texts[:many],
         family=FAMILY,
         task=task,
         question=question,
         answer=answer,
         reward="exact_match",
         reference="\n".join([*texts[:many], f"Answer: {answer}"]),
-        evidence="\n".join(texts[:many]),
         aliases=[answer],
         distractors=[str(value) for value in distractors],
     )

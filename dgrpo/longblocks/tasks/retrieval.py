@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from dgrpo.longblocks.tasks.facts import (
-    Fact,
     Ground,
     Names,
     Woven,
+    choose,
     distractor_count,
     pick,
     row,
@@ -43,19 +43,17 @@ def retrieval(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     names, hops = Names(rng), pick(rng, 2, 4)
     start = pick(rng, 0, len(RELATIONS) - 1 - hops)
     texts, entities = relation_chain(names, start, hops)
-    gold = [f"{text} {ASIDES[pick(rng, 0, len(ASIDES) - 1)]}" for text in texts]
+    gold = [f"{text} {choose(rng, ASIDES)}" for text in texts]
     others = [f"Much has been written about {name}, and most of it is lost." for name in entities]
     wrong = entities[:-1]
     cost = ground.count(gold[0])
     for _ in range(max(1, distractor_count(tokens, cost) // hops)):
         more, passed = relation_chain(names, start, hops)
-        others += [f"{text} {ASIDES[pick(rng, 0, len(ASIDES) - 1)]}" for text in more]
+        others += [f"{text} {choose(rng, ASIDES)}" for text in more]
         wrong.append(passed[-1])
     question = f"By what these passages say, name {described(start, hops, entities[0])}. {RULES}"
-    facts = [Fact(text, True) for text in gold] + [Fact(text) for text in others]
-    woven = weave_passages(ground, rng, facts, tokens, question)
-    right = called(start + hops, entities[-1])
-    return _row(woven, question, gold, woven.labels[: len(gold)], right, wrong)
+    woven = weave_passages(ground, rng, gold + others, tokens, question)
+    return _row(woven, question, gold, called(start + hops, entities[-1]), wrong)
 
 
 def from_passages(
@@ -83,28 +81,24 @@ def from_passages(
     if set(flat[: len(supporting)]) & set(flat[len(supporting) :]):
         raise BadRow("a supporting passage among the others", question[:80])
     order = rng.permutation(len(flat)).tolist()
-    labels = {i: f"P{number}" for number, i in enumerate(order, 1)}
-    document = "\n\n".join(f"[{labels[i]}] {flat[i]}" for i in order)
-    n = len(supporting)
-    depths = [order.index(i) / len(order) for i in range(n)]
-    woven = Woven(document, 0, depths, [labels[i] for i in range(n)])
-    return _row(woven, f"{question} {RULES}", flat[:n], woven.labels, list(answers), [])
+    document = "\n\n".join(f"[P{number}] {flat[i]}" for number, i in enumerate(order, 1))
+    places = [order.index(i) for i in range(len(flat))]
+    depths, labels = [place / len(flat) for place in places], [f"P{p + 1}" for p in places]
+    woven = Woven(document, 0, depths, labels)
+    return _row(woven, f"{question} {RULES}", flat[: len(supporting)], list(answers), [])
 
 
-def _row(woven: Woven, question, gold, labels, answers, wrong) -> dict:
-    copied = [f"[{label}] {text}" for label, text in zip(labels, gold, strict=True)]
+def _row(woven: Woven, question: str, gold: list[str], answers: list[str], wrong) -> dict:
+    copied = [f"[{label}] {text}" for label, text in zip(woven.labels, gold, strict=False)]
     answer = "\n".join(["<RETRIEVAL>", *copied, "</RETRIEVAL>", f"Answer: {answers[0]}"])
     return row(
         woven,
-        gold=len(gold),
+        gold=gold,
         family=FAMILY,
         task="retrieval",
         question=question,
         answer=answer,
         reward="retrieval",
-        evidence="\n\n".join(copied),
         aliases=answers,
         distractors=wrong,
-        passages=gold,
-        passage_ids=labels,
     )
