@@ -29,31 +29,18 @@ CODE = ("definition", "call_chain")
 
 @dataclass(frozen=True)
 class MakeSettings:
-    """What to make.
+    """What to make."""
 
-    Attributes:
-        out: folder for the files `part-00000.parquet` and on.
-        tasks: names in `TASKS`, or `("all",)`.
-        count: rows in all, dealt out to tasks and lengths in turn.
-        tokens: lengths of document and question, by the tokenizer.
-        tokenizer: folder or hub name, or `"bytes"`: one token a byte.
-        haystack: folder of text or code; None: the standard library.
-        split: `"train"`, or `"test"`: from text that no training row has.
-        seed: of everything.
-        processes: how many to use.
-        file_tokens: about how many tokens of text a file holds.
-    """
-
-    out: str
-    tasks: tuple[str, ...] = ("all",)
-    count: int = 1000
-    tokens: tuple[int, ...] = (32_768,)
-    tokenizer: str = "bytes"
-    haystack: str | None = None
-    split: str = "train"
+    out: str  # folder for the files part-00000.parquet and on
+    tasks: tuple[str, ...] = ("all",)  # names in TASKS
+    count: int = 1000  # rows in all, dealt out to tasks and lengths in turn
+    tokens: tuple[int, ...] = (32_768,)  # lengths of document and question, by the tokenizer
+    tokenizer: str = "bytes"  # folder or hub name; "bytes": one token per byte
+    haystack: str | None = None  # folder of text or code; None: the standard library
+    split: str = "train"  # or "test": from text that no training row has
     seed: int = 0
     processes: int = 1
-    file_tokens: int = 2_000_000
+    file_tokens: int = 2_000_000  # about how many tokens of text a file holds
 
     def __post_init__(self):
         unknown = [name for name in self.tasks if name not in TASKS and name != "all"]
@@ -73,7 +60,7 @@ class MakeSettings:
 
     @property
     def file_rows(self) -> int:
-        """Rows of a file."""
+        """Rows per file."""
         return int(np.clip(self.file_tokens // max(self.tokens), 1, 256))
 
 
