@@ -135,20 +135,18 @@ def build_corpus(
             break
     if not found:
         raise ValueError(f"haystack: got {str(folder)!r}, which holds no readable text")
-    chosen = set(range(9, len(found), 10))  # every tenth file is for tests
-    order = [i for i in range(len(found)) if i not in chosen] + sorted(chosen)
+    held_out = found[9::10]  # every tenth file is for tests, the last in order
+    del found[9::10]
     blob, starts, totals, files, border = bytearray(), [0], [0], [], 0
-    for i in order:
-        name, text = found[i]
-        cuts = unit_cuts(text)
-        counts = unit_tokens(tokenizer, text, cuts)
-        files.append((name, len(starts) - 1, len(starts) - 1 + len(counts)))
+    for number, (name, text) in enumerate([*found, *held_out]):
+        cuts, first = unit_cuts(text), len(starts) - 1
+        totals += unit_tokens(tokenizer, text, cuts)
         for begin, end in pairwise(cuts):
             blob += text[begin:end].encode("utf-8", errors="replace")
             starts.append(len(blob))
-        totals += counts
-        border = len(starts) - 1 if i not in chosen else border
-    if not chosen:  # fewer than ten files: the last tenth of the text
+        files.append((name, first, len(starts) - 1))
+        border = len(starts) - 1 if number < len(found) else border
+    if not held_out:  # fewer than ten files: the last tenth of the text
         border = max(1, border * 9 // 10)
     return Corpus(
         bytes(blob), np.array(starts, np.int64), np.cumsum(totals, dtype=np.int64), files, border

@@ -59,11 +59,9 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
         ValueError: no readable document, or a folder with data of other settings.
     """
     out, judge = Path(settings.out), settings.judge
+    where, who = (judge.url, judge.model) if judge else ("", "")
     about = asdict(settings) | {"model": settings.endpoint.model}
-    about |= {
-        "judge_endpoint": judge.url if judge else "",
-        "judge_model": judge.model if judge else "",
-    }
+    about |= {"judge_endpoint": where, "judge_model": who}
     claim(out, {n: v for n, v in about.items() if n not in ("out", "endpoint", "judge")})
     report = Report(log, out / META / "problems.jsonl")
     stretches = _Stretches(settings, report)
@@ -74,10 +72,8 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
     def ask(number: int) -> dict | BadRow:
         if silent >= GIVE_UP:
             return BadRow(UNREACHABLE, "not tried after many failures in a row")
-        kind, seed = (
-            settings.kinds[number % len(settings.kinds)],
-            settings.seed * 1_000_003 + number,
-        )
+        kind = settings.kinds[number % len(settings.kinds)]
+        seed = settings.seed * 1_000_003 + number
         try:
             text = stretches.text(number)
             reply = settings.endpoint.chat(

@@ -43,15 +43,12 @@ def train_tokenizer(
     Args:
         vocab_size: size of the vocabulary with the 256 bytes and 2 special tokens, without names.
         names: this many of `invented_names` become tokens of their own.
-        folder: text to train on; None: the standard library's sources. The last tenth of the lines
-            (the held-out ones) is left out.
+        folder: text to train on, but for the last tenth of its lines (the held-out ones); None: the
+            standard library's sources.
         seed: of the sample of lines that is used (about 1 MB).
 
     Returns:
         PreTrainedTokenizerFast with `eos_token` and `pad_token`.
-
-    Raises:
-        ValueError: fewer than 258 tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -62,12 +59,9 @@ def train_tokenizer(
     lines = lines[: len(lines) * 9 // 10]
     chosen = np.random.default_rng(seed).permutation(len(lines))[:30_000]
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\n|\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    alone = pre_tokenizers.Split(Regex(r"\n|\d"), behavior="isolated")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([alone, words])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
