@@ -53,30 +53,31 @@ def definition(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     """Where a function is defined, or which parameters it has."""
     where = bool(rng.integers(2))
 
-    def find(file: CodeFile):
-        found = [f for f in _functions(file).values() if where or len(f.parameters) > 1]
-        return [choose(rng, found)] if found else None
-
-    def ask(file: CodeFile, chain: list[_Function]):
-        name = chain[0].name
+    def ask(file: CodeFile):
+        functions = _functions(file).values()
+        found = [f for f in functions if where or len(f.parameters) > 1]
+        if not found:
+            return None
+        chosen = choose(rng, found)
         if where:
-            question = f"In which file of this document is the function `{name}` defined?"
-            return question, file.name, [], "the file's path"
+            question = f"In which file of this document is the function `{chosen.name}` defined?"
+            return [chosen], question, file.name, [], "the file's path"
         question = (
-            f"Which parameters does the function `{name}` have, in the order of its definition?"
+            f"Which parameters does the function `{chosen.name}` have, in the order of its "
+            "definition?"
         )
-        wrong = [", ".join(f.parameters) for f in _functions(file).values()]
-        answer = ", ".join(chain[0].parameters)
-        return question, answer, wrong, "their names, separated by commas,"
+        wrong = [", ".join(f.parameters) for f in functions]
+        what = "their names, separated by commas,"
+        return [chosen], question, ", ".join(chosen.parameters), wrong, what
 
-    return _code_row(ground, rng, tokens, "definition", find, ask)
+    return _code_row(ground, rng, tokens, "definition", ask)
 
 
 def call_chain(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
     """Follow 2 to 4 calls through functions that each use exactly one other of their file."""
     hops = pick(rng, 2, 4)
 
-    def find(file: CodeFile):
+    def ask(file: CodeFile):
         functions = _functions(file)
         for name in rng.permutation(sorted(functions)):
             chain = [functions[str(name)]]
@@ -86,33 +87,33 @@ def call_chain(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
                     break
                 chain.append(following)
             if len(chain) > 2:
-                return chain[: hops + 1]
-        return None
-
-    def ask(file: CodeFile, chain: list[_Function]):
-        times = len(chain) - 1
+                break
+        else:
+            return None
+        first, last = chain[0].name, chain[-1].name
         question = (
-            f"The function `{chain[0].name}` refers to exactly one other function that its file "
+            f"The function `{first}` refers to exactly one other function that its file "
             f"defines at the top level; that function refers to exactly one in turn. Following "
-            f"such references {times} times from `{chain[0].name}`, which function is reached?"
+            f"such references {len(chain) - 1} times from `{first}`, which function is reached?"
         )
-        wrong = [f.name for f in chain[:-1]] + [n for n in _functions(file) if n != chain[-1].name]
-        return question, chain[-1].name, wrong, "the function's name"
+        wrong = [f.name for f in chain[:-1]] + [name for name in functions if name != last]
+        return chain, question, last, wrong, "the function's name"
 
-    return _code_row(ground, rng, tokens, "call_chain", find, ask)
+    return _code_row(ground, rng, tokens, "call_chain", ask)
 
 
-def _code_row(ground: Ground, rng, tokens: int, task: str, find, ask) -> dict:
+def _code_row(ground: Ground, rng, tokens: int, task: str, ask) -> dict:
+    """A row about a file of which `ask` gives functions, question, answer, wrong ones, its kind."""
+
     def plain(name: str) -> str:  # what is left of a name after a reward's normalisation
         return name.strip("_").casefold()
 
     files = (ground.code or ground.corpus).code
     for _ in range(ATTEMPTS):
         file = choose(rng, files)
-        chain = find(file)
-        if not chain:
+        if (asked := ask(file)) is None:
             continue
-        question, answer, wrong, what = ask(file, chain)
+        chain, question, answer, wrong, what = asked
         if sum(plain(w) == plain(answer) for w in {answer, *wrong}) > 1:
             continue
         question = f"{question} {ANSWER.format(what)}"
@@ -123,6 +124,8 @@ def _code_row(ground: Ground, rng, tokens: int, task: str, find, ask) -> dict:
             continue
         woven = _surrounded(ground, files, rng, file, text, room, tokens)
         if _told_once(woven.text, text, chain):
+            steps = [f"{a.name} refers to {b.name}" for a, b in pairwise(chain)]
+            steps = steps or [f"{chain[0].name}({', '.join(chain[0].parameters)})"]
             return row(
                 woven,
                 gold=[text.rstrip()],
@@ -131,7 +134,7 @@ def _code_row(ground: Ground, rng, tokens: int, task: str, find, ask) -> dict:
                 question=question,
                 answer=answer,
                 reward="exact_match",
-                reference="\n".join([f"In {file.name}:", *_steps(chain), f"Answer: {answer}"]),
+                reference="\n".join([f"In {file.name}:", *steps, f"Answer: {answer}"]),
                 aliases=[answer],
                 distractors=[w for w in wrong if w and w != answer][:8],
                 hops=len(chain),
@@ -171,9 +174,3 @@ def _told_once(document: str, text: str, chain: list[_Function]) -> bool:
     names = "|".join(re.escape(f.name) for f in chain)
     rest = document.replace(text.rstrip("\n"), "", 1)
     return not re.search(rf"\b(?:def|class) +(?:{names})\b", rest)
-
-
-def _steps(chain: list[_Function]) -> list[str]:
-    if len(chain) == 1:
-        return [f"{chain[0].name}({', '.join(chain[0].parameters)})"]
-    return [f"{a.name} refers to {b.name}" for a, b in pairwise(chain)]
