@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dgrpo.data.books import Books
-from dgrpo.data.cursors import OTHERWISE, Pass, Shuffled
+from dgrpo.data.cursors import Pass, Shuffled
 from dgrpo.data.render import Prompt, PromptEncoder
 from dgrpo.data.rows import fingerprint
 from dgrpo.data.survey import Survey
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
+
+OTHERWISE = "set another out, or read the new rows from their beginning by --allow-changes"
 
 
 class PromptStream:
@@ -81,6 +83,7 @@ class PromptStream:
             for i, source in enumerate(sources)
         ]
         self.books = [Books(s.books, self.report) if s.books else None for s in sources]
+        self.names = [source.name or source.path for source in sources]
         self.files = [fingerprint(source.path) for source in sources]
         self.index = 0
         self.taken = [0] * len(sources)
@@ -126,17 +129,14 @@ class PromptStream:
             "index": self.index,
             "taken": list(self.taken),
             "cursors": [cursor.state() for cursor in self.cursors],
-            "names": [source.name or source.path for source in self.sources],
+            "names": self.names,
             "files": self.files,
             "report": self.report.state_dict(),
         }
 
     def fits(self, state: dict) -> bool:
-        """Whether `state_dict` gave `state` for the same sources with as many rows."""
-        names = [source.name or source.path for source in self.sources]
-        sizes = [cursor.get("size") for cursor in state["cursors"]]
-        same = state["names"] == names and state.get("files", self.files) == self.files
-        return same and sizes == [cursor.size for cursor in self.cursors]
+        """Whether `state_dict` gave `state` for the same sources with the same rows."""
+        return not self._difference(state)
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`.
@@ -144,25 +144,32 @@ class PromptStream:
         Raises:
             ValueError: the sources are others, have another number of rows or other files.
         """
-        names = [source.name or source.path for source in self.sources]
-        if state["names"] != names:
-            raise ValueError(
-                f"sources: got {names}, the saved position is of {state['names']}; "
-                f"resume with the sources it was saved with, {OTHERWISE}"
-            )
+        if difference := self._difference(state):
+            raise ValueError(f"sources: {difference}, {OTHERWISE}")
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
             cursor.load(saved)
-        for name, old, new in zip(names, state.get("files", self.files), self.files, strict=True):
-            if old != new:
-                raise ValueError(
-                    f"sources: {name!r} has other rows than when the position was saved; resume "
-                    f"with the same data, {OTHERWISE}"
-                )
         self.index, self.taken = state["index"], list(state["taken"])
         self.report.load_state_dict(state["report"])
 
+    def _difference(self, state: dict) -> str:
+        """How the sources differ from those that a state is of; empty: not at all."""
+        if state["names"] != self.names:
+            return (
+                f"got {self.names}, the saved position is of {state['names']}; "
+                "resume with the sources it was saved with"
+            )
+        files, same = state.get("files", self.files), "resume with the same data"
+        for i, (name, cursor) in enumerate(zip(self.names, self.cursors, strict=True)):
+            size = state["cursors"][i].get("size")
+            if size != cursor.size:
+                had = f"{name!r} has {cursor.size} rows, had {size}"
+                return f"{had} when the position was saved; {same}"
+            if files[i] != self.files[i]:
+                return f"{name!r} has other rows than when the position was saved; {same}"
+        return ""
+
     def length(self, rows: int) -> int:
-        """Prompts from the beginning to the end, where the first source has ``rows`` in all."""
+        """Prompts from the beginning to the end, where the first source has `rows` in all."""
         if len(self.sources) == 1:
             return rows
         index, taken = 0, [0] * len(self.sources)
@@ -171,7 +178,7 @@ class PromptStream:
         return index
 
     def _furthest_behind(self, index: int, taken: Sequence[int]) -> int:
-        """The source of position ``index``: the one that is furthest behind its share."""
+        """The source of position `index`: the one that is furthest behind its share."""
         total = sum(source.weight for source in self.sources)
         behind = [
             source.weight / total * (index + 1) - count

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def looks_local(path: str) -> bool:
 def _call(path: str, options: dict) -> Sequence[dict]:
     module, _, name = path.partition(":")
     try:
-        function: Callable = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"path: got {path!r}, which cannot be imported: {error}") from error
     rows = function(**options)
@@ -128,10 +129,15 @@ def _open_all(files: list[str], report: Report) -> list:
         try:
             tables.append(open_table(file))
         except Exception as error:  # whatever a reader raises on a broken file
-            report.drop(BadRow("unreadable file", f"{type(error).__name__}: {error}", file))
+            report.drop(unreadable(file, error))
     if not tables:
         raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
     return tables
+
+
+def unreadable(file: str | Path, error: Exception) -> BadRow:
+    """The problem of a file that cannot be opened or read to its end."""
+    return BadRow("unreadable file", f"{type(error).__name__}: {error}", str(file))
 
 
 def open_table(file: str):
@@ -179,14 +185,8 @@ class _Lines:
 
     def __init__(self, file: str):
         self.name = file
-        starts, position = [np.zeros(1, np.int64)], 0
         with open(file, "rb") as stream:
-            while block := stream.read(1 << 24):
-                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
-                starts.append(ends + position + 1)
-                position += len(block)
-        offsets = np.concatenate(starts)
-        self.offsets = offsets if offsets[-1] == position else np.append(offsets, position)
+            self.offsets = np.fromiter(accumulate(map(len, stream), initial=0), np.int64)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -240,6 +240,14 @@ class _Rows(Sequence):
         index %= len(self)
         number = bisect.bisect_right(self.ends, index)
         return self.tables[number], index - (self.ends[number - 1] if number else 0)
+
+
+def caught(read: Callable[..., dict], *arguments) -> dict | BadRow:
+    """The row that `read` returns, or the BadRow that it raises."""
+    try:
+        return read(*arguments)
+    except BadRow as problem:
+        return problem
 
 
 def renamed(row: dict, columns: dict[str, str], where: str) -> dict:

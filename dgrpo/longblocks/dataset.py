@@ -9,7 +9,7 @@ with the books in a folder of the user's.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dgrpo.data.books import Books
+from dgrpo.data.books import Books, no_document
 from dgrpo.data.render import Source
 from dgrpo.data.row_stream import RowStream
 from dgrpo.text import BadRow, Report, count_tokens
@@ -74,11 +74,7 @@ def _checked(row: dict, library: Books | None, response: str | None) -> dict:
         raise BadRow("missing column", ", ".join(missing))
     if row["document"] is None:
         if library is None:
-            raise BadRow(
-                "document is null",
-                "LongBlocks ships no text for Institutional Books; give books=FOLDER to rejoin it, "
-                f"row {row['id']}",
-            )
+            raise no_document(row)
         row = library.join(row)
     for name in ("document", "question", "answer"):
         if not isinstance(row[name], str) or not row[name]:

@@ -6,12 +6,11 @@ token; then by a copy of the tokenizer that does not know those tokens.
 """
 
 import re
-from weakref import WeakKeyDictionary
+from functools import lru_cache
 
 from dgrpo.text.problems import BadRow
 
 CHUNK = 1 << 20  # characters encoded at once: the encoder keeps about 300 bytes per token
-_encoders: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def encode_text(tokenizer, text: str, *, target: bool = False) -> list[int]:
@@ -63,10 +62,9 @@ def count_tokens(tokenizer, text: str) -> int:
     return len(encode_text(tokenizer, text))
 
 
+@lru_cache(maxsize=16)
 def _encoder(tokenizer) -> "_Encoder":
-    if tokenizer not in _encoders:
-        _encoders[tokenizer] = _Encoder(tokenizer)
-    return _encoders[tokenizer]
+    return _Encoder(tokenizer)
 
 
 class _Encoder:
@@ -82,10 +80,14 @@ class _Encoder:
         unknown = tokenizer.unk_token_id  # stands for what cannot be spelled
         self.controls = set(tokenizer.convert_tokens_to_ids(sorted(special))) - {unknown, None}
         self.copies: dict[bool, object] = {}
-        self.plain = tokenizer_call(tokenizer)
-        self.render = tokenizer.apply_chat_template
+        self.tokenizer = tokenizer
         self.backend = getattr(tokenizer, "backend_tokenizer", None)
         self.chunked = self._cuts_at_lines()
+
+    def plain(self, text: str, **options) -> list[int]:
+        """Ids by the tokenizer itself, without anything around them."""
+        names = ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose")
+        return self.tokenizer(text, **dict.fromkeys(names, False), **options)["input_ids"]
 
     def text(self, text: str, target: bool) -> list[int]:
         pattern = self.patterns[target]
@@ -97,13 +99,13 @@ class _Encoder:
         return ids
 
     def chat(self, messages: list[dict], add_generation_prompt: bool, options: dict) -> list[int]:
-        pattern = self.patterns[False]
+        pattern, render = self.patterns[False], self.tokenizer.apply_chat_template
         keywords = dict(options, tokenize=False, add_generation_prompt=add_generation_prompt)
         if not pattern or not any(pattern.search(m["content"]) for m in messages):
-            return self._encode(self.plain, self.render(messages, **keywords))
+            return self._encode(self.plain, render(messages, **keywords))
         marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
         marked = [dict(m, content=mark) for m, mark in zip(messages, marks, strict=True)]
-        rendered = self.render(marked, **keywords)
+        rendered = render(marked, **keywords)
         if any(rendered.count(mark) != 1 for mark in marks):
             raise BadRow("control-token text in a chat whose template changes the contents")
         ids: list[int] = []
@@ -136,22 +138,6 @@ class _Encoder:
         """Whether this tokenizer, as most do, never joins the end of a line with the next one."""
         lines = ["def f(x):\n", "    return x\n\n", "Some words. 12\n", "more"]
         return self.plain("".join(lines)) == [i for line in lines for i in self.plain(line)]
-
-
-def tokenizer_call(tokenizer):
-    """`text -> ids` by the tokenizer itself, without anything around it."""
-
-    def encode(text: str, **options) -> list[int]:
-        return tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )["input_ids"]
-
-    return encode
 
 
 def chunks(text: str, size: int):

@@ -47,12 +47,27 @@ def main(argv: list[str] | None = None) -> int:
         tokens = tuple(map(length, args.tokens.split(",")))
         if args.endpoint:
             endpoint = Endpoint(args.endpoint, args.model, args.key_variable, pause=1.0)
-            about = (args.documents, args.count, max(tokens), args.tokenizer)
-            made = synthesize(SynthesisSettings(args.out, endpoint, *about, seed=args.seed))
-        else:
-            tasks = tuple(args.tasks.split(","))
-            where = (args.tokenizer, args.haystack, args.split, args.seed, args.processes)
-            made = make(MakeSettings(args.out, tasks, args.count, tokens, *where))
+            settings = SynthesisSettings(
+                args.out,
+                endpoint,
+                args.documents,
+                count=args.count,
+                tokens=max(tokens),
+                tokenizer=args.tokenizer,
+                seed=args.seed,
+            )
+            return 0 if synthesize(settings).rows else 1
+        settings = MakeSettings(
+            args.out,
+            tuple(args.tasks.split(",")),
+            args.count,
+            tokens,
+            tokenizer=args.tokenizer,
+            haystack=args.haystack,
+            split=args.split,
+            seed=args.seed,
+            processes=args.processes,
+        )
+        return 0 if make(settings).rows else 1
     except ValueError as error:
         parser.error(str(error))
-    return 0 if made.rows else 1
