@@ -13,7 +13,7 @@ import numpy as np
 
 from dgrpo.longblocks.tasks import grounding
 from dgrpo.longblocks.tasks.corpus import build_corpus
-from dgrpo.longblocks.tasks.facts import Ground, Names, Woven, distractor_count, row, weave
+from dgrpo.longblocks.tasks.facts import Draft, Ground, Names, Woven, distractor_count, row, weave
 
 ANSWER = 'End with a line that says "Answer: " and then '
 NEEDLE = "The special number of {} is {}."
@@ -73,12 +73,12 @@ def multi_key(ground: Ground, rng, tokens: int, depth: float) -> dict:
 
 def multi_value(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """All four values of one key."""
-    return _needles(ground, rng, tokens, [], keys=1, values=4, others=4)
+    return _needles(ground, rng, tokens, None, keys=1, values=4, others=4)
 
 
 def multi_query(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """The values of four keys."""
-    return _needles(ground, rng, tokens, [], keys=4, values=1, others=4)
+    return _needles(ground, rng, tokens, None, keys=4, values=1, others=4)
 
 
 def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int | None) -> dict:
@@ -180,7 +180,7 @@ def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
 
 def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """One question over labelled passages with distractors, answered without quotes."""
-    made = grounding.quoting(ground, rng, tokens)
+    made = grounding.quoting(Draft(ground, rng, tokens))
     question = made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone."
     right = made["aliases"]
     return made | {

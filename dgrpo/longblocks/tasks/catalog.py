@@ -8,9 +8,9 @@ import numpy as np
 
 from dgrpo.longblocks.tasks import grounding, longform, multihop, retrieval, tracing
 from dgrpo.longblocks.tasks.corpus import SPLITS
-from dgrpo.longblocks.tasks.facts import Ground
+from dgrpo.longblocks.tasks.facts import Draft, Ground
 
-TASKS: dict[str, Callable[[Ground, np.random.Generator, int], dict]] = {
+TASKS: dict[str, Callable[[Draft], dict]] = {
     "variable_tracing": multihop.variable_tracing,
     "relations": multihop.relations,
     "counting": multihop.counting,
@@ -70,6 +70,6 @@ def make_row(ground: Ground, settings: MakeSettings, number: int) -> dict:
     task = names[number % len(names)]
     tokens = settings.tokens[number // len(names) % len(settings.tokens)]
     key = [settings.seed, zlib.crc32(settings.split.encode()), number]
-    made = TASKS[task](ground, np.random.default_rng(key), tokens)
+    made = TASKS[task](Draft(ground, np.random.default_rng(key), tokens))
     identifier = f"{task}-{tokens}-{settings.split}-{settings.seed}-{number}"
     return {"id": identifier, **made, "seed": settings.seed}

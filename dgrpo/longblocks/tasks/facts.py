@@ -43,11 +43,19 @@ class Woven:
 
 
 class Names:
-    """Invented names and numbers, each at most once per document."""
+    """Random draws for a document: names and numbers are invented, each at most once."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
         self.used: set = set()
+
+    def pick(self, low: int, high: int) -> int:
+        """A whole number in [low, high]."""
+        return int(self.rng.integers(low, high + 1))
+
+    def choose(self, options: Sequence):
+        """One of some options, each as likely."""
+        return options[self.pick(0, len(options) - 1)]
 
     def place(self) -> str:
         """A name of one word, such as `Velmar`."""
@@ -85,14 +93,24 @@ class Names:
                 return (year, month, day), f"{day} {MONTHS[month - 1]} {year}"
 
 
-def pick(rng: np.random.Generator, low: int, high: int) -> int:
-    """A whole number in [low, high]."""
-    return int(rng.integers(low, high + 1))
+class Draft(Names):
+    """What a task makes a row from: random draws, and text for a document of `tokens` tokens."""
 
+    def __init__(self, ground: Ground, rng: np.random.Generator, tokens: int):
+        super().__init__(rng)
+        self.ground, self.tokens, self.count = ground, tokens, ground.count
 
-def choose(rng: np.random.Generator, options: Sequence):
-    """One of some options, each as likely."""
-    return options[pick(rng, 0, len(options) - 1)]
+    def distractors(self, cost: int) -> int:
+        """See `distractor_count`."""
+        return distractor_count(self.tokens, cost)
+
+    def weave(self, facts: list[str], question: str) -> Woven:
+        """See `weave`."""
+        return weave(self.ground, self.rng, facts, self.tokens, question)
+
+    def weave_passages(self, facts: list[str], question: str) -> Woven:
+        """See `weave_passages`."""
+        return weave_passages(self.ground, self.rng, facts, self.tokens, question)
 
 
 def distractor_count(tokens: int, cost: int) -> int:
@@ -109,7 +127,7 @@ def weave(
     facts: list[str],
     tokens: int,
     question: str,
-    depths: Sequence[float] = (),
+    depths: Sequence[float] | None = None,
 ) -> Woven:
     """Hide facts as lines of their own in real text.
 
@@ -127,7 +145,7 @@ def weave(
     bounds = np.array([corpus.before(unit) for unit in range(first, last + 1)])
     bounds -= bounds[0]
     drawn = rng.random(len(facts))
-    drawn[: len(depths)] = depths
+    drawn[: len(depths or ())] = depths or ()
     slots, order, met = _places(rng, bounds, drawn)
     pieces, done = [], 0
     for i in order:

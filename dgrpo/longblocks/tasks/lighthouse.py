@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from dgrpo.longblocks.tasks.facts import Names, choose
+from dgrpo.longblocks.tasks.facts import Names
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,6 @@ def value(attribute: Attribute, names: Names) -> str:
     return names.place() if attribute.key == "boat" else names.person()
 
 
-def intro(place: str, rng: np.random.Generator) -> str:
+def intro(place: str, names: Names) -> str:
     """A first sentence that says nothing of use."""
-    return choose(rng, INTROS).format(x=place)
+    return names.choose(INTROS).format(x=place)

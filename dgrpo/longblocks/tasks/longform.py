@@ -1,8 +1,6 @@
 """Long-form generation: a report that covers a list of points, in a given form and length."""
 
-import numpy as np
-
-from dgrpo.longblocks.tasks.facts import Ground, Names, choose, distractor_count, pick, row, weave
+from dgrpo.longblocks.tasks.facts import Draft, row
 from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, value
 
 FAMILY = "long_form"
@@ -15,20 +13,20 @@ FORMS = {
 }
 
 
-def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def report(draft: Draft) -> dict:
     """Everything that a document tells about one lighthouse, gathered from 6 to 12 places."""
-    names, many = Names(rng), pick(rng, 6, 12 if tokens >= 2000 else 8)
-    place, chosen = names.place(), sorted(rng.permutation(len(ATTRIBUTES))[:many].tolist())
-    told = [(ATTRIBUTES[i], value(ATTRIBUTES[i], names)) for i in chosen]
+    many = draft.pick(6, 12 if draft.tokens >= 2000 else 8)
+    place, chosen = draft.place(), sorted(draft.rng.permutation(len(ATTRIBUTES))[:many].tolist())
+    told = [(ATTRIBUTES[i], value(ATTRIBUTES[i], draft)) for i in chosen]
     texts = [a.sentence.format(x=place, v=v) for a, v in told]
     others, wrong = [], []
-    for _ in range(distractor_count(tokens, ground.count(texts[0]))):
+    for _ in range(draft.distractors(draft.count(texts[0]))):
         if len(others) % 6 == 0:
-            other = names.place()
-        attribute = choose(rng, ATTRIBUTES)
-        wrong.append(value(attribute, names))
+            other = draft.place()
+        attribute = draft.choose(ATTRIBUTES)
+        wrong.append(value(attribute, draft))
         others.append(attribute.sentence.format(x=other, v=wrong[-1]))
-    form = choose(rng, list(FORMS))
+    form = draft.choose(list(FORMS))
     headings = list(dict.fromkeys(a.section for a, _ in told)) if form == "sections" else []
     low, high = 4 * many, 30 * many
     question = (
@@ -38,7 +36,7 @@ def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         "report, and nothing about other lighthouses."
     )
     return row(
-        weave(ground, rng, texts + others, tokens, question),
+        draft.weave(texts + others, question),
         gold=texts,
         family=FAMILY,
         task="report",

@@ -11,16 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dgrpo.longblocks.tasks.facts import (
-    Ground,
-    Names,
-    Woven,
-    choose,
-    distractor_count,
-    pick,
-    row,
-    weave_passages,
-)
+from dgrpo.longblocks.tasks.facts import Draft, Woven, row
 from dgrpo.longblocks.tasks.multihop import RELATIONS, called, described, relation_chain
 from dgrpo.text import BadRow
 
@@ -38,21 +29,21 @@ ASIDES = (
 )
 
 
-def retrieval(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def retrieval(draft: Draft) -> dict:
     """A question over 2 to 4 relations, each told by a passage, among passages that look alike."""
-    names, hops = Names(rng), pick(rng, 2, 4)
-    start = pick(rng, 0, len(RELATIONS) - 1 - hops)
-    texts, entities = relation_chain(names, start, hops)
-    gold = [f"{text} {choose(rng, ASIDES)}" for text in texts]
+    hops = draft.pick(2, 4)
+    start = draft.pick(0, len(RELATIONS) - 1 - hops)
+    texts, entities = relation_chain(draft, start, hops)
+    gold = [f"{text} {draft.choose(ASIDES)}" for text in texts]
     others = [f"Much has been written about {name}, and most of it is lost." for name in entities]
     wrong = entities[:-1]
-    cost = ground.count(gold[0])
-    for _ in range(max(1, distractor_count(tokens, cost) // hops)):
-        more, passed = relation_chain(names, start, hops)
-        others += [f"{text} {choose(rng, ASIDES)}" for text in more]
+    cost = draft.count(gold[0])
+    for _ in range(max(1, draft.distractors(cost) // hops)):
+        more, passed = relation_chain(draft, start, hops)
+        others += [f"{text} {draft.choose(ASIDES)}" for text in more]
         wrong.append(passed[-1])
     question = f"By what these passages say, name {described(start, hops, entities[0])}. {RULES}"
-    woven = weave_passages(ground, rng, gold + others, tokens, question)
+    woven = draft.weave_passages(gold + others, question)
     return _row(woven, question, gold, called(start + hops, entities[-1]), wrong)
 
 

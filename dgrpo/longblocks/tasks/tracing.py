@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
-
 from dgrpo.longblocks.tasks.corpus import CodeFile
-from dgrpo.longblocks.tasks.facts import ANSWER, Ground, Woven, choose, pick, row
+from dgrpo.longblocks.tasks.facts import ANSWER, Draft, Woven, row
 
 FAMILY = "code"
 ATTEMPTS = 400
@@ -49,16 +47,16 @@ def _functions(file: CodeFile) -> dict[str, _Function]:
     return found
 
 
-def definition(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def definition(draft: Draft) -> dict:
     """Where a function is defined, or which parameters it has."""
-    where = bool(rng.integers(2))
+    where = bool(draft.rng.integers(2))
 
     def ask(file: CodeFile):
         functions = _functions(file).values()
         found = [f for f in functions if where or len(f.parameters) > 1]
         if not found:
             return None
-        chosen = choose(rng, found)
+        chosen = draft.choose(found)
         if where:
             question = f"In which file of this document is the function `{chosen.name}` defined?"
             return [chosen], question, file.name, [], "the file's path"
@@ -70,16 +68,16 @@ def definition(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         what = "their names, separated by commas,"
         return [chosen], question, ", ".join(chosen.parameters), wrong, what
 
-    return _code_row(ground, rng, tokens, "definition", ask)
+    return _code_row(draft, "definition", ask)
 
 
-def call_chain(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def call_chain(draft: Draft) -> dict:
     """Follow 2 to 4 calls through functions that each use exactly one other of their file."""
-    hops = pick(rng, 2, 4)
+    hops = draft.pick(2, 4)
 
     def ask(file: CodeFile):
         functions = _functions(file)
-        for name in rng.permutation(sorted(functions)):
+        for name in draft.rng.permutation(sorted(functions)):
             chain = [functions[str(name)]]
             while len(chain) <= hops and len(chain[-1].calls) == 1:
                 following = functions[next(iter(chain[-1].calls))]
@@ -99,18 +97,18 @@ def call_chain(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         wrong = [f.name for f in chain[:-1]] + [name for name in functions if name != last]
         return chain, question, last, wrong, "the function's name"
 
-    return _code_row(ground, rng, tokens, "call_chain", ask)
+    return _code_row(draft, "call_chain", ask)
 
 
-def _code_row(ground: Ground, rng, tokens: int, task: str, ask) -> dict:
+def _code_row(draft: Draft, task: str, ask) -> dict:
     """A row about a file of which `ask` gives functions, question, answer, wrong ones, its kind."""
 
     def plain(name: str) -> str:  # what is left of a name after a reward's normalisation
         return name.strip("_").casefold()
 
-    files = (ground.code or ground.corpus).code
+    tokens, files = draft.tokens, (draft.ground.code or draft.ground.corpus).code
     for _ in range(ATTEMPTS):
-        file = choose(rng, files)
+        file = draft.choose(files)
         if (asked := ask(file)) is None:
             continue
         chain, question, answer, wrong, what = asked
@@ -119,10 +117,10 @@ def _code_row(ground: Ground, rng, tokens: int, task: str, ask) -> dict:
         question = f"{question} {ANSWER.format(what)}"
         needed = "\n\n\n".join(f.text for f in _functions(file).values() if f in chain)
         text = f"# File: {file.name}\n{needed}\n\n\n"
-        room = tokens - ground.count(text) - ground.count("\n\n" + question) - 8
+        room = tokens - draft.count(text) - draft.count("\n\n" + question) - 8
         if room < tokens // 8:
             continue
-        woven = _surrounded(ground, files, rng, file, text, room, tokens)
+        woven = _surrounded(draft, files, file, text, room)
         if _told_once(woven.text, text, chain):
             steps = [f"{a.name} refers to {b.name}" for a, b in pairwise(chain)]
             steps = steps or [f"{chain[0].name}({', '.join(chain[0].parameters)})"]
@@ -145,18 +143,18 @@ def _code_row(ground: Ground, rng, tokens: int, task: str, ask) -> dict:
     )
 
 
-def _surrounded(ground, files, rng, file: CodeFile, text: str, room: int, tokens: int) -> Woven:
+def _surrounded(draft, files: list[CodeFile], file: CodeFile, text: str, room: int) -> Woven:
     """The text at a uniformly random depth between beginnings of other files."""
-    goal = float(rng.random())
+    goal = float(draft.rng.random())
     pieces, lengths = [], []
     for share in (int(goal * room), room - int(goal * room)):
         side, used = [], 0
         while used < share:
-            other = choose(rng, files)
+            other = draft.choose(files)
             if other.name == file.name and len(files) > 1:
                 continue
             header = f"# File: {other.name}\n"
-            cost = ground.count(header) + 2
+            cost = draft.count(header) + 2
             body, length = other.head(share - used - cost)
             if not body:
                 break
@@ -166,7 +164,7 @@ def _surrounded(ground, files, rng, file: CodeFile, text: str, room: int, tokens
         lengths.append(used)
     total = sum(lengths) or 1
     document = (pieces[0] + text + pieces[1]).rstrip("\n")
-    return Woven(document, tokens - room + sum(lengths), [lengths[0] / total], [])
+    return Woven(document, draft.tokens - room + sum(lengths), [lengths[0] / total], [])
 
 
 def _told_once(document: str, text: str, chain: list[_Function]) -> bool:
