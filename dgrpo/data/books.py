@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dgrpo.data.rows import unreadable
+from dgrpo.data.tables import unreadable
 from dgrpo.text import BadRow, Report
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from dgrpo.data.render import Source
 from dgrpo.data.row_stream import RowStream
-from dgrpo.data.rows import caught, load_rows
+from dgrpo.data.rows import load_rows
+from dgrpo.data.tables import caught
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
 

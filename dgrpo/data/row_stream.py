@@ -6,16 +6,8 @@ from itertools import islice
 
 import numpy as np
 
-from dgrpo.data.rows import (
-    caught,
-    is_function,
-    looks_local,
-    open_table,
-    parse_line,
-    renamed,
-    row_files,
-    unreadable,
-)
+from dgrpo.data.rows import is_function, looks_local, renamed, row_files
+from dgrpo.data.tables import caught, open_table, parse_line, unreadable
 from dgrpo.text import BadRow, Report
 
 

@@ -9,15 +9,13 @@ import bisect
 import glob
 import hashlib
 import importlib
-import json
 import os
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dgrpo.data.csv_rows import DELIMITERS, Cells
+from dgrpo.data.tables import DELIMITERS, Table, open_table, unreadable
 from dgrpo.text import BadRow, Report
 
 ENDS = 2**20  # bytes of each end of a file that its fingerprint reads
@@ -49,11 +47,11 @@ def load_rows(
     report = report or Report()
     path = str(path)
     if is_function(path):
-        tables = [_Table(_call(path, options or {}), path)]
+        tables = [Table(_call(path, options or {}), path)]
     elif files := row_files(path):
         tables = _open_all(files, report)
     elif os.path.isdir(path):
-        tables = [_Table(_saved(path, split), path)]
+        tables = [Table(_saved(path, split), path)]
     elif looks_local(path):
         raise ValueError(
             f"path: got {path!r}, which does not exist; expected a file ({', '.join(SUFFIXES)}), "
@@ -62,7 +60,7 @@ def load_rows(
     else:
         import datasets
 
-        tables = [_Table(datasets.load_dataset(path, split=split), f"{path}[{split}]")]
+        tables = [Table(datasets.load_dataset(path, split=split), f"{path}[{split}]")]
     return _Rows(tables, columns or {})
 
 
@@ -135,84 +133,6 @@ def _open_all(files: list[str], report: Report) -> list:
     return tables
 
 
-def unreadable(file: str | Path, error: Exception) -> BadRow:
-    """The problem of a file that cannot be opened or read to its end."""
-    return BadRow("unreadable file", f"{type(error).__name__}: {error}", str(file))
-
-
-def open_table(file: str):
-    """One file's rows. Raises whatever its reader raises where it is broken."""
-    if file.endswith(".jsonl"):
-        return _Lines(file)
-    if file.endswith(tuple(DELIMITERS)):
-        return Cells(file)
-    if file.endswith(".json"):
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-        if isinstance(content, dict):  # {"data": [...]}, or one object a key
-            lists = [v for v in content.values() if isinstance(v, list)]
-            content = lists[0] if len(lists) == 1 else list(content.values())
-        return _Table(content, file)
-    import datasets
-    import pyarrow.parquet
-
-    pyarrow.parquet.read_metadata(file)  # a broken file fails here, before a cache is written
-    return _Table(datasets.Dataset.from_parquet(file), file)
-
-
-class _Table:
-    """A list or a dataset; every row a dict."""
-
-    def __init__(self, rows, name: str):
-        self.rows, self.name = rows, name
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        if not isinstance(row, dict):
-            raise BadRow("not an object", type(row).__name__, self.where(index))
-        return row
-
-    def where(self, index: int) -> str:
-        """Name and row, from 0."""
-        return f"{self.name}:{index}"
-
-
-class _Lines:
-    """A JSONL file by line; its line offsets (8 bytes per line) are found in one pass."""
-
-    def __init__(self, file: str):
-        self.name = file
-        with open(file, "rb") as stream:
-            self.offsets = np.fromiter(accumulate(map(len, stream), initial=0), np.int64)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> dict:
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        with open(self.name, "rb") as stream:
-            stream.seek(start)
-            return parse_line(stream.read(end - start), self.where(index))
-
-    def where(self, index: int) -> str:
-        """File and line, from 1."""
-        return f"{self.name}:{index + 1}"
-
-
-def parse_line(line: bytes, where: str) -> dict:
-    """One line of JSONL. Raises BadRow for anything but one object in UTF-8."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise BadRow("bad JSON", str(error), where) from None
-    if not isinstance(row, dict):
-        raise BadRow("not an object", type(row).__name__, where)
-    return row
-
-
 class _Rows(Sequence):
     """Tables end to end, their columns renamed."""
 
@@ -240,14 +160,6 @@ class _Rows(Sequence):
         index %= len(self)
         number = bisect.bisect_right(self.ends, index)
         return self.tables[number], index - (self.ends[number - 1] if number else 0)
-
-
-def caught(read: Callable[..., dict], *arguments) -> dict | BadRow:
-    """The row that `read` returns, or the BadRow that it raises."""
-    try:
-        return read(*arguments)
-    except BadRow as problem:
-        return problem
 
 
 def renamed(row: dict, columns: dict[str, str], where: str) -> dict:
