@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dgrpo.data.books import Books, no_document
-from dgrpo.data.render import Source
 from dgrpo.data.row_stream import RowStream
 from dgrpo.text import BadRow, Report, count_tokens
 
-RETRIEVAL = "retrieval"  # the family of dgrpo.longblocks.tasks.retrieval
 HUB = "utter-project/LongBlocks"
 COLUMNS = ("id", "document", "source", "language", "question", "answer")
 
@@ -98,9 +96,3 @@ def _measure(row: dict, tokenizer, shortest: int, longest: int | None) -> None:
     if n < shortest or (longest is not None and n > longest):
         raise BadRow("too short" if n < shortest else "too long", f"{n} tokens")
     row["tokens"] = n
-
-
-def icr_source(path: str, **options) -> Source:
-    """A training source of rows in this format: SFT on the copied passages and the answer."""
-    where = {"family": RETRIEVAL}
-    return Source(path=path, completion="response_reference", where=where, **options)

@@ -10,21 +10,21 @@ from dgrpo.longblocks.tasks import grounding, longform, multihop, retrieval, tra
 from dgrpo.longblocks.tasks.corpus import SPLITS
 from dgrpo.longblocks.tasks.facts import Draft, Ground
 
-TASKS: dict[str, Callable[[Draft], dict]] = {
-    "variable_tracing": multihop.variable_tracing,
-    "relations": multihop.relations,
-    "counting": multihop.counting,
-    "comparison": multihop.comparison,
-    "quoting": grounding.quoting,
-    "contradicting": grounding.contradicting,
-    "superseded": grounding.superseded,
-    "unanswerable": grounding.unanswerable,
-    "report": longform.report,
-    "definition": tracing.definition,
-    "call_chain": tracing.call_chain,
-    "retrieval": retrieval.retrieval,
+# Per task its family and what makes a row.
+TASKS: dict[str, tuple[str, Callable[[Draft], dict]]] = {
+    "variable_tracing": ("multi_hop", multihop.variable_tracing),
+    "relations": ("multi_hop", multihop.relations),
+    "counting": ("multi_hop", multihop.counting),
+    "comparison": ("multi_hop", multihop.comparison),
+    "quoting": ("grounding", grounding.quoting),
+    "contradicting": ("grounding", grounding.contradicting),
+    "superseded": ("grounding", grounding.superseded),
+    "unanswerable": ("grounding", grounding.unanswerable),
+    "report": ("long_form", longform.report),
+    "definition": ("code", tracing.definition),
+    "call_chain": ("code", tracing.call_chain),
+    "retrieval": ("retrieval", retrieval.retrieval),
 }
-CODE = ("definition", "call_chain")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def make_row(ground: Ground, settings: MakeSettings, number: int) -> dict:
     task = names[number % len(names)]
     tokens = settings.tokens[number // len(names) % len(settings.tokens)]
     key = [settings.seed, zlib.crc32(settings.split.encode()), number]
-    made = TASKS[task](Draft(ground, np.random.default_rng(key), tokens))
+    family, function = TASKS[task]
+    made = function(Draft(ground, np.random.default_rng(key), tokens))
     identifier = f"{task}-{tokens}-{settings.split}-{settings.seed}-{number}"
-    return {"id": identifier, **made, "seed": settings.seed}
+    return {"id": identifier, **made, "family": family, "task": task, "seed": settings.seed}

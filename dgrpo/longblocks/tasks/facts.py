@@ -85,12 +85,11 @@ class Names:
     def date(self) -> tuple[tuple[int, int, int], str]:
         """A date that was not drawn before, to sort by and as text."""
         while True:
-            year, month, day = (
-                int(self.rng.integers(*r)) for r in ((1890, 1970), (1, 13), (1, 29))
-            )
-            if (year, month, day) not in self.used:
-                self.used.add((year, month, day))
-                return (year, month, day), f"{day} {MONTHS[month - 1]} {year}"
+            drawn = self.pick(1890, 1969), self.pick(1, 12), self.pick(1, 28)
+            if drawn not in self.used:
+                self.used.add(drawn)
+                year, month, day = drawn
+                return drawn, f"{day} {MONTHS[month - 1]} {year}"
 
 
 class Draft(Names):

@@ -7,7 +7,6 @@ a line `Answer: value` and, for every passage it rests on, a line `Quote: "sente
 from dgrpo.longblocks.tasks.facts import Draft, row
 from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, Attribute, intro, value
 
-FAMILY = "grounding"
 ABSTAIN = "not answerable"
 NUMERIC = [a for a in ATTRIBUTES if a.high]
 RULES = (
@@ -24,7 +23,7 @@ def quoting(draft: Draft) -> dict:
     gold = [_passage(draft, place, asked, right)]
     facts, wrong = _others(draft, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
-    return _row(draft, "quoting", question, right, gold, facts, wrong)
+    return _row(draft, question, right, gold, facts, wrong)
 
 
 def contradicting(draft: Draft) -> dict:
@@ -54,7 +53,7 @@ def contradicting(draft: Draft) -> dict:
         )
         needed = gold
         wrong.insert(0, next(v for v in values if v != right))
-    return _row(draft, "contradicting", question, right, needed, others, wrong)
+    return _row(draft, question, right, needed, others, wrong)
 
 
 def superseded(draft: Draft) -> dict:
@@ -73,7 +72,7 @@ def superseded(draft: Draft) -> dict:
     )
     *earlier, right = [v for _, v in dated]
     wrong, gold = earlier + wrong, passages[-1:]
-    return _row(draft, "superseded", question, right, gold, others, wrong)
+    return _row(draft, question, right, gold, others, wrong)
 
 
 def unanswerable(draft: Draft) -> dict:
@@ -81,7 +80,7 @@ def unanswerable(draft: Draft) -> dict:
     place, asked = draft.place(), draft.choose(ATTRIBUTES)
     facts, wrong = _others(draft, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
-    return _row(draft, "unanswerable", question, None, [], facts, wrong)
+    return _row(draft, question, None, [], facts, wrong)
 
 
 def _passage(draft, place: str, asked: Attribute, answer: str) -> tuple[str, str]:
@@ -105,7 +104,7 @@ def _others(draft, place, asked) -> tuple[list[str], list[str]]:
     return texts, wrong
 
 
-def _row(draft, task, question, right, gold, others, wrong) -> dict:
+def _row(draft, question, right, gold, others, wrong) -> dict:
     """`gold`: (passage, sentence to quote) pairs; `right` None: not answerable."""
     passages = [text for text, _ in gold]
     woven = draft.weave_passages(passages + others, question)
@@ -115,8 +114,6 @@ def _row(draft, task, question, right, gold, others, wrong) -> dict:
     return row(
         woven,
         gold=passages,
-        family=FAMILY,
-        task=task,
         question=question,
         answer=answer,
         reward="grounded",

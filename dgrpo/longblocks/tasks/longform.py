@@ -3,7 +3,6 @@
 from dgrpo.longblocks.tasks.facts import Draft, row
 from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, value
 
-FAMILY = "long_form"
 FORMS = {
     "bullets": 'a list with one fact a line, each line beginning with "- "',
     "numbered": 'a list with one fact a line, numbered "1. ", "2. " and so on',
@@ -38,8 +37,6 @@ def report(draft: Draft) -> dict:
     return row(
         draft.weave(texts + others, question),
         gold=texts,
-        family=FAMILY,
-        task="report",
         question=question,
         answer=_written(form, told, texts, headings),
         reward="coverage",

@@ -15,7 +15,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from dgrpo.longblocks.tasks.catalog import CODE, MakeSettings, make_row
+from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
 from dgrpo.longblocks.tasks.corpus import Corpus, build_corpus
 from dgrpo.longblocks.tasks.facts import Ground
 from dgrpo.longblocks.tasks.rows import META, MakeResult, claim, part, write_part
@@ -71,7 +71,8 @@ def _prepare(out: Path, settings: MakeSettings, report: Report, log) -> None:
     corpus = _corpus(out / HAYSTACK, settings, settings.haystack, report, log)
     if corpus.tokens < max(settings.tokens):
         log(f"the haystack has {corpus.tokens} tokens; longer documents repeat it")
-    if set(settings.named) & set(CODE) and not corpus.code:
+    code = any(TASKS[name][0] == "code" for name in settings.named)
+    if code and not corpus.code:
         log("the haystack has no Python files; code tasks use the standard library")
         _corpus(out / CODE_HAYSTACK, settings, None, report, log)
 

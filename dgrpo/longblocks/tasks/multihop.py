@@ -4,8 +4,6 @@ from itertools import pairwise
 
 from dgrpo.longblocks.tasks.facts import ANSWER, Draft, row
 
-FAMILY = "multi_hop"
-
 # type, sentence (from a to b), the description of b given a description of a
 RELATIONS = (
     ("person", "{a} works at the {b} depot.", "the depot where {x} works"),
@@ -32,7 +30,7 @@ def variable_tracing(draft: Draft) -> dict:
     )
     wrong = [entities[-1] for _, entities in chains[1:]]
     texts = [text for some, _ in chains for text in some]
-    return _row(draft, "variable_tracing", question, texts, hops, value, wrong)
+    return _row(draft, question, texts, hops, value, wrong)
 
 
 def _dials(draft: Draft, hops: int) -> tuple[list[str], list[str]]:
@@ -54,7 +52,7 @@ def relations(draft: Draft) -> dict:
     )
     wrong = entities[:-1] + [others[-1] for _, others in chains[1:]]
     texts = [text for some, _ in chains for text in some]
-    made = _row(draft, "relations", question, texts, hops, entities[-1], wrong)
+    made = _row(draft, question, texts, hops, entities[-1], wrong)
     return made | {"aliases": called(start + hops, entities[-1])}
 
 
@@ -110,7 +108,7 @@ def counting(draft: Draft) -> dict:
         (f"Which ship brought most crates {to}", largest, ships, "name"),
     )[draft.pick(0, 2)]
     question = f"{asked}? {ANSWER.format(f'the {what}')}"
-    return _row(draft, "counting", question, texts, many, str(answer), wrong)
+    return _row(draft, question, texts, many, str(answer), wrong)
 
 
 def comparison(draft: Draft) -> dict:
@@ -131,16 +129,14 @@ def comparison(draft: Draft) -> dict:
         f"the {'most' if most else 'least'} rain? {ANSWER.format('the name')}"
     )
     wrong = [name for name in listed if name != best]
-    return _row(draft, "comparison", question, texts, many, best, wrong)
+    return _row(draft, question, texts, many, best, wrong)
 
 
-def _row(draft, task, question, texts, many, answer, distractors) -> dict:
+def _row(draft, question, texts, many, answer, distractors) -> dict:
     """A row whose answer needs the first `many` of the texts."""
     return row(
         draft.weave(texts, question),
         gold=texts[:many],
-        family=FAMILY,
-        task=task,
         question=question,
         answer=answer,
         reward="exact_match",

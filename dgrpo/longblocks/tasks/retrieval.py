@@ -1,9 +1,9 @@
 """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
 The completion first copies every passage that it needs, with its label, between `<RETRIEVAL>`
-and `</RETRIEVAL>`, then gives the answer on a line of its own. As a row: the column
-`response_reference` is the completion to train on (SFT), `passages` and `passage_ids` are
-what the reward `dgrpo.rewards:retrieval` compares with.
+and `</RETRIEVAL>`, then gives the answer on a line of its own. SFT trains on the column
+`response_reference` (`completion` of a source, with `where: {family: retrieval}`); the reward
+`dgrpo.rewards:retrieval` compares with `passages` and `passage_ids`.
 """
 
 import re
@@ -15,7 +15,6 @@ from dgrpo.longblocks.tasks.facts import Draft, Woven, row
 from dgrpo.longblocks.tasks.multihop import RELATIONS, called, described, relation_chain
 from dgrpo.text import BadRow
 
-FAMILY = "retrieval"
 RULES = (
     "First copy every passage that the answer needs, word for word, each on a line of its own "
     "after its label in brackets, between a line <RETRIEVAL> and a line </RETRIEVAL>. Then write "
@@ -76,7 +75,8 @@ def from_passages(
     places = [order.index(i) for i in range(len(flat))]
     depths, labels = [place / len(flat) for place in places], [f"P{p + 1}" for p in places]
     woven = Woven(document, 0, depths, labels)
-    return _row(woven, f"{question} {RULES}", flat[: len(supporting)], list(answers), [])
+    made = _row(woven, f"{question} {RULES}", flat[: len(supporting)], list(answers), [])
+    return made | {"family": "retrieval", "task": "retrieval"}
 
 
 def _row(woven: Woven, question: str, gold: list[str], answers: list[str], wrong) -> dict:
@@ -85,8 +85,6 @@ def _row(woven: Woven, question: str, gold: list[str], answers: list[str], wrong
     return row(
         woven,
         gold=gold,
-        family=FAMILY,
-        task="retrieval",
         question=question,
         answer=answer,
         reward="retrieval",

@@ -9,7 +9,6 @@ from itertools import pairwise
 from dgrpo.longblocks.tasks.corpus import CodeFile
 from dgrpo.longblocks.tasks.facts import ANSWER, Draft, Woven, row
 
-FAMILY = "code"
 ATTEMPTS = 400
 
 
@@ -127,8 +126,6 @@ def _code_row(draft: Draft, task: str, ask) -> dict:
             return row(
                 woven,
                 gold=[text.rstrip()],
-                family=FAMILY,
-                task=task,
                 question=question,
                 answer=answer,
                 reward="exact_match",

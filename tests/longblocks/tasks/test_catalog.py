@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from dgrpo.longblocks import rewards
-from dgrpo.longblocks.dataset import icr_source
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
 from dgrpo.longblocks.tasks.facts import Names, weave, weave_passages
 from dgrpo.longblocks.tasks.retrieval import from_passages
@@ -175,7 +174,6 @@ def test_retrieve_then_generate_from_passages_of_other_data():
     row = from_passages("Who?", ["Ann", "Anna"], ["Ann did\nit."], ["Bob did not.", "Rain."], rng)
     assert score(row, row["response_reference"]) == 1.0
     assert row["passages"] == ["Ann did it."] and len(re.findall(r"\[P\d\]", row["document"])) == 3
-    assert icr_source("x").completion == "response_reference"
     with pytest.raises(ValueError, match="no answer"):
         from_passages("Who?", [], ["a"], [], rng)
     with pytest.raises(ValueError, match="among the others"):
