@@ -16,13 +16,12 @@ def no_document(row: dict) -> BadRow:
 class Books:
     """Texts by identifier, from a folder of the user's.
 
-    Text files (`<identifier>.txt`, `.md`) are books of that identifier. Parquet files hold one
-    book per row, as Institutional Books is published: the identifier in `barcode_src`,
-    `identifier` or `id`, the text in `document`, `text`, `text_by_page_gen` or
-    `text_by_page_src` (pages are joined). Only identifiers are kept in memory.
+    Text files are named by identifier. Parquet files hold one book per row, as Institutional Books
+    is published: the identifier in one of the columns `KEYS`, the text in one of `TEXTS` (pages are
+    joined). Only identifiers are kept in memory.
 
-    A row belongs to the book named by its `id`, by one part of the id between `/`, `:`,
-    `#` and `_`, or by its `identifier` column.
+    A row belongs to the book named by its `identifier`, its `id`, or a part of the id between `/`,
+    `:`, `#` and `_`.
 
     Raises:
         ValueError: the folder holds no book.

@@ -1,12 +1,13 @@
 """The prompts of a run: sources mixed by share, in a fixed order, from a position that resumes.
 
-The order depends on the seed and the sources alone. All ranks walk through the same global stream
-and each keeps its own rows, so that neither the number of ranks nor a resumption changes what is
-trained on; the price is that every rank tokenises every row, as the length filters need.
+The order depends on the seed and the sources alone. All ranks walk through the same stream and each
+keeps its own rows, so that neither the number of ranks nor a resumption changes what is trained on;
+the price is that every rank tokenises every row, as the length filters need.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -24,15 +25,12 @@ OTHERWISE = "set another out, or read the new rows from their beginning by --all
 class PromptStream:
     """Batches of prompts from a mix of sources.
 
-    Position i of the stream belongs to the source that is furthest behind its share, so every
-    prefix holds the shares to within a row. The stream ends when the first source has been read
-    `epochs` times; the others repeat, each epoch in another order.
+    Every position belongs to the source that is furthest behind its share, so every prefix holds
+    the shares to within a row. The first source is read `epochs` times (None: for ever); the others
+    repeat meanwhile, each epoch in another order.
 
     Args:
-        sources: what to mix.
         tokenizer: a tokenizer of transformers; its lengths are the ones that count.
-        seed: of the order.
-        epochs: passes over the first source; None never ends.
         chat, system, chat_options: see `PromptEncoder`.
         min_prompt_tokens, max_prompt_tokens, max_completion_tokens: rows outside are dropped.
         context, reserve: rows whose prompt and completion (`reserve` tokens; None: its own) are
@@ -98,20 +96,13 @@ class PromptStream:
 
         Position i belongs to rank `i % world`. Fewer at the end of the data, then none.
         """
-        prompts = []
-        for _ in range(n):
-            prompt = self._next()
-            if prompt is None:
-                break
-            if prompt.index % self.world == self.rank:
-                prompts.append(prompt)
-        return prompts
+        prompts = islice(iter(self._next, None), n)
+        return [prompt for prompt in prompts if prompt.index % self.world == self.rank]
 
     def survey(self, seconds: float) -> list[Survey]:
-        """What each source's rows are like, from those that can be read in some seconds.
+        """What each source's rows are like, from random ones that can be read in some seconds.
 
-        They are drawn at random; those of a streaming source are left alone. The stream stands
-        where it stood.
+        Rows of a streaming source are not read. The stream stands where it stood.
         """
         found = []
         for number, cursor in enumerate(self.cursors):
@@ -208,9 +199,7 @@ class PromptStream:
                 return prompt
         return None
 
-    def _prepare(
-        self, number: int, where: str, row: dict | BadRow, report: Report
-    ) -> Prompt | None:
+    def _prepare(self, number: int, where: str, row, report: Report) -> Prompt | None:
         source, books = self.sources[number], self.books[number]
         try:
             if isinstance(row, BadRow):

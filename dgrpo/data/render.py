@@ -133,7 +133,7 @@ class PromptEncoder:
             beginning-of-sequence token where the tokenizer adds one; None: chat where the
             tokenizer has a template.
         system: a system message, or, without a chat template, text before every prompt.
-        chat_options: passed to the chat template.
+        chat_options: passed to the template.
     """
 
     def __init__(self, tokenizer, *, chat=None, system=None, chat_options=None):

@@ -12,17 +12,12 @@ from dgrpo.text import BadRow, Report
 
 
 class RowStream:
-    """One pass over files or a hub dataset, in bounded memory, resumable.
-
-    Iterating gives `(where, row)` or `(where, BadRow)`. `state` is where to go on.
+    """One pass over files or a hub dataset, in bounded memory: `(where, row)` or `(where, BadRow)`.
 
     Args:
-        path: as for `load_rows`, without functions.
-        split: of a hub dataset.
-        columns: `{our name: name in the file}`.
-        report: files that cannot be opened are counted here.
+        path, split, columns, report: as for `load_rows`; no function.
         seed, epoch: the order of the files.
-        state: from `state`.
+        state: where to go on, from `state()`.
     """
 
     def __init__(

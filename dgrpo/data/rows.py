@@ -1,8 +1,7 @@
 """Rows: JSONL, JSON, parquet, CSV, folders of them, saved datasets, the hub, or a function.
 
-`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded memory
-is `dgrpo.data.row_stream.RowStream`. In both a row or a file that cannot be read is a `BadRow`, not
-the end.
+`load_rows` gives random access, as a full shuffle needs; `dgrpo.data.row_stream.RowStream` is one
+pass in bounded memory. In both a row or a file that cannot be read is a `BadRow`, not the end.
 """
 
 import bisect
@@ -145,7 +144,7 @@ class _Rows(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self[i] for i in range(len(self))[index]]
         table, row = self._find(index)
         return renamed(table[row], self.columns, self.where(index))
 
@@ -155,9 +154,7 @@ class _Rows(Sequence):
         return table.where(row)
 
     def _find(self, index: int):
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: got {index}, expected one below {len(self)} rows")
-        index %= len(self)
+        index = range(len(self))[index]  # from the end too; IndexError beyond it
         number = bisect.bisect_right(self.ends, index)
         return self.tables[number], index - (self.ends[number - 1] if number else 0)
 

@@ -1,9 +1,8 @@
 """The public dataset LongBlocks (utter-project/LongBlocks, arXiv 2605.12227).
 
-Columns `id, document, source, language, question, answer` and one `response_<model>` a
-generator. About 56 % of its rows come from Institutional Books, whose licence does not allow the
-text to be passed on: their `document` is null. Such rows are dropped and counted, or joined again
-with the books in a folder of the user's.
+It has the columns `COLUMNS` and one `response_<model>` per generator. About 56 % of its rows come
+from Institutional Books, whose licence does not allow the text to be passed on: their `document` is
+null. Such rows are dropped and counted, or joined again with the books in a folder of the user's.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,9 +37,6 @@ def load_longblocks(
         tokenizer, min_tokens, max_tokens: length limits of the document, by this tokenizer.
         languages: only these.
         report, log: where dropped rows are counted and logged; see `Report`.
-
-    Yields:
-        The row's columns, with `completion` where `response` is given.
 
     Raises:
         ValueError: limits without a tokenizer, or a response column that the data does not have.

@@ -17,8 +17,6 @@ def encode_text(tokenizer, text: str, *, target: bool = False) -> list[int]:
     """Token ids of `text` taken literally, without beginning- or end-of-sequence tokens.
 
     Args:
-        tokenizer: a tokenizer of transformers.
-        text: any text.
         target: the text is what a model is to write: added tokens that are not special ones
             (`<think>`, `<tool_call>`) keep their ids; in a document they are text too.
 
@@ -34,7 +32,6 @@ def encode_chat(
     """Token ids of a chat through the tokenizer's template; what the messages say is text.
 
     Args:
-        tokenizer: a tokenizer of transformers with a chat template.
         messages: `[{"role": ..., "content": str}, ...]`.
         add_generation_prompt: end with the opening of the assistant's turn.
         options: passed to the template (`enable_thinking=False`, `tools=...`).
@@ -120,10 +117,7 @@ class _Encoder:
     def _encode(self, encode, text: str) -> list[int]:
         if len(text) <= CHUNK or not self.chunked:
             return encode(text)
-        ids: list[int] = []
-        for piece in chunks(text, CHUNK):
-            ids += encode(piece)
-        return ids
+        return [token for piece in chunks(text, CHUNK) for token in encode(piece)]
 
     def _literal(self, target: bool):
         """The encode function of a copy that knows none of the hidden tokens."""

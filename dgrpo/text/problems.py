@@ -1,8 +1,7 @@
 """What went wrong with the data: every bad row is reported, counted and skipped, never fatal.
 
-A `BadRow` carries where (file and row) and why; a `Report` collects them. The first
-few of each reason are logged as they happen, later ones whenever their number reaches a power of
-ten, and all of them go into a file where one was named.
+The first rows of each reason are logged as they happen, later ones whenever their number reaches
+a power of ten, and all of them go into a file where one was named.
 """
 
 import json
