@@ -33,11 +33,9 @@ class Shuffled:
         self._start(0, 0)
 
     def _start(self, epoch: int, offset: int) -> None:
-        self.epoch, self.offset = epoch, offset
-        order = (
-            np.random.default_rng([*self.seed, epoch]).permutation if self.shuffle else np.arange
-        )
-        self.order = order(self.size)
+        self.epoch, self.offset, self.order = epoch, offset, np.arange(self.size)
+        if self.shuffle:
+            self.order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
 
     def next(self) -> tuple[str, dict | BadRow] | None:
         """The next row and its place; None at the end of an epoch."""

@@ -141,11 +141,8 @@ def chunks(text: str, size: int):
     """
     start = 0
     while len(text) - start > size:
-        cut = -1
-        for match in re.finditer(r"\n(?=\S)", text[start : start + size + 1]):
-            cut = match.end()
-        if cut <= 0:
-            cut = size
+        ends = [m.end() for m in re.finditer(r"\n(?=\S)", text[start : start + size + 1])]
+        cut = ends[-1] if ends else size
         yield text[start : start + cut]
         start += cut
     yield text[start:]

@@ -13,7 +13,7 @@ import numpy as np
 
 from dgrpo.longblocks.tasks import grounding
 from dgrpo.longblocks.tasks.corpus import build_corpus
-from dgrpo.longblocks.tasks.facts import Draft, Ground, Names, Woven, distractor_count, row, weave
+from dgrpo.longblocks.tasks.facts import Draft, Ground, Woven, row
 
 ANSWER = 'End with a line that says "Answer: " and then '
 NEEDLE = "The special number of {} is {}."
@@ -82,11 +82,11 @@ def multi_query(ground: Ground, rng, tokens: int, depth: float) -> dict:
 
 
 def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int | None) -> dict:
-    names = Names(rng)
+    names = Draft(ground, rng, tokens)
     asked = [(names.place(), names.number(100_000, 999_999)) for _ in range(keys)]
     asked += [(asked[0][0], names.number(100_000, 999_999)) for _ in range(values - 1)]
     cost = ground.count(NEEDLE.format("Velmar", 123456))
-    others = distractor_count(tokens, cost) if others is None else others
+    others = names.distractors(cost) if others is None else others
     more = [(names.place(), names.number(100_000, 999_999)) for _ in range(others)]
     keys_asked = list(dict.fromkeys(key for key, _ in asked))
     right = [str(number) for _, number in asked]
@@ -98,14 +98,14 @@ def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int
             f"mentions? {ANSWER}the {len(right)} numbers, separated by commas."
         )
     texts = [NEEDLE.format(*pair) for pair in [*asked, *more]]
-    woven = weave(ground, rng, texts, tokens, question, depths)
+    woven = names.weave(texts, question, depths)
     wrong = [str(number) for _, number in more]
     return _row(woven, question, right, wrong, texts[: len(asked)])
 
 
 def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """All variables that hold one value, through a chain of assignments."""
-    names = Names(rng)
+    names = Draft(ground, rng, tokens)
     chains = []
     for _ in range(3 if tokens >= 4096 else 2):
         variables = [names.place().upper() for _ in range(5)]
@@ -119,7 +119,7 @@ def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
         "their 5 names, separated by commas."
     )
     facts = [text for some, _, _ in chains for text in some]
-    woven = weave(ground, rng, facts, tokens, question)
+    woven = names.weave(facts, question)
     wrong = [name for _, some, _ in chains[1:] for name in some]
     return _row(woven, question, variables, wrong, texts)
 
@@ -135,7 +135,7 @@ def frequent_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
 
 
 def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str) -> dict:
-    names = Names(rng)
+    names = Draft(ground, rng, tokens)
     question = (
         f"The document is a list of words. Which {top} words are the most {kind} in it? {ANSWER}"
         f"the {top} words, separated by commas."

@@ -100,123 +100,93 @@ class Draft(Names):
         self.ground, self.tokens, self.count = ground, tokens, ground.count
 
     def distractors(self, cost: int) -> int:
-        """See `distractor_count`."""
-        return distractor_count(self.tokens, cost)
+        """How many facts of `cost` tokens to hide beside the needed ones: one every 400 tokens.
 
-    def weave(self, facts: list[str], question: str) -> Woven:
-        """See `weave`."""
-        return weave(self.ground, self.rng, facts, self.tokens, question)
+        At most a quarter of the document, between 2 and 60.
+        """
+        return int(np.clip(min(self.tokens // 400, self.tokens // (4 * cost)), 2, 60))
+
+    def weave(
+        self, facts: list[str], question: str, depths: Sequence[float] | None = None
+    ) -> Woven:
+        """Hide facts as lines of their own in real text.
+
+        Every fact's depth is drawn from U[0, 1) on its own (or given, for the first facts, by
+        `depths`) and met to within half a unit. Document, a blank line and the question have at
+        most `tokens` tokens.
+
+        Raises:
+            ValueError: the facts leave no room for text.
+        """
+        corpus, lines = self.ground.corpus, [fact + "\n" for fact in facts]
+        cost = sum(self.count(line) + 1 for line in lines)  # a neighbour may cost a token more
+        cost += self.count("\n\n" + question) + 1
+        first, last = self._run(self.tokens - cost)
+        bounds = np.array([corpus.before(unit) for unit in range(first, last + 1)])
+        bounds -= bounds[0]
+        drawn = self.rng.random(len(facts))
+        drawn[: len(depths or ())] = depths or ()
+        slots, order, met = self._places(bounds, drawn)
+        pieces, done = [], 0
+        for i in order:
+            pieces += [corpus.text(first + done, first + slots[i]), lines[i]]
+            done = slots[i]
+        text = "".join([*pieces, corpus.text(first + done, last)])
+        return Woven(text.rstrip("\n"), int(bounds[-1]) + cost, met, [])
 
     def weave_passages(self, facts: list[str], question: str) -> Woven:
-        """See `weave_passages`."""
-        return weave_passages(self.ground, self.rng, facts, self.tokens, question)
+        """Like `weave`, but the document is numbered passages, `[P1] ...`, `[P2] ...`.
 
+        Every fact is a passage of its own; the others are real text of about `PASSAGE` tokens.
+        """
+        corpus, count = self.ground.corpus, self.count
+        label = count(f"x\n\n[P{max(100, self.tokens // PASSAGE)}] y") - count("x") - count("y")
+        cost = sum(count(fact) + label for fact in facts) + count("\n\n" + question) + 1
+        size = int(min(PASSAGE, max(24, self.tokens // 24)))
+        left = self.tokens - cost - label
+        units, bounds = [self._run(left)[0]], [0]  # where passages end, in units and in tokens
+        while True:
+            first = units[-1]
+            following = max(corpus.reach(first, min(size, left)), first + 1)
+            length = corpus.before(following) - corpus.before(first)
+            if length > left:
+                break
+            units.append(following)
+            bounds.append(bounds[-1] + length)
+            left -= length + label
+        slots, order, met = self._places(np.array(bounds), self.rng.random(len(facts)))
+        real = (corpus.text(a, b).strip("\n") for a, b in pairwise(units))
+        passages = [(None, _LABEL.sub("(P", text)) for text in real]
+        for i in reversed(order):  # from the last one on, so that slots count real text alone
+            passages.insert(slots[i], (i, facts[i]))
+        labels = {i: f"P{number}" for number, (i, _) in enumerate(passages, 1)}
+        text = "\n\n".join(f"[P{number}] {text}" for number, (_, text) in enumerate(passages, 1))
+        length = bounds[-1] + cost + label * (len(bounds) - 1)
+        return Woven(text, length, met, [labels[i] for i in range(len(facts))])
 
-def distractor_count(tokens: int, cost: int) -> int:
-    """How many facts of `cost` tokens to hide beside the needed ones: one every 400 tokens.
+    def _run(self, room: int) -> tuple[int, int]:
+        """A run of units from a random one on, of at most `room` tokens."""
+        corpus = self.ground.corpus
+        first = self.pick(0, len(corpus) - 1)
+        for _ in range(20):  # a start whose first unit fits
+            if corpus.reach(first, max(room, 0)) > first:
+                return first, corpus.reach(first, room)
+            first = self.pick(0, len(corpus) - 1)
+        raise ValueError(
+            f"tokens: the task's facts leave {room} tokens for text, too few for one line; "
+            "ask for longer documents"
+        )
 
-    At most a quarter of the document, between 2 and 60.
-    """
-    return int(np.clip(min(tokens // 400, tokens // (4 * cost)), 2, 60))
-
-
-def weave(
-    ground: Ground,
-    rng: np.random.Generator,
-    facts: list[str],
-    tokens: int,
-    question: str,
-    depths: Sequence[float] | None = None,
-) -> Woven:
-    """Hide facts as lines of their own in real text.
-
-    Every fact's depth is drawn from U[0, 1) on its own (or given, for the first facts, by
-    `depths`) and met to within half a unit. Document, a blank line and the question have at most
-    `tokens` tokens.
-
-    Raises:
-        ValueError: the facts leave no room for text.
-    """
-    corpus, lines = ground.corpus, [fact + "\n" for fact in facts]
-    cost = sum(ground.count(line) + 1 for line in lines)  # a neighbour may cost a token more
-    cost += ground.count("\n\n" + question) + 1
-    first, last = _run(corpus, rng, tokens - cost)
-    bounds = np.array([corpus.before(unit) for unit in range(first, last + 1)])
-    bounds -= bounds[0]
-    drawn = rng.random(len(facts))
-    drawn[: len(depths or ())] = depths or ()
-    slots, order, met = _places(rng, bounds, drawn)
-    pieces, done = [], 0
-    for i in order:
-        pieces += [corpus.text(first + done, first + slots[i]), lines[i]]
-        done = slots[i]
-    text = "".join([*pieces, corpus.text(first + done, last)])
-    return Woven(text.rstrip("\n"), int(bounds[-1]) + cost, met, [])
-
-
-def weave_passages(
-    ground: Ground, rng: np.random.Generator, facts: list[str], tokens: int, question: str
-) -> Woven:
-    """Like `weave`, but the document is numbered passages, `[P1] ...`, `[P2] ...`.
-
-    Every fact is a passage of its own; the others are real text of about `PASSAGE` tokens.
-    """
-    corpus, count = ground.corpus, ground.count
-    label = count(f"x\n\n[P{max(100, tokens // PASSAGE)}] y") - count("x") - count("y")
-    cost = sum(count(fact) + label for fact in facts) + count("\n\n" + question) + 1
-    size = int(min(PASSAGE, max(24, tokens // 24)))
-    units, ends = _passages(corpus, rng, tokens - cost, size, label)
-    bounds = np.array([0, *ends])
-    slots, order, met = _places(rng, bounds, rng.random(len(facts)))
-    real = (corpus.text(a, b).strip("\n") for a, b in pairwise(units))
-    passages = [(None, _LABEL.sub("(P", text)) for text in real]
-    for i in reversed(order):  # from the last one on, so that slots count real text alone
-        passages.insert(slots[i], (i, facts[i]))
-    numbers = {i: number for number, (i, _) in enumerate(passages, 1)}
-    document = "\n\n".join(f"[P{number}] {text}" for number, (_, text) in enumerate(passages, 1))
-    length = int(bounds[-1]) + cost + label * (len(bounds) - 1)
-    return Woven(document, length, met, [f"P{numbers[i]}" for i in range(len(facts))])
-
-
-def _passages(
-    corpus: Corpus, rng: np.random.Generator, room: int, size: int, label: int
-) -> tuple[list[int], list[int]]:
-    """Units at which passages of about `size` tokens begin and end, and tokens up to each end."""
-    units, ends, used = [_run(corpus, rng, room - label)[0]], [], 0
-    while True:
-        first, left = units[-1], room - used - label
-        following = max(corpus.reach(first, min(size, left)), first + 1)
-        length = corpus.before(following) - corpus.before(first)
-        if length > left:
-            return units, ends
-        units.append(following)
-        ends.append((ends[-1] if ends else 0) + length)
-        used += length + label
-
-
-def _run(corpus: Corpus, rng: np.random.Generator, room: int) -> tuple[int, int]:
-    """A run of units from a random one on, of at most `room` tokens."""
-    first = int(rng.integers(len(corpus)))
-    for _ in range(20):  # a start whose first unit fits
-        if corpus.reach(first, max(room, 0)) > first:
-            return first, corpus.reach(first, room)
-        first = int(rng.integers(len(corpus)))
-    raise ValueError(
-        f"tokens: the task's facts leave {room} tokens for text, too few for one line; "
-        "ask for longer documents"
-    )
-
-
-def _places(
-    rng: np.random.Generator, bounds: np.ndarray, depths: np.ndarray
-) -> tuple[list[int], list[int], list[float]]:
-    """The boundary nearest to every depth, the facts in the order of theirs, and their depths."""
-    goals = depths * bounds[-1]
-    right = np.clip(np.searchsorted(bounds, goals), 1, len(bounds) - 1)
-    closer = goals - bounds[right - 1] < bounds[right] - goals
-    slots = np.where(closer, right - 1, right)
-    order = sorted(range(len(slots)), key=lambda i: (slots[i], rng.random()))
-    return slots.tolist(), order, (bounds[slots] / bounds[-1]).tolist()
+    def _places(
+        self, bounds: np.ndarray, depths: np.ndarray
+    ) -> tuple[list[int], list[int], list[float]]:
+        """The boundary nearest to every depth, the facts by boundary, and the depths met."""
+        goals = depths * bounds[-1]
+        right = np.clip(np.searchsorted(bounds, goals), 1, len(bounds) - 1)
+        closer = goals - bounds[right - 1] < bounds[right] - goals
+        slots = np.where(closer, right - 1, right)
+        order = sorted(range(len(slots)), key=lambda i: (slots[i], self.rng.random()))
+        return slots.tolist(), order, (bounds[slots] / bounds[-1]).tolist()
 
 
 def row(woven: Woven, *, gold: Sequence[str], **columns) -> dict:

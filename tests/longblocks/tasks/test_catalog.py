@@ -7,7 +7,7 @@ import pytest
 
 from dgrpo.longblocks import rewards
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
-from dgrpo.longblocks.tasks.facts import Names, weave, weave_passages
+from dgrpo.longblocks.tasks.facts import Draft, Names
 from dgrpo.longblocks.tasks.retrieval import from_passages
 from dgrpo.text import count_tokens
 
@@ -136,7 +136,7 @@ def test_the_uniformity_test_can_fail():
 
 def test_weaving_keeps_all_text_and_facts(ground):
     facts = [f"Fact number {i}." for i in range(9)]
-    woven = weave(ground, np.random.default_rng(0), facts, 3000, "?")
+    woven = Draft(ground, np.random.default_rng(0), 3000).weave(facts, "?")
     lines = woven.text.split("\n")
     assert [sum(line == f for line in lines) for f in facts] == [1] * 9
     order = sorted(range(9), key=lambda i: lines.index(facts[i]))
@@ -147,7 +147,7 @@ def test_weaving_keeps_all_text_and_facts(ground):
 
 def test_passages_are_numbered_in_order_and_facts_have_theirs(ground):
     facts = [f"Fact number {i}." for i in range(5)]
-    woven = weave_passages(ground, np.random.default_rng(0), facts, 3000, "?")
+    woven = Draft(ground, np.random.default_rng(0), 3000).weave_passages(facts, "?")
     labels = re.findall(r"(?m)^\[P(\d+)\]", woven.text)
     assert labels == [str(i + 1) for i in range(len(labels))] and len(labels) > 20
     for fact, label in zip(facts, woven.labels, strict=True):
