@@ -61,7 +61,6 @@ PRODUCTS = {
 BEHIND_A_DOOR = {
     "dgrpo.data.books",
     "dgrpo.data.row_stream",
-    "dgrpo.data.render",
     "dgrpo.objectives.context",
     "dgrpo.ops.gemm",
     "dgrpo.ops.heads",

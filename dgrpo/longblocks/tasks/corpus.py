@@ -94,9 +94,8 @@ class Corpus:
         rounds, rest = divmod(goal, self.tokens)
         return rounds * len(self) + int(np.searchsorted(self.totals, rest, side="right")) - 1
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write to a folder, for `load`."""
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.bin").write_bytes(self.blob)
         np.save(folder / "starts.npy", self.starts)
@@ -104,9 +103,8 @@ class Corpus:
         (folder / "files.json").write_text(json.dumps([self.border, self.files]))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Corpus":
+    def load(cls, folder: Path) -> "Corpus":
         """The corpus of `save`, its text mapped into memory."""
-        folder = Path(folder)
         with (folder / "text.bin").open("rb") as file:
             blob = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         border, files = json.loads((folder / "files.json").read_text())

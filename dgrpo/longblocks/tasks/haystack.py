@@ -1,8 +1,7 @@
 """Real text to hide things in: any folder, or by default what every Python installation carries.
 
-The default is the standard library: its sources (without tests and installed packages) and its
-language reference (`pydoc_data.topics`). It differs between Python versions, so data made from it
-is the same only on the same version.
+The default is the standard library: its sources and its language reference. It differs between
+Python versions, so data made from it is the same only on the same version.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
-"""Long-context tasks with verifiable answers, made from any text.
+"""The files of `dgrpo data make`, by one process or several.
 
-A row depends on the seed, its number and the settings alone, so that any number of processes makes
-the same files, and a run that was interrupted goes on with the files that are missing. The text is
-tokenised once; documents are put together by adding up counts (`dgrpo.longblocks.tasks.corpus`).
+The text is tokenised once; documents are put together by adding up counts
+(`dgrpo.longblocks.tasks.corpus`).
 """
 
 import json
@@ -29,8 +28,6 @@ def make(settings: MakeSettings, *, log: Callable[[str], None] = print, show=Tru
     """Make all files that are not there yet.
 
     Args:
-        settings: what to make.
-        log: receives messages.
         show: a progress bar.
 
     Raises:
@@ -71,8 +68,7 @@ def _prepare(out: Path, settings: MakeSettings, report: Report, log) -> None:
     corpus = _corpus(out / HAYSTACK, settings, settings.haystack, report, log)
     if corpus.tokens < max(settings.tokens):
         log(f"the haystack has {corpus.tokens} tokens; longer documents repeat it")
-    code = any(TASKS[name][0] == "code" for name in settings.named)
-    if code and not corpus.code:
+    if any(TASKS[name][0] == "code" for name in settings.named) and not corpus.code:
         log("the haystack has no Python files; code tasks use the standard library")
         _corpus(out / CODE_HAYSTACK, settings, None, report, log)
 

@@ -35,10 +35,9 @@ def invented_names(n: int) -> tuple[str, ...]:
 def train_tokenizer(
     vocab_size: int = 512, names: int = 64, folder: str | None = None, seed: int = 0
 ):
-    """A byte-level BPE tokenizer: digits alone, line ends alone, no special token at the start.
+    """A byte-level BPE tokenizer whose digits and line ends are tokens of their own.
 
-    Because a line end is always a token of its own, lines can be tokenised one by one and put
-    together in any order. Deterministic for one text.
+    So lines can be tokenised one by one and put together in any order. Deterministic for one text.
 
     Args:
         vocab_size: size of the vocabulary with the 256 bytes and 2 special tokens, without names.
