@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dgrpo.longblocks.tasks.catalog import CODE, MakeSettings, make_row
-from dgrpo.longblocks.tasks.corpus import build_corpus, counter
+from dgrpo.longblocks.tasks.catalog import MakeSettings, make_row
+from dgrpo.longblocks.tasks.corpus import build_corpus
 from dgrpo.longblocks.tasks.facts import Ground
-from dgrpo.longblocks.tasks.tracing import code_files
 from dgrpo.text import BadRow
 
 
@@ -37,9 +36,7 @@ def made(
 
 
 def _rows(tokenizer, settings: MakeSettings, haystack: str | None) -> Iterator[dict | BadRow]:
-    corpus = build_corpus(tokenizer, haystack).part(settings.split)
-    files = code_files(corpus) if set(settings.named) & set(CODE) else []
-    ground = Ground(corpus, counter(tokenizer), files)
+    ground = Ground(build_corpus(tokenizer, haystack).part(settings.split), tokenizer)
     for number in range(settings.count):
         try:
             row = make_row(ground, settings, number)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from dgrpo.longblocks.tasks import grounding
-from dgrpo.longblocks.tasks.corpus import build_corpus, counter
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, Woven, distractor_count, row, weave
+from dgrpo.longblocks.tasks.corpus import build_corpus
+from dgrpo.longblocks.tasks.facts import Draft, Ground, Woven, row
 
 ANSWER = 'End with a line that says "Answer: " and then '
 NEEDLE = "The special number of {} is {}."
@@ -50,8 +50,7 @@ def ruler(
 
 
 def _rows(tokenizer, tasks, lengths, count, seed, haystack) -> Iterator[dict]:
-    corpus = build_corpus(tokenizer, haystack).part("test")
-    ground = Ground(corpus, counter(tokenizer))
+    ground = Ground(build_corpus(tokenizer, haystack).part("test"), tokenizer)
     for length in lengths:
         for task in tasks:
             for i in range(count):
@@ -83,11 +82,11 @@ def multi_query(ground: Ground, rng, tokens: int, depth: float) -> dict:
 
 
 def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int | None) -> dict:
-    names = Names(rng)
+    names = Draft(ground, rng, tokens)
     asked = [(names.place(), names.number(100_000, 999_999)) for _ in range(keys)]
     asked += [(asked[0][0], names.number(100_000, 999_999)) for _ in range(values - 1)]
     cost = ground.count(NEEDLE.format("Velmar", 123456))
-    others = distractor_count(tokens, cost) if others is None else others
+    others = names.distractors(cost) if others is None else others
     more = [(names.place(), names.number(100_000, 999_999)) for _ in range(others)]
     keys_asked = list(dict.fromkeys(key for key, _ in asked))
     right = [str(number) for _, number in asked]
@@ -99,15 +98,14 @@ def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int
             f"mentions? {ANSWER}the {len(right)} numbers, separated by commas."
         )
     texts = [NEEDLE.format(*pair) for pair in [*asked, *more]]
-    facts = [Fact(text, i < len(asked)) for i, text in enumerate(texts)]
-    woven = weave(ground, rng, facts, tokens, question, depths)
+    woven = names.weave(texts, question, depths)
     wrong = [str(number) for _, number in more]
-    return _row(woven, question, right, wrong, texts[: len(asked)], len(asked))
+    return _row(woven, question, right, wrong, texts[: len(asked)])
 
 
 def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """All variables that hold one value, through a chain of assignments."""
-    names = Names(rng)
+    names = Draft(ground, rng, tokens)
     chains = []
     for _ in range(3 if tokens >= 4096 else 2):
         variables = [names.place().upper() for _ in range(5)]
@@ -120,10 +118,10 @@ def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
         f"Which variables are assigned the value {value}, directly or through others? {ANSWER}"
         "their 5 names, separated by commas."
     )
-    facts = [Fact(t, i == 0) for i, (some, _, _) in enumerate(chains) for t in some]
-    woven = weave(ground, rng, facts, tokens, question)
+    facts = [text for some, _, _ in chains for text in some]
+    woven = names.weave(facts, question)
     wrong = [name for _, some, _ in chains[1:] for name in some]
-    return _row(woven, question, variables, wrong, texts, 5)
+    return _row(woven, question, variables, wrong, texts)
 
 
 def common_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
@@ -137,7 +135,7 @@ def frequent_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
 
 
 def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str) -> dict:
-    names = Names(rng)
+    names = Draft(ground, rng, tokens)
     question = (
         f"The document is a list of words. Which {top} words are the most {kind} in it? {ANSWER}"
         f"the {top} words, separated by commas."
@@ -163,7 +161,7 @@ def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str)
     if kept[order[top - 1]] <= kept[order[top]] or set(order[:top]) != set(words[:top]):
         raise ValueError(f"lengths: {tokens} tokens are too few to tell the most {kind} words")
     woven = Woven(text, length + ground.count(question) + 2, [], [])
-    return _row(woven, question, order[:top], order[top : top + 8], [], 0)
+    return _row(woven, question, order[:top], order[top : top + 8], [])
 
 
 def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
@@ -182,7 +180,7 @@ def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
 
 def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """One question over labelled passages with distractors, answered without quotes."""
-    made = grounding.quoting(ground, rng, tokens)
+    made = grounding.quoting(Draft(ground, rng, tokens))
     question = made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone."
     right = made["aliases"]
     return made | {
@@ -196,7 +194,7 @@ def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     }
 
 
-def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
+def _row(woven: Woven, question, right, wrong, gold: list[str]) -> dict:
     one = len(right) == 1
     answer = ", ".join(right)
     return row(
@@ -208,7 +206,6 @@ def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
         answer=answer,
         reward="exact_match" if one else "item_f1",
         reference=f"Answer: {answer}",
-        evidence="\n".join(evidence),
         aliases=list(right) if one else [],
         items=[] if one else list(right),
         distractors=list(wrong),
