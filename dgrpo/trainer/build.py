@@ -116,7 +116,6 @@ def _build(
     asked.check()
     say("data: reading rows")
     objective, per_sequence = load_objective(method.objective)
-    optimizer = settings.optimizer
     stream = _stream(
         settings,
         settings.data.sources,
@@ -148,16 +147,7 @@ def _build(
         objective=objective,
         per_sequence=per_sequence,
         options=options,
-        optimizers=make_optimizers(
-            model,
-            optimizer.kind,
-            lr=optimizer.lr,
-            muon_lr=optimizer.muon_lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-        ),
+        optimizers=make_optimizers(model, settings.optimizer),
         checkpointer=Checkpointer(
             Path(settings.out) / CHECKPOINTS,
             keep=settings.checkpoint.keep,
@@ -257,8 +247,7 @@ def _resume(run: Run, allow_changes: bool) -> None:
     """Continues from the newest checkpoint, or starts the folder's files."""
     settings, history, state = run.settings, run.history, None
     if settings.resume:
-        optimizers = [rated.optimizer for rated in run.optimizers]
-        state = run.checkpointer.restore(run.model, optimizers)
+        state = run.checkpointer.restore(run.model, run.optimizers)
     if state is not None:
         run.state = state
         if allow_changes and not run.stream.fits(state.data):

@@ -182,8 +182,7 @@ def save(run: Run) -> None:
     """A checkpoint of this step, unless there is one. COLLECTIVE."""
     run.log.sync()
     if run.saved_step != run.state.step:
-        optimizers = [rated.optimizer for rated in run.optimizers]
-        run.checkpointer.save(run.model, optimizers, pack_pending(run))
+        run.checkpointer.save(run.model, run.optimizers, pack_pending(run))
         run.state.rollouts = []
         run.saved_step = run.state.step
 

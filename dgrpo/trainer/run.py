@@ -23,7 +23,6 @@ from dgrpo.trainer.history import History
 from dgrpo.trainer.length import Length
 from dgrpo.trainer.lock import FolderLock
 from dgrpo.trainer.metrics import RunLog
-from dgrpo.trainer.optim import Rated
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.rollout import Sampler
 from dgrpo.trainer.signals import Interruption
@@ -76,7 +75,7 @@ class Run:
     objective: Callable | None  # None: the fused dGRPO loss
     per_sequence: bool  # the objective couples the tokens of a sequence
     options: dict[str, Any]  # of the loss head
-    optimizers: list[Rated]
+    optimizers: list[torch.optim.Optimizer]
     checkpointer: Checkpointer
     log: RunLog
     gradient_scale: int  # ranks over which gradients are averaged

@@ -5,6 +5,7 @@ the defaults below, which are dGRPO as published (arXiv 2605.12227); every singl
 overridden after it (`method.preset=grpo method.normalizer=token`).
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -20,9 +21,19 @@ class Schedule(Settings):
     end: float
     """Value from step `steps` on."""
     shape: Literal["constant", "linear", "cosine"] = "linear"
-    """Form of the way from start to end (constant stays at start)."""
+    """Interpolation from start to end (constant stays at start)."""
     steps: PositiveInt | None = None
     """Steps from start to end; null: all steps of the run."""
+
+    def at(self, step: int, total: int | None) -> float:
+        """The coefficient at the 0-based `step` of `total`, a function of these alone."""
+        steps = self.steps or total
+        if self.shape == "constant" or steps is None:
+            return self.start
+        done = min(1.0, step / max(1, steps - 1))
+        if self.shape == "cosine":
+            done = (1.0 - math.cos(math.pi * done)) / 2.0
+        return self.start + (self.end - self.start) * done
 
 
 Coefficient = float | Schedule
@@ -117,7 +128,7 @@ class Method(Settings):
     teacher_template: str = "{prompt}\n\nA correct answer, for reference:\n{context}\n"
     """How correct_rollout and privileged write the teacher's prompt."""
     teacher_coef: Coefficient = 0.5
-    """Beta, the weight of the divergence to the teacher: a number or a schedule."""
+    """Weight of the divergence to the teacher: a number or a schedule."""
     divergence: Literal["reverse_kl", "forward_kl", "clipped_forward_kl", "jsd"] = "reverse_kl"
     """Divergence to the teacher over the whole vocabulary."""
     divergence_clip: PositiveFloat | None = None
@@ -125,7 +136,7 @@ class Method(Settings):
     jsd_beta: float = Field(0.5, gt=0.0, lt=1.0)
     """Mixture of jsd; towards 0 forward KL, towards 1 reverse KL."""
     gate: str = "none"
-    """Factor on each sample's beta: none, wrong, mixed or "module:function"."""
+    """Factor on each sample's teacher_coef: none, wrong, mixed or "module:function"."""
     ref_coef: Coefficient = 0.0
     """Weight of the k3 penalty to the starting policy (dGRPO has none)."""
     entropy_coef: Coefficient = 0.0
