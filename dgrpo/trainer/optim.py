@@ -1,4 +1,4 @@
-"""The optimisers and their rate: AdamW, SGD, and Muon on the hidden matrices with AdamW beside it."""
+"""The optimisers and their rate: AdamW, SGD, or Muon on hidden matrices and AdamW on the rest."""
 
 from __future__ import annotations
 

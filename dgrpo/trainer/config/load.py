@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dgrpo.trainer.config.base import Settings
 from dgrpo.trainer.config.help import explain
 from dgrpo.trainer.config.run import RunSettings
+from dgrpo.trainer.config.settings import Settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,13 +29,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.nan$"),
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$|^[-+]\.\d+$"),
     list("-+0123456789."),
 )
-_Loader.yaml_implicit_resolvers = {
-    first: sorted(found, key=lambda pair: pair[0].endswith(":float"))
-    for first, found in _Loader.yaml_implicit_resolvers.items()
-}  # an integer is still an integer: its resolver comes first
 
 
 def load(
@@ -162,11 +158,7 @@ def validate(values: dict[str, Any], prefix: str = "") -> RunSettings:
     try:
         return RunSettings.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            line = prefix + explain(problem)
-            if line not in lines:
-                lines.append(line)
+        lines = dict.fromkeys(prefix + explain(problem) for problem in error.errors())
         raise ValueError("\n".join(lines)) from None
 
 

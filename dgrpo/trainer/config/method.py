@@ -6,11 +6,11 @@ overridden after it (`method.preset=grpo method.normalizer=token`).
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from dgrpo.trainer.config.base import Settings
+from dgrpo.trainer.config.settings import Settings
 
 
 class Schedule(Settings):
@@ -119,7 +119,7 @@ class Method(Settings):
     """Ratio clipped below at 1 - clip_low."""
     clip_high: NonNegativeFloat = 0.2
     """Ratio clipped above at 1 + clip_high."""
-    clip_dual: PositiveFloat | None = None
+    clip_dual: float | None = Field(None, gt=1.0)
     """Dual clip: bound of the loss at negative advantages (above 1); null: none."""
     teacher: Literal["none", "model", "self", "served"] = "model"
     """No teacher, a frozen model, the current policy, or an endpoint's top-k."""
@@ -161,6 +161,50 @@ class Method(Settings):
             return values
         preset = values.get("preset", "dgrpo")
         return {**PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values
+
+    @model_validator(mode="after")
+    def _terms_agree(self) -> Self:
+        if self.teacher == "none" and self.teacher_coef != 0.0:
+            raise ValueError("teacher_coef: got a value above 0 without a teacher, expected 0")
+        if self.teacher == "self" and self.teacher_context == "same":
+            raise ValueError(
+                'teacher_context: got "same" for a self-teacher, which then equals the policy; '
+                "expected another prompt, e.g. evidence, privileged or correct_rollout"
+            )
+        if self.advantage == "none" and self.teacher_coef == 0.0 and self.objective == "dgrpo":
+            raise ValueError("advantage: got none with teacher_coef 0; there would be no loss")
+        clipped, bound = self.divergence == "clipped_forward_kl", self.divergence_clip
+        if clipped and bound is None:
+            raise ValueError("divergence_clip: got null, expected a bound for clipped_forward_kl")
+        if not clipped and bound is not None:
+            raise ValueError(f"divergence_clip: got {bound} with {self.divergence}, expected null")
+        if self.importance != "none" and self.old_logprobs == "sampler":
+            raise ValueError(
+                "importance: got a correction while the ratio is already taken to the sampler; "
+                "expected none, or old_logprobs: trainer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _given_sequences_need_no_rollouts(self) -> Self:
+        if self.sequences == "rollout":
+            return self
+        if self.advantage == "group" or self.teacher_context == "correct_rollout":
+            raise ValueError(
+                "advantage: got group values with given sequences, expected none; advantages and "
+                "correct_rollout need sequences: rollout"
+            )
+        if self.gate in ("wrong", "mixed"):
+            raise ValueError(
+                f"gate: got {self.gate} with given sequences, expected none; it reads the rewards "
+                "of rollouts"
+            )
+        if self.importance != "none" or self.old_logprobs == "sampler":
+            raise ValueError(
+                "importance, old_logprobs: got a correction to the sampler with given sequences, "
+                "expected none; nothing was sampled"
+            )
+        return self
 
     def teaches(self) -> bool:
         """Whether any step of this method compares the policy with a teacher."""
