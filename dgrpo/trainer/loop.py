@@ -26,7 +26,7 @@ from dgrpo.trainer.build import build
 from dgrpo.trainer.checkpoint import export
 from dgrpo.trainer.collect import collect
 from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.history import DONE, History, finished, last_step
+from dgrpo.trainer.folder import DONE, History, finished, last_step
 from dgrpo.trainer.record import evaluate, evaluated, profiled, record
 from dgrpo.trainer.run import Run, pack_pending
 from dgrpo.trainer.signals import ENDING, Interrupted, listening

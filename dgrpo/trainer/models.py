@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -16,12 +16,11 @@ from dgrpo import objectives
 from dgrpo.distributed import ranks, start
 from dgrpo.trainer.attempts import load_function
 from dgrpo.trainer.config import Model, RunSettings
-from dgrpo.trainer.config.settings import Teacher as TeacherSettings
-from dgrpo.trainer.loading import loading
+from dgrpo.trainer.config import Teacher as TeacherSettings
+from dgrpo.trainer.loading import common_vocab, loading, teacher_tokenizer
 from dgrpo.trainer.policy import PolicyModel, fsdp, huggingface
 from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
 from dgrpo.trainer.teachers.served import HttpTopK
-from dgrpo.trainer.vocabulary import common_vocab, teacher_tokenizer
 
 OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them
 
@@ -116,33 +115,35 @@ def lora_config(model: Model) -> LoraConfig | None:
     )
 
 
+class LoadedTeacher(NamedTuple):
+    """The teacher of a run, and what its model asks of the loss."""
+
+    teacher: Teacher | SelfTeacher | ServedTeacher | None = None
+    vocab_size: int | None = None  # columns in which the heads are compared; None: all
+    context: int | None = None  # tokens that it can read; None: no limit
+
+
 def load_teacher(
-    settings: RunSettings,
-    model: PolicyModel,
-    tokenizer: Any,
-    mesh: Any,
-    device: torch.device,
-    options: dict[str, Any],
-) -> Teacher | SelfTeacher | ServedTeacher | None:
-    """The teacher of the method; notes in `options` how many columns the heads share."""
+    settings: RunSettings, model: PolicyModel, tokenizer: Any, mesh: Any, device: torch.device
+) -> LoadedTeacher:
+    """The teacher of the method, compared with the policy `model` and its tokenizer."""
     method, wanted = settings.method, settings.teacher
     if not method.teaches():
-        return None
+        return LoadedTeacher()
     if method.teacher == "self":
-        return SelfTeacher(model, offload_above=wanted.host_above)
+        return LoadedTeacher(SelfTeacher(model, offload_above=wanted.host_above))
     theirs = teacher_tokenizer(settings, tokenizer)
     if method.teacher == "served":
         source = HttpTopK(
             wanted.url, wanted.name, key_variable=wanted.key_variable, timeout=wanted.timeout
         )
-        return ServedTeacher(source, wanted.top_k)
-    teacher = frozen(wanted, settings, mesh, device)
-    options["vocab_size"] = wanted.vocab_size
-    if wanted.vocab_size is None and model.vocab_size != teacher.vocab_size:
-        options["vocab_size"] = common_vocab(
-            model.vocab_size, teacher.vocab_size, tokenizer, theirs
-        )
-    return Teacher(teacher, offload_above=wanted.host_above, offload_body=wanted.offload_body)
+        return LoadedTeacher(ServedTeacher(source, wanted.top_k))
+    teacher, size = frozen(wanted, settings, mesh, device), wanted.vocab_size
+    if size is None and model.vocab_size != teacher.vocab_size:
+        compared = None if theirs is None else tokenizer
+        size = common_vocab(model.vocab_size, teacher.vocab_size, compared)
+    own = Teacher(teacher, offload_above=wanted.host_above, offload_body=wanted.offload_body)
+    return LoadedTeacher(own, size, teacher.context)
 
 
 def load_reference(settings: RunSettings, mesh: Any, device: torch.device) -> PolicyModel | None:

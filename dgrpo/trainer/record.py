@@ -17,6 +17,7 @@ from torch import Tensor
 from dgrpo.distributed import ranks
 from dgrpo.trainer.batch import Sample
 from dgrpo.trainer.collect import decode, reward, sampling, timed
+from dgrpo.trainer.folder import METRICS
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
 from dgrpo.trainer.run import Batch, Run
 from dgrpo.trainer.teachers.local import ServedTeacher
@@ -205,7 +206,7 @@ def evaluate(run: Run) -> dict[str, float]:
 def evaluated(run: Run) -> bool:
     """Whether the metrics already hold the held-out scores of this step. COLLECTIVE."""
     found = False
-    path = run.folder / "metrics.jsonl"
+    path = run.folder / METRICS
     if ranks().first and path.exists():
         lines = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
         found = any(line["step"] == run.state.step and SCORE in line for line in lines)

@@ -19,9 +19,8 @@ from dgrpo.trainer.attempts import Gate, TeacherContext
 from dgrpo.trainer.batch import Micro, Sample
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.history import History
+from dgrpo.trainer.folder import FolderLock, History
 from dgrpo.trainer.length import Length
-from dgrpo.trainer.lock import FolderLock
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.rollout import Sampler
@@ -77,8 +76,8 @@ class Run:
     options: dict[str, Any]  # of the loss head
     optimizers: list[torch.optim.Optimizer]
     checkpointer: Checkpointer
-    log: RunLog
     gradient_scale: int  # ranks over which gradients are averaged
+    log: RunLog = field(init=False)  # made after the checkpoint: cuts the metrics back to it
     state: RunState = field(default_factory=RunState)
     pending: list[Batch] = field(default_factory=list)
     asked: Interruption = field(default_factory=Interruption)  # whether a signal came, on this rank

@@ -1,5 +1,6 @@
-"""Which settings a run's folder was trained with, and whether others may go on in it.
+"""A run's folder: held by one run at a time, and trained with the same settings as before.
 
+    run.lock         held while a run is under way
     settings.yaml    of the stretch that trained last: a start that does not train leaves it alone
     history/         one file for each stretch that trained, by date and by the step it went on from
     done.yaml        a copy of settings.yaml, once the run came to its end
@@ -9,9 +10,15 @@ A stretch is what one start of the run trained.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
+import time
+import weakref
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +26,10 @@ from typing import Any, NamedTuple
 from dgrpo.trainer.checkpoint import files
 from dgrpo.trainer.config import RunSettings, dump, parse_file, validate
 
-SETTINGS, HISTORY, DONE, METRICS = "settings.yaml", "history", "done.yaml", "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
+LOCK, METRICS, CHECKPOINTS = "run.lock", "metrics.jsonl", "checkpoints"
+SETTINGS, HISTORY, DONE = "settings.yaml", "history", "done.yaml"
+# What flock answers where the file system has no locks (such as Lustre mounted without `flock`).
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 # What is trained. A change of these makes the metrics of a folder those of two different runs.
 TRAINED = ("method", "teacher", "data", "model", "seed")
 COMPUTED = {  # fields of these groups that only say how or where it is computed
@@ -37,6 +46,115 @@ COMPUTED = {  # fields of these groups that only say how or where it is computed
 _LONGEST = 120  # characters of a value in a message
 
 
+class FolderInUse(ValueError):
+    """Another run holds the folder."""
+
+
+class FolderLock:
+    """Holds a run's folder for this process, until `release` or its end, however that comes.
+
+    flock(2) on `run.lock`; NFS passes it on to its server. The file stays, and is empty while no
+    run holds it: removing it would let two runs hold two files of one name.
+
+    Args:
+        folder: of the run; made where it is missing.
+
+    Attributes:
+        notes: warnings that the lock may be unreliable on this file system.
+
+    Raises:
+        FolderInUse: another run holds the folder; says which.
+        ValueError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.notes: list[str] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / LOCK, "a+b", buffering=0)
+        except OSError as error:
+            raise ValueError(
+                f"out: got {str(folder)!r}, in which nothing can be written ({error.strerror}: "
+                f"{error.filename}); expected a folder for this run"
+            ) from error
+        try:
+            self._hold(folder)
+        except BaseException:
+            self._file.close()
+            raise
+        _held.add(self)
+
+    def _hold(self, folder: Path) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(
+                f"out: got {str(folder)!r}, in which another run is under way ({self._holder()}); "
+                "wait for it, stop it, or set another out"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self.notes.append(
+                f"the file system of {folder} has no locks ({error.strerror}): see to it that no "
+                "second run uses this folder"
+            )
+        host, last = socket.gethostname(), self._read()
+        if last.get("host", host) != host:
+            self.notes.append(
+                f"{folder} was last held by a run that did not end by itself ({_words(last)}); "
+                "this file system may not share locks between machines: if that run is still "
+                "alive, stop one of the two"
+            )
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        self._file.truncate(0)
+        self._file.write(json.dumps({"host": host, "pid": os.getpid(), "since": since}).encode())
+
+    def _holder(self) -> str:
+        """Who holds the lock; it writes that down just after it has the lock."""
+        for _ in range(20):
+            if found := self._read():
+                return _words(found)
+            time.sleep(0.05)
+        return "it has just begun"
+
+    def _read(self) -> dict:
+        self._file.seek(0)
+        try:
+            found = json.loads(self._file.read() or b"{}")
+        except ValueError:  # half written
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def release(self) -> None:
+        """Release the folder; may be called again."""
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                self._file.truncate(0)
+            self._file.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.release()
+
+
+def _words(holder: dict) -> str:
+    host, pid, since = (holder.get(name, "?") for name in ("host", "pid", "since"))
+    return f"host {host}, pid {pid}, since {since}"
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    """A forked process must not hold the lock on when the run is gone; its parent still does."""
+    for lock in list(_held):
+        lock._file.close()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
 class Change(NamedTuple):
     """A setting that differs."""
 
@@ -45,12 +163,11 @@ class Change(NamedTuple):
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.name}: {_short(self.before)} -> {_short(self.after)}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+        before, after = (
+            text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+            for text in map(str, self[1:])
+        )
+        return f"{self.name}: {before} -> {after}"
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[Change]:
@@ -83,10 +200,8 @@ def last_step(folder: Path) -> int:
     steps = files.complete_steps(folder / CHECKPOINTS)
     path = folder / METRICS
     for line in path.read_bytes().splitlines()[-2:] if path.exists() else ():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # an unfinished line
             steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):  # an unfinished line
-            continue
     return max(steps, default=0)
 
 
@@ -108,18 +223,16 @@ class History:
         self.settings, self.folder = settings, Path(settings.out)
         self.trained, self.kept = last_step(self.folder), False
         path = self.folder / SETTINGS
-        self.changes: list[Change] = []
-        if path.exists():
-            self.changes = differences(read(path), settings.model_dump())
+        self.changes = differences(read(path), settings.model_dump()) if path.exists() else []
 
     def check(self) -> None:
-        """Raises ValueError where what is trained is not what the folder was trained with."""
-        found = [change for change in self.changes if self._matters(change)]
+        """Raise ValueError where what is trained is not what the folder was trained with."""
+        found = [str(change) for change in self.changes if self._matters(change)]
         if found and self.trained:
             raise ValueError(
                 f"out: got {str(self.folder)!r}, which holds {self.trained} steps trained with "
-                f"other settings: {'; '.join(map(str, found))}; expected the same ones; set "
-                "another out for a run of its own, or go on with the changes by --allow-changes"
+                f"other settings: {'; '.join(found)}; expected the same ones; set another out for "
+                "a run of its own, or go on with the changes by --allow-changes"
             )
 
     def _matters(self, change: Change) -> bool:
@@ -129,7 +242,7 @@ class History:
         return group in TRAINED and change.name not in COMPUTED and used
 
     def begin(self) -> None:
-        """Writes settings.yaml, unless it is that of a stretch that trained."""
+        """Write settings.yaml, unless it is that of a stretch that trained."""
         if self.trained:
             return
         if self.changes and self.settings.resume:
@@ -140,7 +253,7 @@ class History:
         _write(self.folder / SETTINGS, dump(self.settings))
 
     def keep(self, step: int) -> None:
-        """Keeps these settings as those of a stretch that has trained on from `step`."""
+        """Keep these settings as those of a stretch that has trained on from `step`."""
         if self.kept:
             return
         self.kept, text, current = True, dump(self.settings), self.folder / SETTINGS
@@ -155,7 +268,7 @@ class History:
         (self.folder / DONE).unlink(missing_ok=True)  # there are steps after that end
 
     def end(self) -> None:
-        """Notes that the run came to its end, with the settings that trained it."""
+        """Note that the run came to its end, with the settings that trained it."""
         _write(self.folder / DONE, (self.folder / SETTINGS).read_text())
 
 
