@@ -16,7 +16,6 @@ from dgrpo.trainer.attempts import check_columns, gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.trainer.config import Reward, RunSettings
 from dgrpo.trainer.folder import CHECKPOINTS, FolderLock, History
-from dgrpo.trainer.length import Length
 from dgrpo.trainer.loading import load_tokenizer
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.models import (
@@ -33,7 +32,7 @@ from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.run import Run, unpack_pending
 from dgrpo.trainer.seeds import seed_all
 from dgrpo.trainer.signals import Interruption
-from dgrpo.trainer.start import loading_model, parameters, say, summary
+from dgrpo.trainer.start import Length, loading_model, parameters, say, summary
 
 log = logging.getLogger(__name__)
 
@@ -229,14 +228,15 @@ def _resume(run: Run, allow_changes: bool) -> None:
         run.pending = unpack_pending(state)
         run.saved_step = state.step
         run.look_at_until()
-    changes = [] if history is None else history.changes
+    changes, total = [] if history is None else history.changes, run.expected_steps()
     if history is not None:
-        for line in [*run.lock.notes, *summary(run)]:
+        told = summary(run.length, run.teacher, run.state.step, total)
+        for line in [*run.lock.notes, *told]:
             say(line)
         history.begin()
     run.log = RunLog(
         run.folder,
-        total_steps=run.expected_steps(),
+        total_steps=total,
         tensorboard=settings.log.tensorboard,
         wandb=settings.log.wandb,
         settings=settings.model_dump(),

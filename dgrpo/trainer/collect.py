@@ -121,17 +121,16 @@ def rollouts(run: Run, prompts: Sequence[Prompt], seconds: dict[str, float]) -> 
     return samples
 
 
-def sampling(run: Run, **changes: object) -> Sampling:
+def sampling(run: Run) -> Sampling:
     """How this step samples."""
     rollout = run.settings.rollout
-    values = {
-        "max_tokens": rollout.max_tokens,
-        "temperature": rollout.temperature,
-        "stop_strings": tuple(rollout.stop),
-        "seed": run.settings.seed,
-        "step": run.state.step,
-    }
-    return Sampling(**{**values, **changes})
+    return Sampling(
+        max_tokens=rollout.max_tokens,
+        temperature=rollout.temperature,
+        stop_strings=tuple(rollout.stop),
+        seed=run.settings.seed,
+        step=run.state.step,
+    )
 
 
 def decode(run: Run, drawn: Sequence[Rollout]) -> list[str]:

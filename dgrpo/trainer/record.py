@@ -1,4 +1,4 @@
-"""What a step is told of: metrics, samples to read, held-out scores, a profile."""
+"""What is recorded of a step: metrics, samples to read, held-out scores, a profile."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from dgrpo.trainer.batch import Sample
 from dgrpo.trainer.collect import decode, reward, sampling, timed
 from dgrpo.trainer.folder import METRICS
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
-from dgrpo.trainer.run import Batch, Run
+from dgrpo.trainer.run import IN_A_ROW, Batch, Learned, Run
 from dgrpo.trainer.teachers.local import ServedTeacher
 from dgrpo.trainer.update import coefficients
 
@@ -54,8 +55,9 @@ def record(run: Run, batch: Batch) -> None:
     if run.teacher is not None:
         metrics["teacher_coef"] = coefficients(run, state.step - 1)["teacher_coef"]
     bounds = metrics.pop("reward_min", None), metrics.pop("reward_max", None)
+    run.recent.append(Learned(batch.loss, batch.norm, *bounds))
     watch(run, metrics)
-    for warning in run.standstill.warnings(batch.loss, batch.norm, *bounds):
+    for warning in standstill(run.recent):
         run.log.message(f"step {state.step}: warning: {warning}")
     every = settings.evaluate.every
     if every and state.step % every == 0:
@@ -115,6 +117,29 @@ def measure_samples(run: Run, batch: Batch, means: StepMetrics) -> None:
         means.mean("advantage", float(sample.advantages.abs().mean()))
 
 
+def standstill(recent: Sequence[Learned]) -> Iterator[str]:
+    """Warnings of a run that learns nothing, at the last of `IN_A_ROW` such steps.
+
+    `recent` holds one step more, so that each stretch of them is told once.
+    """
+
+    def begins(values: list) -> bool:
+        before, last = values[:-IN_A_ROW], values[-IN_A_ROW:]
+        return last == [last[-1]] * IN_A_ROW and last[-1] is not None and before != last[:1]
+
+    reward = recent[-1].lowest
+    if begins([step.lowest if step.lowest == step.highest else None for step in recent]):
+        yield (
+            f"every reward of {IN_A_ROW} steps in a row is {reward:g}, which tells no completion "
+            "from another; look at the reward, and whether the prompts are too hard or too easy"
+        )
+    if begins([True if step.loss == step.norm == 0.0 else None for step in recent]):
+        yield (
+            f"loss and gradient are exactly 0 in {IN_A_ROW} steps in a row: nothing is learned; "
+            "no sample has an advantage, a teacher or a token with loss"
+        )
+
+
 def watch(run: Run, metrics: dict[str, float]) -> None:
     """Moves the average that `until` looks at, and notes when it is there."""
     until, counters = run.settings.until, run.state.counters
@@ -164,15 +189,17 @@ def evaluate(run: Run) -> dict[str, float]:
     settings, step = run.settings.evaluate, run.state.step
     if not settings.sources:
         return {}
-    changes = {"step": 0, "max_tokens": settings.max_tokens or run.settings.rollout.max_tokens}
+    how = replace(sampling(run), step=0)
+    if settings.max_tokens is not None:
+        how = replace(how, max_tokens=settings.max_tokens)
     if settings.greedy:
-        changes["temperature"] = 0.0
+        how = replace(how, temperature=0.0)
     prompts, means, seconds = run.held_out, StepMetrics(), {}
     with timed(seconds, "evaluation"):
         drawn = run.sampler.generate(
             [prompt.ids for prompt in prompts],
             1,
-            sampling(run, **changes),
+            how,
             keys=[f"held-out {prompt.index}" for prompt in prompts],
         )
         texts = decode(run, drawn)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,12 +21,11 @@ from dgrpo.trainer.batch import Micro, Sample
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.folder import FolderLock, History
-from dgrpo.trainer.length import Length
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.rollout import Sampler
 from dgrpo.trainer.signals import Interruption
-from dgrpo.trainer.standstill import Standstill
+from dgrpo.trainer.start import Length
 from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
 
 
@@ -41,6 +41,18 @@ class Batch:
     loss: float = 0.0  # of all ranks
     norm: float = 0.0  # of the gradient, before clipping
     lr: float = 0.0
+
+
+IN_A_ROW = 3  # steps that teach nothing before a warning
+
+
+class Learned(NamedTuple):
+    """What a step tells of whether anything is learned."""
+
+    loss: float
+    norm: float  # of the gradient
+    lowest: float | None  # of its rewards; None where it has none
+    highest: float | None
 
 
 class Above(logging.Handler):
@@ -83,7 +95,7 @@ class Run:
     asked: Interruption = field(default_factory=Interruption)  # whether a signal came, on this rank
     stopping: bool = False  # on all ranks: this step is the last
     failed_in_row: int = 0  # batches since the start of which no sample has a reward, on any rank
-    standstill: Standstill = field(default_factory=Standstill)
+    recent: deque[Learned] = field(default_factory=lambda: deque(maxlen=IN_A_ROW + 1))
     saved_step: int | None = None
     clock: float = field(default_factory=time.perf_counter)  # when the last step was recorded
     warnings: logging.Handler | None = None
@@ -91,11 +103,6 @@ class Run:
     lock: FolderLock | None = None
     history: History | None = None
     length: Length | None = None
-
-    @property
-    def steps(self) -> int | None:
-        """The steps that schedules refer to: those of the settings."""
-        return self.settings.steps
 
     @property
     def interrupted(self) -> bool:

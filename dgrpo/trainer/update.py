@@ -64,7 +64,7 @@ def coefficients(run: Run, step: int | None = None) -> dict[str, float]:
     step = run.state.step if step is None else step
     values = {name: getattr(method, name) for name in ("teacher_coef", "ref_coef", "entropy_coef")}
     return {
-        name: value.at(step, run.steps) if isinstance(value, Schedule) else value
+        name: value.at(step, run.settings.steps) if isinstance(value, Schedule) else value
         for name, value in values.items()
     }
 
@@ -125,7 +125,7 @@ def update(run: Run, batch: Batch) -> None:
         norm = fsdp.grad_norm(run.model) if limit is None else fsdp.clip_gradients(run.model, limit)
         totals = ranks().totals([loss, float(norm), float(run.interrupted)])
         finite = math.isfinite(totals[0]) and math.isfinite(totals[1])
-        rate = set_lr(run.optimizers, settings, lr_factor(settings, state.step, run.steps))
+        rate = set_lr(run.optimizers, settings, lr_factor(settings, state.step, run.settings.steps))
         for optimizer in run.optimizers:
             if finite and batch.with_loss:
                 optimizer.step()
