@@ -52,26 +52,19 @@ def teacher_context(name: str, template: str) -> TeacherContext | None:
         name: "same", "evidence", "correct_rollout", "privileged" or "module:function".
         template: text with `{prompt}` and `{context}`, for the two that add a context.
     """
-    if name == "same":
-        return None
-    if name == "evidence":
-        return evidence
-    if name == "correct_rollout":
-        return partial(correct_rollout, template=template)
-    if name == "privileged":
-        return partial(privileged, template=template)
-    return load_function(name, "method.teacher_context")
+    known = {
+        "same": None,
+        "evidence": evidence,
+        "correct_rollout": partial(correct_rollout, template=template),
+        "privileged": partial(privileged, template=template),
+    }
+    return known[name] if name in known else load_function(name, "method.teacher_context")
 
 
 def gate(name: str) -> Gate | None:
     """The hook of `method.gate`; None for "none"."""
-    if name == "none":
-        return None
-    if name == "wrong":
-        return wrong
-    if name == "mixed":
-        return mixed
-    return load_function(name, "method.gate")
+    known = {"none": None, "wrong": wrong, "mixed": mixed}
+    return known[name] if name in known else load_function(name, "method.gate")
 
 
 def evidence(group: Sequence[Attempt], row: int) -> View:
@@ -136,10 +129,9 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
 
 
 def _with_context(prompt: str | Messages, context: str, template: str) -> str | Messages:
-    def fill(text: str) -> str:
-        return template.replace("{prompt}", text).replace("{context}", context)
-
-    return _map_text(prompt, fill)
+    return _map_text(
+        prompt, lambda text: template.replace("{prompt}", text).replace("{context}", context)
+    )
 
 
 def _map_text(prompt: str | Messages, change: Callable[[str], str]) -> str | Messages:

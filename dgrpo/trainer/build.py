@@ -227,7 +227,6 @@ def _resume(run: Run, allow_changes: bool) -> None:
             run.stream.load_state_dict(state.data)
         run.pending = unpack_pending(state)
         run.saved_step = state.step
-        run.look_at_until()
     changes, total = [] if history is None else history.changes, run.expected_steps()
     if history is not None:
         told = summary(run.length, run.teacher, run.state.step, total)

@@ -197,12 +197,17 @@ def read(path: Path) -> dict[str, Any]:
 
 def last_step(folder: Path) -> int:
     """The last step that a folder's metrics or checkpoints tell of; 0 without any."""
-    steps = files.complete_steps(folder / CHECKPOINTS)
-    path = folder / METRICS
+    steps = [int(line["step"]) for line in last_lines(folder)]
+    return max([*files.complete_steps(folder / CHECKPOINTS), *steps], default=0)
+
+
+def last_lines(folder: Path) -> list[dict[str, Any]]:
+    """The last two lines of a folder's metrics, without an unfinished one."""
+    path, found = folder / METRICS, []
     for line in path.read_bytes().splitlines()[-2:] if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # an unfinished line
-            steps.append(int(json.loads(line)["step"]))
-    return max(steps, default=0)
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
 def finished(settings: RunSettings) -> bool:
@@ -250,7 +255,7 @@ class History:
             (self.folder / METRICS).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "evaluation", ignore_errors=True)
         self.changes = []
-        _write(self.folder / SETTINGS, dump(self.settings))
+        write(self.folder / SETTINGS, dump(self.settings))
 
     def keep(self, step: int) -> None:
         """Keep these settings as those of a stretch that has trained on from `step`."""
@@ -262,21 +267,22 @@ class History:
         if self.trained and current.exists() and not any(folder.iterdir()):
             # Of a version that kept no history.
             date = datetime.fromtimestamp(current.stat().st_mtime)
-            _write(folder / _name(date, 0), current.read_text())
-        _write(folder / _name(datetime.now(), step), text)
-        _write(current, text)
+            write(folder / _name(date, 0), current.read_text())
+        write(folder / _name(datetime.now(), step), text)
+        write(current, text)
         (self.folder / DONE).unlink(missing_ok=True)  # there are steps after that end
 
     def end(self) -> None:
         """Note that the run came to its end, with the settings that trained it."""
-        _write(self.folder / DONE, (self.folder / SETTINGS).read_text())
+        write(self.folder / DONE, (self.folder / SETTINGS).read_text())
 
 
 def _name(date: datetime, step: int) -> str:
     return f"{date:%Y-%m-%dT%H-%M-%S}-from-step-{step:08d}.yaml"
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -17,6 +17,7 @@ from dgrpo.distributed import ranks, start
 from dgrpo.trainer.attempts import load_function
 from dgrpo.trainer.config import Model, RunSettings
 from dgrpo.trainer.config import Teacher as TeacherSettings
+from dgrpo.trainer.config.settings import Lora
 from dgrpo.trainer.loading import common_vocab, loading, teacher_tokenizer
 from dgrpo.trainer.policy import PolicyModel, fsdp, huggingface
 from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
@@ -56,61 +57,53 @@ def frozen(
 ) -> PolicyModel:
     """The model of `model` or `teacher`, only read: in teacher.dtype, sharded like the policy."""
     wanted = settings.teacher.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    with loading("model.name" if group is settings.model else "teacher.name", group.name):
-        model = huggingface.from_pretrained(
-            group.name,
-            dtype=getattr(torch, wanted),
-            revision=group.revision,
-            trust_remote_code=group.trust_remote_code,
-        )
-    model = PolicyModel(model)
+    where = "model" if group is settings.model else "teacher"
+    model = _pretrained(where, group, dtype=getattr(torch, wanted))
     model.requires_grad_(False).eval()
     return model.to(device) if mesh is None else fsdp.shard(model, mesh)
+
+
+def _pretrained(where: str, group: Model | TeacherSettings, **options: Any) -> PolicyModel:
+    """The model that a group of settings names."""
+    with loading(f"{where}.name", group.name):
+        loaded = huggingface.from_pretrained(
+            group.name,
+            revision=group.revision,
+            trust_remote_code=group.trust_remote_code,
+            **options,
+        )
+    return PolicyModel(loaded)
 
 
 def load_policy(model: Model, seed: int = 0) -> PolicyModel:
     """The policy, not sharded yet; `seed` is that of random weights and adapters."""
     torch.manual_seed(seed)
-    common = {
-        "dtype": getattr(torch, model.dtype),
-        "lora": lora_config(model),
-        "liger": model.liger,
-    }
+    dtype, lora = getattr(torch, model.dtype), lora_config(model.lora)
     if model.name is not None:
-        with loading("model.name", model.name):
-            loaded = huggingface.from_pretrained(
-                model.name,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                **common,
-            )
-        return PolicyModel(loaded)
-    fields = dict(model.config or {})
+        return _pretrained("model", model, dtype=dtype, lora=lora, liger=model.liger)
+    fields = dict(model.config)
     kind = fields.pop("model_type")
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3)
         raise ValueError(f"model.config.model_type: got {kind!r}, did you mean one of {near}?")
     known = {*dir(AutoConfig.for_model(kind)), *OLD_FIELDS}
-    for key in fields:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model.config.{key}: unknown to {kind}{hint}")
-    return PolicyModel(huggingface.from_config(AutoConfig.for_model(kind, **fields), **common))
+    for key in (key for key in fields if key not in known):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"model.config.{key}: unknown to {kind}{hint}")
+    config = AutoConfig.for_model(kind, **fields)
+    return PolicyModel(huggingface.from_config(config, dtype=dtype, lora=lora, liger=model.liger))
 
 
-def lora_config(model: Model) -> LoraConfig | None:
+def lora_config(lora: Lora | None) -> LoraConfig | None:
     """peft's configuration of the adapters; None without."""
-    if model.lora is None:
+    if lora is None:
         return None
-    targets = model.lora.targets
-    if model.lora.head:
-        targets = [*targets, "lm_head"]
     return LoraConfig(
-        r=model.lora.rank,
-        lora_alpha=model.lora.alpha,
-        lora_dropout=model.lora.dropout,
-        target_modules=targets,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=[*lora.targets, "lm_head"] if lora.head else lora.targets,
         task_type="CAUSAL_LM",
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from dgrpo.distributed import ranks
 from dgrpo.trainer.batch import Sample
 from dgrpo.trainer.collect import decode, reward, sampling, timed
-from dgrpo.trainer.folder import METRICS
+from dgrpo.trainer.folder import last_lines, write
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
 from dgrpo.trainer.run import IN_A_ROW, Batch, Learned, Run
 from dgrpo.trainer.teachers.local import ServedTeacher
@@ -141,7 +140,7 @@ def standstill(recent: Sequence[Learned]) -> Iterator[str]:
 
 
 def watch(run: Run, metrics: dict[str, float]) -> None:
-    """Moves the average that `until` looks at, and notes when it is there."""
+    """Move the average that `until` looks at."""
     until, counters = run.settings.until, run.state.counters
     if until is None:
         return
@@ -150,9 +149,8 @@ def watch(run: Run, metrics: dict[str, float]) -> None:
             f"until.metric: got {until.metric!r}, expected a logged one: {sorted(metrics)}"
         )
     value = metrics[until.metric]
-    average = counters.get("average", value) * until.smoothing + value * (1 - until.smoothing)
-    counters["average"] = average
-    run.look_at_until()
+    before = counters.get("average", value)
+    counters["average"] = before * until.smoothing + value * (1 - until.smoothing)
 
 
 def write_samples(run: Run, batch: Batch) -> None:
@@ -165,11 +163,11 @@ def write_samples(run: Run, batch: Batch) -> None:
             "teacher_logprob": out.teacher_logprobs,
             "divergence": out.divergence,
             "entropy": out.entropy,
-        } | {name: out.metrics[name] for name in ("ratio", "clipped") if name in out.metrics}
+            "ratio": out.metrics.get("ratio"),
+            "clipped": out.metrics.get("clipped"),
+        }
         for name, tensor in fields.items():
-            if tensor is None:
-                continue
-            for place, own in micro.per_sample(tensor):
+            for place, own in [] if tensor is None else micro.per_sample(tensor):
                 values.setdefault(place, {})[name] = own
     records = []
     for place, sample in enumerate(batch.samples[:wanted]):
@@ -216,9 +214,7 @@ def evaluate(run: Run) -> dict[str, float]:
     run.clock += seconds["evaluation"]  # no part of the next step's time
     path = run.folder / "evaluation" / f"step-{step:08d}-{ranks().rank:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, path)
+    write(path, "".join(line + "\n" for line in lines))
     found = means.reduce()
     if SCORE not in found:
         run.log.message(
@@ -232,11 +228,8 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def evaluated(run: Run) -> bool:
     """Whether the metrics already hold the held-out scores of this step. COLLECTIVE."""
-    found = False
-    path = run.folder / METRICS
-    if ranks().first and path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
-        found = any(line["step"] == run.state.step and SCORE in line for line in lines)
+    lines = last_lines(run.folder) if ranks().first else []
+    found = any(line["step"] == run.state.step and SCORE in line for line in lines)
     return ranks().totals([found])[0] > 0
 
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +32,11 @@ from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
 
 @dataclass
 class Batch:
-    """The samples of one optimiser step on this rank, and what came of them."""
+    """The samples of one optimiser step on this rank, and the step's results."""
 
     samples: list[Sample]
     seconds: dict[str, float] = field(default_factory=dict)  # by verb
-    tokens: int = 0  # packed, of this rank: a shared prompt counts once a micro-batch
+    tokens: int = 0  # packed, of this rank: a shared prompt counts once per micro-batch
     with_loss: int = 0  # tokens with loss, of all ranks
     outputs: list[tuple[Micro, HeadOutput]] = field(default_factory=list)
     loss: float = 0.0  # of all ranks
@@ -53,18 +54,6 @@ class Learned(NamedTuple):
     norm: float  # of the gradient
     lowest: float | None  # of its rewards; None where it has none
     highest: float | None
-
-
-class Above(logging.Handler):
-    """Log records above the live display."""
-
-    def __init__(self, log: RunLog):
-        super().__init__(logging.WARNING)
-        self.log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
-        self.log.message(record.getMessage())
 
 
 @dataclass
@@ -115,17 +104,6 @@ class Run:
             return None
         return self.length.steps(self.state.step, len(self.pending))
 
-    def look_at_until(self) -> None:
-        """Notes whether the average that `until` looks at is high enough."""
-        until, counters = self.settings.until, self.state.counters
-        average = counters.get("average")
-        counters["reached"] = (
-            until is not None
-            and average is not None
-            and average >= until.above
-            and self.state.step >= until.min_steps
-        )
-
     @property
     def sampled(self) -> bool:
         """Whether the sequences are the policy's own."""
@@ -161,9 +139,12 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the run needs no further step."""
-        steps, step = self.settings.steps, self.state.step
-        reached = self.state.counters.get("reached", False)
-        return self.stopping or reached or (steps is not None and step >= steps)
+        steps, step, until = self.settings.steps, self.state.step, self.settings.until
+        average = self.state.counters.get("average")
+        if until is not None and average is not None and step >= until.min_steps:
+            if average >= until.above:
+                return True
+        return self.stopping or (steps is not None and step >= steps)
 
     @property
     def folder(self) -> Path:
@@ -171,9 +152,10 @@ class Run:
         return Path(self.settings.out)
 
     def show_warnings(self) -> None:
-        """What the library warns of (rows, rewards) is printed above the display from now on."""
+        """Print what the library warns of (rows, rewards) above the display from now on."""
         if ranks().first:
-            self.warnings = Above(self.log)
+            self.warnings = logging.Handler(logging.WARNING)
+            self.warnings.emit = lambda record: self.log.message(record.getMessage())
             logging.getLogger("dgrpo").addHandler(self.warnings)
 
     def close(self) -> None:
@@ -191,18 +173,13 @@ class Run:
 
 
 def pack_pending(run: Run) -> RunState:
-    """The run's state with the batches still to be trained on, a group an entry."""
-    entries = []
+    """The run's state with the batches still to be trained on, one entry per group."""
+    run.state.rollouts = []
     for number, batch in enumerate(run.pending):
-        groups: dict[int, list[Sample]] = {}
-        for sample in batch.samples:
-            groups.setdefault(sample.group, []).append(sample)
-        for samples in groups.values():
-            states = [sample.state() for sample in samples]
-            entries.append(
-                {"batch": number, "prompt_ids": samples[0].prompt_ids, "samples": states}
-            )
-    run.state.rollouts = entries
+        for _, group in groupby(batch.samples, key=lambda sample: sample.group):
+            samples = list(group)
+            entry = {"batch": number, "prompt_ids": samples[0].prompt_ids}
+            run.state.rollouts.append(entry | {"samples": [s.state() for s in samples]})
     run.state.counters["pending"] = len(run.pending)
     run.state.data = run.stream.state_dict()
     return run.state
