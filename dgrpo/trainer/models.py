@@ -156,20 +156,16 @@ def load_objective(name: str) -> tuple[Callable | None, bool]:
     """
     if name == "dgrpo":
         return None, False
-    known = [n for n in objectives.__all__ if _is_objective(getattr(objectives, n))]
-    if ":" in name:
-        function = load_function(name, "method.objective")
-    elif name in known:
-        function = getattr(objectives, name)
-    else:
+    functions = inspect.getmembers(objectives, inspect.isfunction)
+    known = {
+        own: function
+        for own, function in functions
+        if [*inspect.signature(function).parameters][:2] == ["stats", "context"]
+        and own not in ("kl_advantages", "k1_loss")
+    }
+    if ":" not in name and name not in known:
         raise ValueError(
-            f'method.objective: got {name!r}, expected one of {known} or "module:function"'
+            f'method.objective: got {name!r}, expected one of {[*known]} or "module:function"'
         )
+    function = known.get(name) or load_function(name, "method.objective")
     return function, "sequence_ids" in inspect.signature(function).parameters
-
-
-def _is_objective(value: Any) -> bool:
-    if not inspect.isfunction(value):
-        return False
-    names = list(inspect.signature(value).parameters)
-    return names[:2] == ["stats", "context"] and value.__name__ not in ("kl_advantages", "k1_loss")

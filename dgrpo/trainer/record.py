@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dgrpo.distributed import ranks
-from dgrpo.trainer.batch import Sample
 from dgrpo.trainer.collect import decode, reward, sampling, timed
 from dgrpo.trainer.folder import last_lines, write
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
@@ -83,17 +82,15 @@ def measure_tokens(run: Run, batch: Batch, means: StepMetrics) -> None:
             mean("divergence", out.divergence)
         for name, values in out.metrics.items():
             mean(name, values)
-        if run.sampled:
-            for place, values in micro.per_sample(out.logprobs):
-                measure_mismatch(batch.samples[place], values, means)
-
-
-def measure_mismatch(sample: Sample, logprobs: Tensor, means: StepMetrics) -> None:
-    """How far the sampler's log-probabilities are from the trainer's of the same weights."""
-    ours = logprobs if sample.old_logprobs is None else sample.old_logprobs
-    gap = (ours - sample.sampled.logprobs).abs()[sample.mask]
-    means.mean("sampler_mismatch", gap)
-    means.max("sampler_mismatch_max", gap.max() if gap.numel() else 0.0)
+        if not run.sampled:
+            continue
+        # How far the sampler's log-probabilities are from the trainer's of the same weights.
+        for place, values in micro.per_sample(out.logprobs):
+            sample = batch.samples[place]
+            ours = values if sample.old_logprobs is None else sample.old_logprobs
+            gap = (ours - sample.sampled.logprobs).abs()[sample.mask]
+            means.mean("sampler_mismatch", gap)
+            means.max("sampler_mismatch_max", gap.max() if gap.numel() else 0.0)
 
 
 def measure_samples(run: Run, batch: Batch, means: StepMetrics) -> None:

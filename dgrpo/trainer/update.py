@@ -29,8 +29,7 @@ def attach_teacher(run: Run, batch: Batch) -> None:
 
 def weigh(run: Run, batch: Batch) -> None:
     """Token weights over all ranks and micro-batches, and the teacher's weight. COLLECTIVE."""
-    settings, samples = run.settings, batch.samples
-    kind, world = settings.method.normalizer, run.gradient_scale
+    samples, kind = batch.samples, run.settings.method.normalizer
     masks = [sample.mask for sample in samples]
     local = kind == "local"  # the one normaliser that depends on the packing
     packed = [m.indices for m in pack(samples, **run.packing)] if local else []
@@ -46,8 +45,8 @@ def weigh(run: Run, batch: Batch) -> None:
             kind,
             sequence_ids=torch.arange(len(members)).repeat_interleave(torch.tensor(lengths)),
             counts=counts,
-            max_length=settings.rollout.max_tokens,
-            world_size=world,
+            max_length=run.settings.rollout.max_tokens,
+            world_size=run.gradient_scale,
         )
         for i, own_weights in zip(members, weights.split(lengths), strict=True):
             samples[i].token_weights = own_weights

@@ -42,18 +42,16 @@ def load(
     `path` may be None: then all comes from the overrides. `stage` picks one. Raises ValueError
     with one line per wrong setting.
     """
-    tree = parse_file(path) if path is not None else {}
-    stages = merge_stages(override(tree, overrides))
-    if stage is not None and list(stages) == [""]:
-        raise ValueError(
-            f"stage: got {stage!r}, but {path or 'the command'} has no stages; leave --stage out"
-        )
-    if stage is not None and stage not in stages:
-        raise ValueError(f"stage: got {stage!r}, expected one of {list(stages)}")
+    stages = merge_stages(override({} if path is None else parse_file(path), overrides))
+    if stage is not None:
+        if list(stages) == [""]:
+            where = path or "the command"
+            raise ValueError(f"stage: got {stage!r}, but {where} has no stages; leave --stage out")
+        if stage not in stages:
+            raise ValueError(f"stage: got {stage!r}, expected one of {list(stages)}")
+        stages = {stage: stages[stage]}
     return {
-        name: validate(values, f"stages.{name}." if name else "")
-        for name, values in stages.items()
-        if stage in (None, name)
+        name: validate(values, f"stages.{name}." if name else "") for name, values in stages.items()
     }
 
 
@@ -73,12 +71,10 @@ def parse_file(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{what}, which is not YAML: {text}; {hint}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         kind = type(tree).__name__
         raise ValueError(f"{what}, which holds a {kind}, expected keys and values")
-    return tree
+    return tree or {}
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -103,17 +99,15 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
                 )
             _set(named[0], keys[2:], parsed)
             continue
-        before = merge_stages(tree) if stages else {}
-        _set(tree, keys, parsed)
-        for values in stages:
-            if _get(values, keys) is not None:
-                _set(values, keys, parsed)
-        if before and keys != ["out"] and merge_stages(tree) == before:
-            if all(_get(values, keys) != parsed for values in before.values()):
-                raise ValueError(
-                    f"override: {text!r} changes no stage, for each starts {keys[0]!r} anew; "
-                    f"write stages.NAME.{text}"
-                )
+        before = merge_stages(tree)
+        for values in [tree, *(own for own in stages if _get(own, keys) is not None)]:
+            _set(values, keys, parsed)
+        seen = keys == ["out"] or any(_get(own, keys) == parsed for own in before.values())
+        if stages and not seen and merge_stages(tree) == before:
+            raise ValueError(
+                f"override: {text!r} changes no stage, for each starts {keys[0]!r} anew; "
+                f"write stages.NAME.{text}"
+            )
     return tree
 
 
@@ -171,10 +165,8 @@ def _merge(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:
     """`difference` over `base`, group by group; lists and values are replaced."""
     merged = dict(base)
     for key, value in difference.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "config":
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "config"
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
