@@ -15,7 +15,7 @@ from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.trainer.attempts import check_columns, gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
 from dgrpo.trainer.config import Reward, RunSettings
-from dgrpo.trainer.folder import CHECKPOINTS, FolderLock, History
+from dgrpo.trainer.folder import CHECKPOINTS, History
 from dgrpo.trainer.loading import load_tokenizer
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.models import (
@@ -54,11 +54,11 @@ def build(
     transformers.logging.disable_progress_bar()
     seed_all(settings.seed)  # rows from a function are the same on every rank
     device, mesh = place(settings)
-    folder = ranks().only_first(lambda: _open_folder(settings, allow_changes))
+    history = ranks().only_first(lambda: History.hold(settings, allow_changes))
     try:
         run = _build(settings, device, mesh, asked or Interruption())
-        if folder is not None:
-            run.lock, run.history = folder
+        if history is not None:
+            run.history = history
             run.length = Length(settings, run.stream)
         run.asked.check()
         seed_all(settings.seed + ranks().rank)
@@ -66,22 +66,9 @@ def build(
         run.asked.check()
         return run
     except BaseException:
-        if folder is not None:
-            folder[0].release()
+        if history is not None:
+            history.lock.release()
         raise
-
-
-def _open_folder(settings: RunSettings, allow_changes: bool) -> tuple[FolderLock, History]:
-    """Take hold of the run's folder, and compare its settings with those that it has."""
-    lock = FolderLock(Path(settings.out))
-    try:
-        history = History(settings)
-        if not allow_changes:
-            history.check()
-    except BaseException:
-        lock.release()
-        raise
-    return lock, history
 
 
 def _build(settings: RunSettings, device: torch.device, mesh: Any, asked: Interruption) -> Run:
@@ -230,7 +217,7 @@ def _resume(run: Run, allow_changes: bool) -> None:
     changes, total = [] if history is None else history.changes, run.expected_steps()
     if history is not None:
         told = summary(run.length, run.teacher, run.state.step, total)
-        for line in [*run.lock.notes, *told]:
+        for line in [*history.lock.notes, *told]:
             say(line)
         history.begin()
     run.log = RunLog(

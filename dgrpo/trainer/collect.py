@@ -71,12 +71,8 @@ def rollouts(run: Run, prompts: Sequence[Prompt], seconds: dict[str, float]) -> 
     settings, step = run.settings, run.state.step
     n, method = settings.rollout.group_size, settings.method
     run.sampler.update(fsdp.full_tensors(run.model), step)
-    drawn = run.sampler.generate(
-        [prompt.ids for prompt in prompts],
-        n,
-        sampling(run),
-        keys=[prompt.index for prompt in prompts],
-    )
+    keys = [prompt.index for prompt in prompts]
+    drawn = run.sampler.generate([prompt.ids for prompt in prompts], n, sampling(run), keys=keys)
     texts = decode(run, drawn)
     with timed(seconds, "reward"):
         result = reward(run, prompts, drawn, texts, n, needed=run.reads_rewards)

@@ -21,7 +21,7 @@ import time
 import weakref
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from dgrpo.trainer.checkpoint import files
 from dgrpo.trainer.config import RunSettings, dump, parse_file, validate
@@ -54,17 +54,12 @@ class FolderLock:
     """Holds a run's folder for this process, until `release` or its end, however that comes.
 
     flock(2) on `run.lock`; NFS passes it on to its server. The file stays, and is empty while no
-    run holds it: removing it would let two runs hold two files of one name.
-
-    Args:
-        folder: of the run; made where it is missing.
-
-    Attributes:
-        notes: warnings that the lock may be unreliable on this file system.
+    run holds it: removing it would let two runs hold two files of one name. `notes` warn where the
+    file system may make the lock unreliable.
 
     Raises:
         FolderInUse: another run holds the folder; says which.
-        ValueError: the folder cannot be written.
+        ValueError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path):
@@ -222,9 +217,24 @@ class History:
     Attributes:
         changes: to the settings of the last stretch that trained; none where none did.
         trained: the folder's last step before this start.
+        lock: that of a start that trains; None of one that only compares.
     """
 
-    def __init__(self, settings: RunSettings):
+    @classmethod
+    def hold(cls, settings: RunSettings, allow_changes: bool) -> Self:
+        """Take hold of the run's folder; without `allow_changes` `check` it too."""
+        lock = FolderLock(Path(settings.out))
+        try:
+            history = cls(settings, lock)
+            if not allow_changes:
+                history.check()
+        except BaseException:
+            lock.release()
+            raise
+        return history
+
+    def __init__(self, settings: RunSettings, lock: FolderLock | None = None):
+        self.lock = lock
         self.settings, self.folder = settings, Path(settings.out)
         self.trained, self.kept = last_step(self.folder), False
         path = self.folder / SETTINGS
@@ -232,19 +242,19 @@ class History:
 
     def check(self) -> None:
         """Raise ValueError where what is trained is not what the folder was trained with."""
-        found = [str(change) for change in self.changes if self._matters(change)]
+        teaches = self.settings.method.teaches()  # an unused teacher may change
+        found = []
+        for change in self.changes:
+            group = change.name.partition(".")[0]
+            trained = group in TRAINED and change.name not in COMPUTED
+            if trained and (teaches or group != "teacher"):
+                found.append(str(change))
         if found and self.trained:
             raise ValueError(
                 f"out: got {str(self.folder)!r}, which holds {self.trained} steps trained with "
                 f"other settings: {'; '.join(found)}; expected the same ones; set another out for "
                 "a run of its own, or go on with the changes by --allow-changes"
             )
-
-    def _matters(self, change: Change) -> bool:
-        """Whether a change is one of what is trained. An unused teacher may change."""
-        group = change.name.partition(".")[0]
-        used = group != "teacher" or self.settings.method.teaches()
-        return group in TRAINED and change.name not in COMPUTED and used
 
     def begin(self) -> None:
         """Write settings.yaml, unless it is that of a stretch that trained."""

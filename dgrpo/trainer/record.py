@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -190,13 +189,9 @@ def evaluate(run: Run) -> dict[str, float]:
     if settings.greedy:
         how = replace(how, temperature=0.0)
     prompts, means, seconds = run.held_out, StepMetrics(), {}
+    keys = [f"held-out {prompt.index}" for prompt in prompts]
     with timed(seconds, "evaluation"):
-        drawn = run.sampler.generate(
-            [prompt.ids for prompt in prompts],
-            1,
-            how,
-            keys=[f"held-out {prompt.index}" for prompt in prompts],
-        )
+        drawn = run.sampler.generate([prompt.ids for prompt in prompts], 1, how, keys=keys)
         texts = decode(run, drawn)
         result = reward(run, prompts, drawn, texts, 1)
     lines = []
@@ -239,7 +234,7 @@ def peak_bytes(device: torch.device) -> int:
 
 @contextmanager
 def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
-    """A profiler over the steps of `log.profile_steps`, to be stepped once a step.
+    """A profiler over the steps of `log.profile_steps`, to be stepped once per step.
 
     Writes a trace, the operators by memory, and on a GPU a memory snapshot into `profile/`.
     """
@@ -247,12 +242,11 @@ def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
     if steps is None or run.state.step >= steps[1]:
         yield None
         return
-    folder: Path = run.folder / "profile"
+    folder = run.folder / "profile"
     folder.mkdir(parents=True, exist_ok=True)
-    first, last = steps
     cuda, rank = run.device.type == "cuda", ranks().rank
 
-    def write(profile: torch.profiler.profile) -> None:
+    def keep(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(folder / f"trace-{rank:05d}.json"))
         key = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
         table = profile.key_averages().table(sort_by=key, row_limit=50)
@@ -260,15 +254,16 @@ def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
         if cuda:
             torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank:05d}.snapshot"))
 
-    start = max(first, run.state.step + 1)
-    before = start - 1 - run.state.step
-    warmup = min(1, before)
+    before = max(0, steps[0] - 1 - run.state.step)
     schedule = torch.profiler.schedule(
-        wait=before - warmup, warmup=warmup, active=last - start + 1, repeat=1
+        wait=max(0, before - 1),
+        warmup=min(1, before),
+        active=steps[1] - run.state.step - before,
+        repeat=1,
     )
     if cuda:
         torch.cuda.memory._record_memory_history()
     with torch.profiler.profile(
-        schedule=schedule, on_trace_ready=write, profile_memory=True, record_shapes=True
+        schedule=schedule, on_trace_ready=keep, profile_memory=True, record_shapes=True
     ) as profile:
         yield profile

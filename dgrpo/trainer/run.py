@@ -21,7 +21,7 @@ from dgrpo.trainer.attempts import Gate, TeacherContext
 from dgrpo.trainer.batch import Micro, Sample
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.folder import FolderLock, History
+from dgrpo.trainer.folder import History
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.rollout import Sampler
@@ -89,7 +89,6 @@ class Run:
     clock: float = field(default_factory=time.perf_counter)  # when the last step was recorded
     warnings: logging.Handler | None = None
     # On rank 0:
-    lock: FolderLock | None = None
     history: History | None = None
     length: Length | None = None
 
@@ -168,8 +167,8 @@ class Run:
         try:
             self.checkpointer.close()
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            if self.history is not None:
+                self.history.lock.release()
 
 
 def pack_pending(run: Run) -> RunState:

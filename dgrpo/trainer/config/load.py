@@ -12,6 +12,7 @@ do not start that group anew, `stages.NAME.optimizer.lr=1e-6` in one.
 import copy
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,15 @@ def merge_stages(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
             values.pop("method", None)
         values = _merge(values, difference)
         values["out"] = str(out / name)
-        for group in ("model", "teacher"):
-            _resolve_stage(values.get(group), group, out, merged)
+        for group, key in product(("model", "teacher"), ("name", "tokenizer")):
+            value = (values.get(group) or {}).get(key)
+            if isinstance(value, str) and value.startswith("stage:"):
+                stage = value.removeprefix("stage:")
+                if stage not in merged:
+                    raise ValueError(
+                        f"{group}.{key}: got {value!r}, expected an earlier stage: {list(merged)}"
+                    )
+                values[group][key] = str(out / stage / "export")
         merged[name] = values
     return merged
 
@@ -168,19 +176,6 @@ def _merge(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "config"
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _resolve_stage(group: Any, where: str, out: Path, earlier: dict[str, Any]) -> None:
-    """Replace "stage:NAME" by the folder of its exported model."""
-    for key in ("name", "tokenizer"):
-        value = (group or {}).get(key)
-        if isinstance(value, str) and value.startswith("stage:"):
-            stage = value.removeprefix("stage:")
-            if stage not in earlier:
-                raise ValueError(
-                    f"{where}.{key}: got {value!r}, expected an earlier stage: {list(earlier)}"
-                )
-            group[key] = str(out / stage / "export")
 
 
 def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
