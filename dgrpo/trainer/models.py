@@ -143,8 +143,6 @@ def load_reference(settings: RunSettings, mesh: Any, device: torch.device) -> Po
     """The starting policy, frozen, where `ref_coef` asks for it."""
     if settings.method.ref_coef == 0.0:
         return None
-    if settings.model.name is None:
-        raise ValueError("method.ref_coef: got a value above 0 with random weights, expected 0")
     return frozen(settings.model, settings, mesh, device)
 
 

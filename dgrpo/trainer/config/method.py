@@ -180,30 +180,26 @@ class Method(Settings):
             raise ValueError(f"divergence_clip: got {bound} with {self.divergence}, expected null")
         if self.importance != "none" and self.old_logprobs == "sampler":
             raise ValueError(
-                "importance: got a correction while the ratio is already taken to the sampler; "
-                "expected none, or old_logprobs: trainer"
+                f"importance: got {self.importance} while the ratio is already taken to the "
+                "sampler; expected none, or old_logprobs: trainer"
             )
         return self
 
     @model_validator(mode="after")
     def _given_sequences_need_no_rollouts(self) -> Self:
-        if self.sequences == "rollout":
-            return self
-        if self.advantage == "group" or self.teacher_context == "correct_rollout":
-            raise ValueError(
-                "advantage: got group values with given sequences, expected none; advantages and "
-                "correct_rollout need sequences: rollout"
-            )
-        if self.gate in ("wrong", "mixed"):
-            raise ValueError(
-                f"gate: got {self.gate} with given sequences, expected none; it reads the rewards "
-                "of rollouts"
-            )
-        if self.importance != "none" or self.old_logprobs == "sampler":
-            raise ValueError(
-                "importance, old_logprobs: got a correction to the sampler with given sequences, "
-                "expected none; nothing was sampled"
-            )
+        reads_rollouts = {
+            "advantage": self.advantage == "group",
+            "teacher_context": self.teacher_context == "correct_rollout",
+            "gate": self.gate in ("wrong", "mixed"),
+            "importance": self.importance != "none",
+            "old_logprobs": self.old_logprobs == "sampler",
+        }
+        for name, reads in reads_rollouts.items():
+            if reads and self.sequences == "given":
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, which reads rollouts; expected another "
+                    "value with sequences: given"
+                )
         return self
 
     def teaches(self) -> bool:

@@ -130,6 +130,8 @@ class RunSettings(Settings):
                 "model.lora.dropout: got a value above 0 with method.sequences=rollout, expected "
                 "0; dropout makes the ratio to the sampled policy noise"
             )
+        if model.name is None and method.ref_coef != 0.0:
+            raise ValueError("method.ref_coef: got a value above 0 with random weights, expected 0")
         if not self.data.sources:
             raise ValueError("data.sources: got none, expected some, e.g. [{path: rows.jsonl}]")
         if method.teacher == "model" and method.teacher_coef != 0.0 and teacher.name is None:
@@ -155,10 +157,6 @@ class RunSettings(Settings):
                     "method.old_logprobs: got none with batch.updates > 1, expected trainer or "
                     "sampler; without it the ratio is 1 and never clips"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _the_end_is_known(self) -> Self:
         if self.steps is not None:
             return self
         if self.epochs is None:
@@ -166,7 +164,7 @@ class RunSettings(Settings):
         if self.optimizer.decay != "constant":
             raise ValueError("steps: got null with optimizer.decay, which needs their number")
         for name in ("teacher_coef", "ref_coef", "entropy_coef"):
-            value = getattr(self.method, name)
+            value = getattr(method, name)
             if isinstance(value, Schedule) and value.steps is None:
                 raise ValueError(f"method.{name}.steps: got null without steps, expected either")
         return self
