@@ -140,7 +140,7 @@ def _train(options: argparse.Namespace, asked: Interruption) -> int:
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
     for name, settings in stages.items():
-        _tell(f"{name or 'train'}: {settings.method.preset or 'own method'}, in {settings.out}")
+        _tell(f"{name or 'train'}: {settings.method.preset}, in {settings.out}")
     _tell("loading torch and transformers")
     from dgrpo.distributed import FirstRankFailed, leave
     from dgrpo.trainer import Diverged, RewardsFailed, train_stages

@@ -165,8 +165,8 @@ def _micro(
         tensors = {name: column(name, 0, torch.float32) for name in ("advantages", *fields)}
         scalars = dict(coefficients)
         if any(sample.teacher_coef is not None for sample in chosen):
-            beta = float(scalars.pop("teacher_coef", Context.teacher_coef))
-            tensors["teacher_coef"] = column("teacher_coef", beta, torch.float32)
+            teacher_coef = float(scalars.pop("teacher_coef", Context.teacher_coef))
+            tensors["teacher_coef"] = column("teacher_coef", teacher_coef, torch.float32)
         context = Context(**tensors, **scalars)
     return Micro(
         input_ids=torch.cat(ids)[None],

@@ -149,8 +149,8 @@ def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> No
 
 def grad_norm(model: nn.Module) -> Tensor:
     """2-norm of all gradients, fp32 scalar, the same on all ranks. Collective if sharded."""
-    local = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in local if g.numel()]
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g.numel()]
     total = torch.stack(norms).square().sum() if norms else torch.zeros(())
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     if mesh is not None:
@@ -166,7 +166,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     norm = grad_norm(model)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     scale = torch.where(torch.isfinite(norm), scale, torch.ones_like(scale))
-    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     for grad in grads:
         grad.mul_(scale.to(grad.device, non_blocking=True))
     return norm
@@ -231,7 +231,8 @@ def _merged(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
