@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from dgrpo.distributed import ranks
 from dgrpo.trainer.checkpoint import files, storage
-from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat, by_rank, failures
+from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat, together
 from dgrpo.trainer.checkpoint.state import (
     RunState,
     decode,
@@ -30,13 +28,12 @@ from dgrpo.trainer.checkpoint.state import (
     share,
 )
 from dgrpo.trainer.checkpoint.tensors import (
+    check_model,
     load_optimizers,
     model_tensors,
     optimizer_templates,
     optimizer_tensors,
 )
-
-_T = TypeVar("_T")
 
 
 class Checkpointer:
@@ -74,9 +71,6 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._stager: DefaultStager | None = None
-        self._dcp = {"process_group": self.ranks.group, "no_dist": self.ranks.world == 1}
-        # DCP warns on every call that it works in one process, as intended.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints in place, ascending."""
@@ -104,19 +98,10 @@ class Checkpointer:
                 tensors = self._stage(tensors)
         except Exception as caught:
             error = caught
-        writer = storage.Writer(
-            self.folder / files.folder_name(state.step),
-            step=state.step,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world,
-            state=encoded,
-            error=error,
-            committed=lambda: files.prune(self.folder, self.keep),
-        )
         if self.asynchronous:
-            self._pending = self._thread.submit(self._write, tensors, writer)
+            self._pending = self._thread.submit(self._write, state.step, tensors, encoded, error)
         else:
-            self._write(tensors, writer)
+            self._write(state.step, tensors, encoded, error)
 
     def _stage(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A copy on the host, in buffers that every save uses again."""
@@ -125,17 +110,49 @@ class Checkpointer:
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         return self._stager.stage(tensors)
 
-    def _write(self, tensors: dict[str, torch.Tensor], writer: storage.Writer) -> None:
-        planner = DefaultSavePlanner(flatten_state_dict=False)
-        try:
-            dcp.save(tensors, storage_writer=writer, planner=planner, **self._dcp)
-        except CheckpointException as error:
+    def _write(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        state: tuple[str, dict[str, torch.Tensor]],
+        error: Exception | None,  # what went wrong on this rank so far: all ranks hear of it
+    ) -> None:
+        temporary = self.folder / f"{files.folder_name(step)}.tmp"
+        planner, what = DefaultSavePlanner(flatten_state_dict=False), f"saving step {step} failed"
+
+        def plan() -> SavePlan:
+            if error is not None:
+                raise error
             if self.ranks.first:
-                files.discard(writer.temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            planner.set_up_planner(tensors, is_coordinator=self.ranks.first)
+            return planner.create_local_plan()
+
+        def write() -> tuple[list[SavePlan], dict[str, dict]]:
+            own, _ = planner.create_global_plan(plans)  # without what another rank writes too
+            items = own[self.ranks.rank].items
+            pieces = {storage.piece_key(item): planner.resolve_data(item) for item in items}
+            return own, storage.write_rank(temporary, self.ranks.rank, state, pieces)
+
+        def publish() -> None:
+            if self.ranks.first:
+                storage.publish(temporary, step, plans, listed)
+                files.prune(self.folder, self.keep)
+
+        try:
+            plans = self.ranks.gather(together(self.ranks, what, plan))
+            plans, own = together(self.ranks, what, write)
+            listed = {
+                name: entry for part in self.ranks.gather(own) for name, entry in part.items()
+            }
+            together(self.ranks, what, publish)
+        except CheckpointError as failed:
+            if self.ranks.first:
+                shutil.rmtree(temporary, ignore_errors=True)
             kept = self.steps()
             rest = f"the checkpoint of step {kept[-1]} is in place" if kept else "there is no other"
-            text = f"saving step {writer.step} failed; {failures(error)}; {rest}"
-            raise CheckpointError(text) from error
+            raise CheckpointError(f"{failed}; {rest}") from failed.__cause__
 
     def wait(self) -> None:
         """Waits for the save under way; raises its error, on every rank."""
@@ -166,23 +183,27 @@ class Checkpointer:
         folder = self._choose(step)
         if folder is None:
             return None
-        optimizers, what = _sequence(optimizer), f"{folder} cannot be loaded"
-        reader, first, tensors, templates = self._together(what, lambda: self._plan(folder, model))
-        try:
-            planner = DefaultLoadPlanner(flatten_state_dict=False)
-            dcp.load(tensors | templates, storage_reader=reader, planner=planner, **self._dcp)
-        except CheckpointException as error:
-            raise CheckpointError(f"{what}: {failures(error)}") from error
 
-        def finish() -> RunState:
-            load_optimizers(model, optimizers, first["optimizers"], templates)
-            state = self._own_state(folder, first)
-            later = files.set_aside(self.folder, state.step) if self.ranks.first else []
-            if later:
+        def load() -> RunState:
+            metadata = storage.read_index(folder)
+            saved = metadata.state_dict_metadata
+            tensors = model_tensors(model, self.frozen)
+            check_model(tensors, saved)
+            first = decode(*storage.read_rank(folder, 0))
+            templates = optimizer_templates(model, first["optimizers"], saved)
+            storage.read_tensors(folder, metadata, tensors | templates)
+            load_optimizers(model, _sequence(optimizer), first["optimizers"], templates)
+            return self._own_state(folder, first)
+
+        def set_later_aside() -> None:
+            later = [other for other in self.steps() if other > state.step]
+            if later and self.ranks.first:
+                files.set_aside(self.folder, later)
                 print(f"checkpoint: set aside those of the later steps {later}", flush=True)
-            return state
 
-        return self._together(what, finish)
+        state = together(self.ranks, f"{folder} cannot be loaded", load)
+        together(self.ranks, str(self.folder), set_later_aside)
+        return state
 
     def close(self) -> None:
         """Waits for the save under way and frees the staging buffers."""
@@ -202,7 +223,7 @@ class Checkpointer:
                 files.recover(self.folder)
             return self.steps()
 
-        steps = self.ranks.gather(self._together(str(self.folder), scan))[0]
+        steps = self.ranks.gather(together(self.ranks, str(self.folder), scan))[0]
         if step is not None:
             if step not in steps:
                 raise CheckpointError(f"{self.folder}: no step {step}, expected one of {steps}")
@@ -236,22 +257,6 @@ class Checkpointer:
             raise OtherFormat(others[0])  # an older one in its place would cost its steps
         return sorted({text for part, _ in answers for text in part})
 
-    def _plan(self, folder: Path, model: nn.Module) -> tuple:
-        """Reader, rank 0's state, and what is loaded in place: the model, the optimisers' state."""
-        reader = storage.Reader(folder)
-        saved = reader.saved()
-        tensors = model_tensors(model, self.frozen)
-        problems = [f"it has no {name}" for name in tensors if name not in saved] + [
-            f"{name} has shape {list(saved[name][1])}, here {list(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if name in saved and saved[name][1] != tensor.shape
-        ]
-        if problems:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise CheckpointError(f"the model is another: {problems[0]}{more}")
-        first = decode(*storage.read_rank(folder, 0))
-        return reader, first, tensors, optimizer_templates(model, first["optimizers"], saved)
-
     def _own_state(self, folder: Path, first: dict) -> RunState:
         """This rank's state out of the rank files of a run with any number of ranks."""
         world_size = files.read_manifest(folder)["world_size"]
@@ -268,19 +273,6 @@ class Checkpointer:
         else:
             fork_random_state(first["random"], self.ranks.rank)
         return RunState.restore(first["shared"], rollouts)
-
-    def _together(self, what: str, call: Callable[[], _T]) -> _T:
-        """`call()`, or CheckpointError on every rank if it fails on any."""
-        value, error = None, None
-        try:
-            value = call()
-        except Exception as caught:
-            error = caught
-        texts = self.ranks.gather(error and f"{type(error).__name__}: {error}")
-        failed = {rank: text for rank, text in enumerate(texts) if text}
-        if failed:
-            raise CheckpointError(f"{what}: {by_rank(failed)}") from error
-        return value
 
 
 def _sequence(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

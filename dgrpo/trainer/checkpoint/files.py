@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,21 +25,21 @@ FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 24
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # by safetensors' names
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -58,12 +58,6 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def folder_step(path: Path) -> int | None:
-    """The step in a complete checkpoint's name; None for temporary and abandoned ones."""
-    match = _STEP.fullmatch(path.name)
-    return int(match.group(1)) if match else None
-
-
 def _write(path: Path, chunks: Iterable) -> dict:
     """Write bytes to a file and flush it to the disk; its size and CRC-32."""
     size = crc = 0
@@ -79,27 +73,26 @@ def _write(path: Path, chunks: Iterable) -> dict:
     return {"bytes": size, "crc32": f"{crc:08x}"}
 
 
-Piece = tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]
+) -> dict:
+    """Write one safetensors file and flush it to the disk; returns `{"bytes", "crc32"}`.
 
-
-def write_tensors(path: Path, pieces: Iterable[Piece], metadata: dict[str, str]) -> dict:
-    """Writes one safetensors file, a tensor at a time, and flushes it to the disk.
-
-    `pieces` are `(key, dtype, shape, tensor)` with `tensor()` called when its turn comes, so that
-    only one is on the host. Returns `{"bytes", "crc32"}`.
+    Tensors on a GPU are copied one at a time, so that only one more is on the host.
 
     Raises:
         OSError: with the path.
+        TypeError: the format has no such dtype.
     """
     # Widest dtypes first, as readers want every tensor aligned to its item size.
-    pieces = sorted(pieces, key=lambda piece: -piece[1].itemsize)
+    ordered = sorted(tensors.items(), key=lambda pair: -pair[1].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
-    for key, dtype, shape, _ in pieces:
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+    for key, tensor in ordered:
+        start, end = end, end + tensor.nbytes
         header[key] = {
-            "dtype": dtype_name(dtype),
-            "shape": list(shape),
+            "dtype": dtype_name(tensor.dtype),
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
@@ -107,8 +100,8 @@ def write_tensors(path: Path, pieces: Iterable[Piece], metadata: dict[str, str])
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
-        for _, _, _, tensor in pieces:
-            flat = tensor().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             for start in range(0, len(flat), _CHUNK):
                 yield memoryview(flat[start : start + _CHUNK])
 
@@ -179,9 +172,8 @@ def damages(folder: Path, names: Iterable[str], files: dict[str, dict]) -> list[
 
 def complete_steps(folder: Path) -> list[int]:
     """The steps, ascending, whose folder is in place. Loading checks what is in it."""
-    if not folder.is_dir():
-        return []
-    return sorted(step for path in folder.iterdir() if (step := folder_step(path)) is not None)
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match.group(1)) for name in names if (match := _STEP.fullmatch(name)))
 
 
 def recover(folder: Path) -> None:
@@ -196,22 +188,21 @@ def recover(folder: Path) -> None:
             os.rename(path, final)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what kills and resumes left behind.
-
-    A folder is renamed before it is emptied: a kill leaves no half of one under a valid name.
-    """
-    for step in complete_steps(folder)[:-keep]:
+def set_aside(folder: Path, steps: Iterable[int]) -> None:
+    """Rename checkpoints, for `prune` to delete: a kill leaves no half of one under its name."""
+    for step in steps:
         path = folder / folder_name(step)
-        os.rename(path, path.with_suffix(".abandoned"))
+        abandoned = path.with_suffix(".abandoned")
+        shutil.rmtree(abandoned, ignore_errors=True)
+        os.rename(path, abandoned)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what kills and resumes left behind."""
+    set_aside(folder, complete_steps(folder)[:-keep])
     for pattern in ("step-*.abandoned", "step-*.tmp"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def discard(path: Path) -> None:
-    """Deletes an unfinished folder; what cannot be deleted is left to the next `prune`."""
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -228,13 +219,3 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     os.rename(temporary, folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def set_aside(folder: Path, after: int) -> list[int]:
-    """Renames the checkpoints later than `after`, for `prune` to remove. Returns their steps."""
-    steps = [step for step in complete_steps(folder) if step > after]
-    for step in steps:
-        path = folder / folder_name(step)
-        shutil.rmtree(path.with_suffix(".abandoned"), ignore_errors=True)
-        os.rename(path, path.with_suffix(".abandoned"))
-    return steps

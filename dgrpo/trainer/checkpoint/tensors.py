@@ -7,10 +7,12 @@ count starts at 1).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from dgrpo.trainer.checkpoint.errors import CheckpointError
@@ -41,6 +43,18 @@ def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tens
     return tensors
 
 
+def check_model(tensors: dict[str, torch.Tensor], saved: dict[str, TensorStorageMetadata]) -> None:
+    """Raise CheckpointError where the saved tensors, by shape, are not those of the model."""
+    problems = [f"it has no {name}" for name in tensors if name not in saved] + [
+        f"{name} has shape {list(saved[name].size)}, here {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in saved and saved[name].size != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"the model is another: {problems[0]}{more}")
+
+
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: _clean(name) for name, parameter in model.named_parameters()}
 
@@ -65,9 +79,11 @@ def optimizer_tensors(
             name = _name(names, parameter)
             state[name] = {}
             for key, value in values.items():
-                state[name][key] = None if isinstance(value, torch.Tensor) else {"value": value}
                 if isinstance(value, torch.Tensor):
+                    state[name][key] = None
                     tensors[f"optimizer.{i}.{name}.{key}"] = value.detach()
+                else:
+                    state[name][key] = {"value": value}
         rest.append({"kind": type(optimizer).__name__, "groups": groups, "state": state})
     return tensors, rest
 
@@ -82,13 +98,12 @@ def _name(names: dict[nn.Parameter, str], parameter: nn.Parameter) -> str:
 
 
 def optimizer_templates(
-    model: nn.Module, rest: list[dict], saved: dict[str, tuple[torch.dtype, torch.Size]]
+    model: nn.Module, rest: list[dict], saved: dict[str, TensorStorageMetadata]
 ) -> dict[str, torch.Tensor]:
     """Empty tensors to load the saved optimiser state into, sharded like its parameter.
 
-    `saved` gives the dtype and the whole shape under each name. What is not shaped like its
-    parameter (a step count) is whole on every rank, on the CPU; `load_optimizers` moves it to where
-    the optimiser wants it.
+    What is not shaped like its parameter (a step count) is whole on every rank, on the CPU;
+    `load_optimizers` moves it to where the optimiser wants it.
     """
     parameters = {name: parameter for parameter, name in _names(model).items()}
     templates = {}
@@ -98,12 +113,10 @@ def optimizer_templates(
                 full = f"optimizer.{i}.{name}.{key}"
                 if value is not None or full not in saved:
                     continue
-                dtype, shape = saved[full]
+                dtype, shape = saved[full].properties.dtype, saved[full].size
                 parameter = parameters.get(name)
                 if parameter is not None and parameter.shape == shape and shape:
-                    templates[full] = torch.empty_like(
-                        parameter.detach(), dtype=dtype, requires_grad=False
-                    )
+                    templates[full] = torch.empty_like(parameter.detach(), dtype=dtype)
                 else:
                     templates[full] = torch.empty(shape, dtype=dtype)
     return templates
@@ -136,7 +149,7 @@ def load_optimizers(
         there = [group["params"] for group in part["groups"]]
         if here != there:
             raise CheckpointError(f"optimizer {i}: {_difference(here, there)}")
-        index = {name: n for n, name in enumerate(name for group in here for name in group)}
+        index = {name: n for n, name in enumerate(itertools.chain(*here))}
         state = {
             index[name]: {
                 key: tensors[f"optimizer.{i}.{name}.{key}"] if value is None else value["value"]
@@ -144,12 +157,10 @@ def load_optimizers(
             }
             for name, values in part["state"].items()
         }
-        groups, first = [], 0
+        groups = []
         for group, saved in zip(optimizer.param_groups, part["groups"], strict=True):
-            ids = list(range(first, first + len(saved["params"])))
-            moving = {key: saved[key] for key in ("lr", "initial_lr") if key in saved}
-            groups.append({**group, **moving, "params": ids})
-            first += len(ids)
+            rates = {key: saved[key] for key in ("lr", "initial_lr") if key in saved}
+            groups.append({**group, **rates, "params": [index[name] for name in saved["params"]]})
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -158,10 +169,8 @@ def _difference(here: list[list[str]], there: list[list[str]]) -> str:
     if len(here) != len(there):
         return f"got {len(here)} parameter groups, the checkpoint has {len(there)}"
     for number, (mine, saved) in enumerate(zip(here, there, strict=True)):
-        for name in mine:
-            if name not in saved:
-                return f"parameter group {number} has {name}, the checkpoint's has not"
-        for name in saved:
-            if name not in mine:
-                return f"parameter group {number} lacks {name}, which the checkpoint's has"
+        if more := [name for name in mine if name not in saved]:
+            return f"parameter group {number} has {more[0]}, the checkpoint's has not"
+        if less := [name for name in saved if name not in mine]:
+            return f"parameter group {number} lacks {less[0]}, which the checkpoint's has"
     return "the parameters of its groups are in another order than in the checkpoint"
