@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from dgrpo.distributed import ranks
 from dgrpo.trainer.metrics.display import Display
-from dgrpo.trainer.metrics.lines import cut, plain
 from dgrpo.trainer.metrics.rollouts import cut_rollouts
 
 METRICS = "metrics.jsonl"
@@ -151,3 +151,35 @@ def _wandb(folder: Path, project: str, settings: Mapping[str, Any] | None) -> An
     )
     known.write_text(json.dumps({"id": run.id}))
     return run
+
+
+def plain(value: object) -> object:
+    """A metric as a JSON value; what is not finite is null, as JSON has no NaN."""
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    number = float(value)  # type: ignore[arg-type]  # NumPy's and torch's scalars too
+    return number if math.isfinite(number) else None
+
+
+def cut(path: Path, step: int) -> None:
+    """Keep the lines up to `step`, and no unfinished last one; atomic."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+    if len(kept) == len(lines):
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _step(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -36,8 +36,8 @@ FOLDER = "rollouts"
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
 _PROMPT_CHARACTERS = 8000
 PER_TOKEN = (
-    *("advantage", "divergence", "clipped", "ratio", "entropy", "logprob", "teacher_logprob"),
-    "loss",
+    *("advantage", "divergence", "clipped", "ratio"),
+    *("entropy", "logprob", "teacher_logprob", "loss"),
 )
 PerToken = torch.Tensor | Sequence[float] | float | None
 
@@ -77,12 +77,12 @@ def rollout_record(
 ) -> dict[str, Any]:
     """One rollout as a line of the file; `values` by their names in it."""
     prompt, tokens = sample.prompt_ids.tolist(), sample.completion_ids.tolist()
-    scored, sampled, origin = sample.scored, sample.sampled, sample.origin
+    scored, sampled = sample.scored, sample.sampled
     parts = scored.parts if scored else {}
     optional = {
         "rewards": {name: _number(value) for name, value in parts.items()} or None,
         "finish_reason": "length" if sampled and sampled.truncated else "stop",
-        "tags": vars(origin) if origin else None,
+        "tags": sample.origin and vars(sample.origin),
         **{name: _per_token(name, values.get(name), len(tokens)) for name in PER_TOKEN},
     }
     return {
@@ -99,8 +99,10 @@ def rollout_record(
 
 
 def _per_token(name: str, values: PerToken, count: int) -> list[float | None] | float | None:
-    if values is None or isinstance(values, int | float):
-        return None if values is None else _number(values)
+    if values is None:
+        return None
+    if isinstance(values, int | float):
+        return _number(values)
     numbers = values.tolist() if isinstance(values, torch.Tensor) else list(values)
     if len(numbers) != count:
         raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dgrpo.trainer.metrics import RunLog, write_rollouts
+from dgrpo.trainer.metrics.log import cut
 
 
 def lines(path):
@@ -97,3 +98,20 @@ def test_a_missing_sink_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard, or turn tensorboard off"):
         RunLog(tmp_path / "b", tensorboard=True, live=False)
+
+
+def test_cutting_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        cut(path, 1)
+    assert lines(path) == [{"step": 1}, {"step": 2}]
+    cut(path, 1)
+    assert lines(path) == [{"step": 1}]
+    cut(tmp_path / "absent", 1)
+    assert not (tmp_path / "absent").exists()
