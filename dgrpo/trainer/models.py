@@ -19,8 +19,7 @@ from dgrpo.trainer.config import Model, RunSettings
 from dgrpo.trainer.config.settings import Teacher as TeacherSettings
 from dgrpo.trainer.loading import loading
 from dgrpo.trainer.policy import PolicyModel, fsdp, huggingface
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
-from dgrpo.trainer.teachers.served import HttpTopK
+from dgrpo.trainer.teachers import HttpTopK, SelfTeacher, ServedTeacher, Teacher
 from dgrpo.trainer.vocabulary import common_vocab, teacher_tokenizer
 
 OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them

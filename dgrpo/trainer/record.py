@@ -19,7 +19,7 @@ from dgrpo.trainer.batch import Sample
 from dgrpo.trainer.collect import decode, reward, sampling, timed
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
 from dgrpo.trainer.run import Batch, Run
-from dgrpo.trainer.teachers.local import ServedTeacher
+from dgrpo.trainer.teachers import ServedTeacher
 from dgrpo.trainer.update import coefficients
 
 HALF = math.log(0.5)

@@ -1,4 +1,4 @@
-"""Top-k log-probabilities of a teacher that a server runs, over HTTP.
+"""A teacher that a server runs: its top-k log-probabilities, over HTTP.
 
 Any server with vLLM's extension of the OpenAI completions interface will do: token ids as the
 prompt, and `prompt_logprobs` in the answer. Prompt and completion are sent as one prompt, after
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dgrpo.endpoint import Endpoint, EndpointError
-from dgrpo.trainer.batch import Sample
+from dgrpo.ops import TopKTeacher
+from dgrpo.trainer.batch import Micro, Sample
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +68,13 @@ class HttpTopK:
                 return error
 
         answers = dict(self.endpoint.each(ask, samples))
-        failed = {i: answer for i, answer in answers.items() if isinstance(answer, Exception)}
+        failed = [answer for answer in answers.values() if isinstance(answer, Exception)]
         if samples and len(failed) == len(samples):
             raise ConnectionError(
-                f"teacher: no request to {url} succeeded, the last failed with: "
-                f"{list(failed.values())[-1]}"
+                f"teacher: no request to {url} succeeded, the last failed with: {failed[-1]}"
             )
-        return [None if i in failed else answers[i] for i in range(len(samples))]
+        ordered = [answers[i] for i in range(len(samples))]
+        return [None if isinstance(answer, Exception) else answer for answer in ordered]
 
     def _ask(self, sample: Sample, k: int) -> tuple[Tensor, Tensor]:
         seen = sample.seen_by_teacher()
@@ -82,6 +83,45 @@ class HttpTopK:
         return parse_prompt_logprobs(
             self.endpoint.post(PATH, body), ids, seen.completion_ids.numel(), k
         )
+
+
+class ServedTeacher:
+    """A teacher known by its k likeliest tokens at each position; the rest is one bucket.
+
+    Args:
+        source: where they come from.
+        k: tokens asked for at each position.
+    """
+
+    def __init__(self, source: HttpTopK, k: int):
+        if k < 1:
+            raise ValueError(f"k: got {k}, expected at least 1")
+        self.source = source
+        self.k = k
+        self.missing = 0  # samples of the last batch that got no answer: they have no teacher
+
+    def attach(self, samples: Sequence[Sample], *_: Any, **__: Any) -> None:
+        """Ask for the batch and write `sample.topk`. Called as `Teacher.attach`; not collective."""
+        answers = self.source.topk(samples, self.k)
+        for sample, answer in zip(samples, answers, strict=True):
+            sample.topk = None
+            if answer is not None:
+                ids, logprobs = answer
+                sample.topk = ids.masked_fill(~sample.guided[:, None], -1), logprobs
+        self.missing = sum(answer is None for answer in answers)
+
+    def head(self, micro: Micro) -> TopKTeacher:
+        """The loss head's teacher for `micro`, on its device."""
+        pieces = [sample.topk for sample in micro.samples]
+        width = max((ids.shape[1] for ids, _ in filter(None, pieces)), default=1)
+        tokens, device = micro.targets.numel(), micro.targets.device
+        ids = torch.full((tokens, width), -1, dtype=torch.int64)
+        logprobs = torch.zeros(tokens, width)
+        for (start, count), piece in zip(micro.spans, pieces, strict=True):
+            if piece is not None:
+                place = slice(start, start + count), slice(piece[0].shape[1])
+                ids[place], logprobs[place] = piece
+        return TopKTeacher(ids.to(device), logprobs.to(device))
 
 
 def parse_prompt_logprobs(
