@@ -157,7 +157,6 @@ class PolicyModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        cu_seqlens: Tensor | None,
         lengths: Sequence[int] | None,
         *,
         rows: Tensor,
@@ -166,15 +165,18 @@ class PolicyModel(nn.Module):
         """(R, V) fp32 logits at the tokens `rows` (R,) int64, for sampling. Registered with FSDP.
 
         Args:
-            input_ids: (1, T) int64: prompts end to end, or, with `cu_seqlens` and `lengths` None,
-                one new token of each running sample.
+            input_ids: (1, T) int64: prompts end to end, or, with `lengths` None, one new token of
+                each running sample.
             position_ids: (1, T) int64.
-            cu_seqlens: (S + 1,) int32, or None.
-            lengths: the S lengths, or None.
+            lengths: of the S prompts, or None.
             rows: tokens whose logits are wanted.
             cache: keys and values so far; its `attend` is the attention of every layer.
         """
-        lengths = None if lengths is None else tuple(lengths)
+        cu_seqlens = None
+        if lengths is not None:
+            lengths = tuple(lengths)
+            ends = torch.tensor([0, *lengths], device=input_ids.device).cumsum(0)
+            cu_seqlens = ends.to(torch.int32)
         packing = packed_arguments(cu_seqlens, lengths, cache)
         return fp32_logits(self.head, self._run(input_ids, position_ids, packing)[rows])
 
