@@ -64,7 +64,8 @@ def packed_arguments(
     them others see; a decoding step with a `cache` has none of these.
     """
     longest = max(lengths) if lengths else None
-    arguments = {
+    arguments = {} if cache is None else {"cache": cache}
+    return arguments | {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens if prefixes is None else prefixes.cu_seqlens_k,
         "max_length_q": longest,
@@ -72,7 +73,6 @@ def packed_arguments(
         "sequence_lengths": lengths,
         "shared_prefixes": prefixes,
     }
-    return arguments if cache is None else {**arguments, "cache": cache}
 
 
 def packed_attention(
@@ -101,14 +101,10 @@ def packed_attention(
         raise ValueError("is_causal: got False, expected a causal model")
     if query.shape[0] != 1:
         raise ValueError(f"input_ids: got {query.shape[0]} rows, expected 1 of packed sequences")
-    options = {
-        "scaling": scaling,
-        "dropout": dropout,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-    }
     if cache is not None:
-        return cache.attend(module, query, key, value, attention_mask, **options, **kwargs)
+        kwargs |= {"scaling": scaling, "dropout": dropout}
+        kwargs |= {"sliding_window": sliding_window, "softcap": softcap}
+        return cache.attend(module, query, key, value, attention_mask, **kwargs)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         raise RuntimeError(

@@ -71,15 +71,13 @@ def shard(
     reset_rotary(model)
     if checkpoint_activations:
         checkpoint_layers(model)
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-        ),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-    }
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
 
     def wrap(module: nn.Module, reshards: bool) -> None:
+        options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
         fully_shard(module, reshard_after_forward=reshards, **options)
         model.sharded.append((module, reshards))
 

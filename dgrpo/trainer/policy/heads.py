@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,7 @@ class LoraHead(FusedHead):
     gradient of the merged weight among them.
     """
 
-    def attached(self, layer: nn.Module) -> LoraHead:
-        """This head with the peft layer whose adapters it merges."""
-        self.layer = (layer,)  # in a tuple: as a submodule it would make a cycle
-        return self
+    layer: tuple[nn.Module]  # peft's; in a tuple, as a submodule would make a cycle
 
     def merged_weight(self) -> Tensor:
         """(V, H) `W + s B A` over the active adapters, in the dtype of `W`."""
@@ -64,11 +61,12 @@ def install_head(causal: PreTrainedModel) -> None:
         ValueError: see `logit_transform`.
     """
     linear, holder = head_of(causal), causal.get_output_embeddings()
-    scale, softcap = logit_transform(causal)
+    transform = logit_transform(causal)
     if holder is linear:
-        causal.set_output_embeddings(FusedHead.from_linear(linear, scale, softcap))
+        causal.set_output_embeddings(FusedHead.from_linear(linear, *transform))
     else:
-        holder.base_layer = LoraHead.from_linear(linear, scale, softcap).attached(holder)
+        holder.base_layer = LoraHead.from_linear(linear, *transform)
+        holder.base_layer.layer = (holder,)
 
 
 def fp32_logits(head: FusedHead, hidden: Tensor) -> Tensor:
@@ -126,9 +124,8 @@ class _Given(BaseModelOutputWithPast):
 @contextlib.contextmanager
 def _replaced(module: nn.Module, result: object) -> Iterator[None]:
     """Within the context, the module returns `result`."""
-    forward: Callable = lambda *args, **kwargs: result  # noqa: E731
     before = module.__dict__.get("forward")
-    module.forward = forward
+    module.forward = lambda *args, **kwargs: result
     try:
         yield
     finally:

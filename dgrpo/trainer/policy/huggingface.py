@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ def from_pretrained(
         ValueError: weights that do not fit the folder's `config.json`; transformers alone would
             fill in random ones.
     """
-    with _report_after() as emit:
+    with _report_last():
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -47,7 +47,6 @@ def from_pretrained(
             **kwargs,
         )
         _check_weights(info)
-        emit()
     return _adapted(model, lora, liger)
 
 
@@ -88,29 +87,26 @@ def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
 
 
 @contextmanager
-def _report_after() -> Iterator[Callable[[], None]]:
-    """Holds back transformers' table of odd weights until the function it yields is called.
+def _report_last() -> Iterator[None]:
+    """Hold back transformers' table of odd weights until the end; drop it where an error is raised.
 
-    Where they raise, the error says in one line what the table would say before it.
+    The error says in one line what the table would say before it.
     """
     logger, held = logging.getLogger("transformers.modeling_utils"), []
 
     def hold(record: logging.LogRecord) -> bool:
-        if "LOAD REPORT" in record.getMessage():
-            held.append(record)
-            return False
-        return True
-
-    def emit() -> None:
-        logger.removeFilter(hold)
-        for record in held:
-            logger.handle(record)
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        held.append(record)
+        return False
 
     logger.addFilter(hold)
     try:
-        yield emit
+        yield
     finally:
         logger.removeFilter(hold)
+    for record in held:
+        logger.handle(record)
 
 
 def _check_weights(info: dict[str, Any]) -> None:
