@@ -73,14 +73,10 @@ def _line(stage: Stage, name: str) -> dict:
     kept = [*range(0, last, -(-len(steps) // _MOST_POINTS)), last]
     return {
         "steps": [steps[i] for i in kept],
-        "values": [_digits(values[i]) for i in kept],
-        "mean": [_digits(mean[i]) for i in kept] if mean else None,
+        "values": [float(f"{values[i]:.5g}") for i in kept],
+        "mean": [float(f"{mean[i]:.5g}") for i in kept] if mean else None,
         "top": top,
     }
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.5g}")
 
 
 def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
@@ -103,7 +99,7 @@ def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
             records, bad = read_rollouts(path)
             unreadable += bad
             for record in records:
-                groups.setdefault(record["group"], []).append(_clean(record))
+                groups.setdefault(record["group"], []).append(record)
         sized = [(len(embed(groups[g]).encode()), groups[g]) for g in sorted(groups)]
         if sized and chosen and used + sized[0][0] > limit:
             break
@@ -130,23 +126,10 @@ def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
     return sorted(chosen, key=lambda r: (r["step"], r["group"], r.get("index", 0))), notes
 
 
-def _clean(value: object):
-    """The value without NaN and infinity, which are no JSON."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, list):
-        return [_clean(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _clean(v) for k, v in value.items()}
-    return value
-
-
 def spread(count: int) -> list[int]:
     """0 … count - 1, every beginning spread over the whole: last, first, middle, quarters, …"""
-    order = [count - 1, 0]
-    parts = 2
+    order, parts = [count - 1, 0], 2
     while len(order) < 2 * count + 2:
         order += [round((count - 1) * i / parts) for i in range(1, parts, 2)]
         parts *= 2
-    order += range(count)
-    return [place for place in dict.fromkeys(order) if 0 <= place < count]
+    return [place for place in dict.fromkeys([*order, *range(count)]) if 0 <= place < count]

@@ -19,6 +19,7 @@ _ELSEWHERE = {"out", "resume", "steps", "model.name", "teacher.name", "method.pr
 _ASIDE = ("log.", "checkpoint.")
 _ALWAYS = {"optimizer.lr", "batch.prompts"}
 _LONGEST = 400
+_DEFAULTS = {described.name: described.default for described in describe()}
 
 Settings = list[tuple[str, str]]
 
@@ -56,10 +57,14 @@ def facts(stage: Stage) -> Settings:
     total = _get(stage.settings, "steps")
     steps = f"{stage.steps[-1] if stage.steps else 0}" + (f" of {total}" if total else "")
     found.append(("steps", f"{steps}, {'finished' if stage.finished else 'not finished'}"))
-    training, evaluation = (_total(stage, name) for name in ("time/step", "time/evaluation"))
-    time = f"{duration(training)} training" if training else ""
-    time += f", {duration(evaluation)} evaluation" if training and evaluation else ""
-    found.append(("time", time))
+    training, evaluation = (
+        math.fsum(value for value in stage.series.get(name, ()) if value is not None)
+        for name in ("time/step", "time/evaluation")
+    )
+    if training:
+        time = f"{duration(training)} training"
+        time += f", {duration(evaluation)} evaluation" if evaluation else ""
+        found.append(("time", time))
     return [(name, text) for name, text in found if text]
 
 
@@ -78,10 +83,6 @@ def _teacher(settings: dict) -> str:
     if kind == "self":
         return f"the policy itself, shown: {_get(settings, 'method.teacher_context')}"
     return f"{_get(settings, 'teacher.name') or ''}" + (" (endpoint)" if kind == "served" else "")
-
-
-def _total(stage: Stage, name: str) -> float:
-    return math.fsum(value for value in stage.series.get(name, ()) if value is not None)
 
 
 def duration(seconds: float) -> str:
@@ -116,9 +117,9 @@ def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
         ]
         if len(set(texts)) == 1:
             common.append((name, texts[0]))
-            continue
-        for stage, text in zip(known, texts, strict=True):
-            own[id(stage)].append((name, text))
+        else:
+            for stage, text in zip(known, texts, strict=True):
+                own[id(stage)].append((name, text))
     return common, [own[id(stage)] for stage in stages]
 
 
@@ -127,9 +128,6 @@ def _value(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> Any:
     parts = name.split(".")
     off = any(".".join(parts[:i]) in values for i in range(1, len(parts)))
     return values.get(name, None if off else defaults.get(name))
-
-
-_DEFAULTS = {described.name: described.default for described in describe()}
 
 
 def _defaults(preset: Any) -> dict[str, Any]:
@@ -167,9 +165,8 @@ def _get(tree: Any, dotted: str) -> Any:
 
 def _text(value: Any) -> str:
     """The value on one line of YAML."""
-    if isinstance(value, str):
-        text = value
-    else:
+    text = value
+    if not isinstance(value, str):
         text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
         text = text.removesuffix("...\n").strip()
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
