@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,12 +56,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        keep: int = 2,
-        asynchronous: bool = True,
-        frozen: bool = True,
+        self, folder: str | Path, *, keep: int = 2, asynchronous: bool = True, frozen: bool = True
     ):
         if keep < 1:
             raise ValueError(f"keep: got {keep}, expected at least 1")
@@ -143,9 +139,7 @@ class Checkpointer:
         try:
             plans = self.ranks.gather(together(self.ranks, what, plan))
             plans, own = together(self.ranks, what, write)
-            listed = {
-                name: entry for part in self.ranks.gather(own) for name, entry in part.items()
-            }
+            listed = dict(collections.ChainMap(*self.ranks.gather(own)))
             together(self.ranks, what, publish)
         except CheckpointError as failed:
             if self.ranks.first:
@@ -259,19 +253,16 @@ class Checkpointer:
 
     def _own_state(self, folder: Path, first: dict) -> RunState:
         """This rank's state out of the rank files of a run with any number of ranks."""
-        world_size = files.read_manifest(folder)["world_size"]
-        if world_size == self.ranks.world:
-            own = first if self.ranks.first else decode(*storage.read_rank(folder, self.ranks.rank))
-            rollouts = own["rollouts"]
+        world, rank = files.read_manifest(folder)["world_size"], self.ranks.rank
+        needed = [rank] if world == self.ranks.world else range(world)
+        saved = {r: decode(*storage.read_rank(folder, r)) if r else first for r in needed}
+        if rank in saved:
+            set_random_state(saved[rank]["random"])
         else:
-            every = [first, *(decode(*storage.read_rank(folder, r)) for r in range(1, world_size))]
-            own = every[self.ranks.rank] if self.ranks.rank < world_size else None
-            rollouts = [entry for rank in every for entry in rank["rollouts"]]
-            rollouts = share(rollouts, self.ranks.rank, self.ranks.world)
-        if own is not None:
-            set_random_state(own["random"])
-        else:
-            fork_random_state(first["random"], self.ranks.rank)
+            fork_random_state(first["random"], rank)
+        rollouts = [entry for part in saved.values() for entry in part["rollouts"]]
+        if world != self.ranks.world:
+            rollouts = share(rollouts, rank, self.ranks.world)
         return RunState.restore(first["shared"], rollouts)
 
 

@@ -20,8 +20,7 @@ LIFT_BYTES = 2**26  # scratch for lifting a bf16 head on the CPU
 class LoraHead(FusedHead):
     """A loss head inside peft's LoRA layer: its logits are those of `W + s B A`.
 
-    The layer keeps its place in the model, and all parameters their names; autograd splits the
-    gradient of the merged weight among them.
+    All parameters keep their names; autograd splits the gradient of the merged weight among them.
     """
 
     layer: tuple[nn.Module]  # peft's; in a tuple, as a submodule would make a cycle
@@ -84,8 +83,8 @@ def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
     """(scale, soft cap) that a model applies to its logits, from its configuration.
 
     Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 and -3 cap at
-    `final_logit_softcapping`. The model's own forward is then run on given logits in place of its
-    head's, and without its body, which costs nothing.
+    `final_logit_softcapping`. To check that, the model's own forward runs on given logits in place
+    of its head's, without its body, which costs nothing.
 
     Raises:
         ValueError: the model's forward changes logits in another way.

@@ -80,7 +80,7 @@ def apply_liger(model: PreTrainedModel) -> None:
 
 
 def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
-    """Switches for one of Liger's functions with these parameters: layers on, losses off."""
+    """Switches of one of Liger's functions with these parameters: layers on, losses off."""
     layers = {"rope", "rms_norm", "swiglu", "geglu"}
     losses = {"cross_entropy", "fused_linear_cross_entropy"}
     return {name: name in layers for name in parameters if name in layers | losses}

@@ -2,8 +2,7 @@
 
 Samples run in waves that fit the cache. A wave prefills its prompts without padding, each once,
 then draws a token for all of its samples in one forward pass, and drops those that have ended.
-Under FSDP the parameters are gathered once per call, so that decoding needs no communication and
-ranks may finish at different lengths.
+Under FSDP the parameters are gathered once per call, so that ranks may finish at different lengths.
 
 Left out: refilling a running wave with waiting prompts, a cache shared between prompts with a
 common beginning, paged memory. A serving engine behind the same protocol has them.
@@ -38,10 +37,10 @@ class HFSampler:
     """Samples from a `PolicyModel`, sharing its parameters.
 
     Args:
-        policy: the model; it is switched to evaluation for the time of a call.
+        policy: the model; in evaluation mode during a call.
         tokenizer: for stop strings and the end-of-sequence token.
-        vocab_size: sample among the first `vocab_size` columns of the head only, as the loss with
-            the same option does; None: all.
+        vocab_size: sample among this many first columns of the head, as the loss with the same
+            option does; None: all.
         batch_tokens: tokens (prompts once, completions at their longest) in the cache at once. A
             single sample that is longer runs alone.
     """
@@ -102,11 +101,10 @@ class HFSampler:
 
     def stops(self, sampling: Sampling) -> Stops:
         """What ends a completion: by default the end tokens of model and tokenizer."""
-        key = sampling.stop_token_ids, sampling.stop_strings
+        ids, strings = key = sampling.stop_token_ids, sampling.stop_strings
         if key not in self._stops:
-            ids = sampling.stop_token_ids
             ids = _end_of_sequence(self.policy.config, self.tokenizer) if ids is None else ids
-            self._stops[key] = Stops(ids, sampling.stop_strings, self.tokenizer)
+            self._stops[key] = Stops(ids, strings, self.tokenizer)
         return self._stops[key]
 
     def _run(self, prompts: list[Tensor], keys: list[Tensor], sampling: Sampling) -> Record:

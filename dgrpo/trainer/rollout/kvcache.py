@@ -97,12 +97,9 @@ class KVCache:
     def keep(self, alive: Tensor) -> Tensor:
         """Drop rows that have ended: groups without any other, and width where all can spare it.
 
-        Args:
-            alive: (rows,) bool on the CPU, at least one true.
-
-        Returns:
-            (new rows,) int64 on the CPU: the old row of each new one. Some may have ended: they
-            fill up groups that have fewer rows than others of their bucket.
+        `alive` is (rows,) bool on the CPU, at least one true. Returns the old row of each new one,
+        int64 on the CPU. Some may have ended: they fill up groups that have fewer rows than others
+        of their bucket.
         """
         order, buckets, start = [], [], 0
         for bucket, going in zip(self.buckets, alive.split(self._rows()), strict=True):

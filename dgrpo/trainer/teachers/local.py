@@ -110,11 +110,12 @@ class Teacher(_ModelTeacher):
 
     def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
         """Keep the hidden states of a batch, with the decoder layers on the device meanwhile."""
-        if self.offload_body:
-            self._move_layers(self.model.device)
+        layers = self.model.layers if self.offload_body else []
+        for layer in layers:
+            layer.to(self.model.device)
         super().attach(samples, max_tokens, **packing)
-        if self.offload_body:
-            self._move_layers("cpu")
+        for layer in layers:
+            layer.to("cpu")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -129,21 +130,12 @@ class Teacher(_ModelTeacher):
             if isinstance(owner, FSDPModule):
                 owner.reshard()
 
-    def _move_layers(self, device: torch.device | str) -> None:
-        for layer in self.model.layers:
-            layer.to(device)
-
 
 class SelfTeacher(_ModelTeacher):
     """The current policy, without gradient, on each sample's `teacher_prompt_ids`.
 
-    That is a shorter, evidence-only prompt, or one with a privileged context. Hidden states are
-    read once per batch. The head is the policy's own, which moves if a batch has several optimiser
-    steps.
-
-    Args:
-        policy: the student.
-        offload_above: as for `Teacher`.
+    That is a shorter, evidence-only prompt, or one with a privileged context. The head is the
+    policy's own, which moves if a batch has several optimiser steps.
     """
 
     def __init__(self, policy: PolicyModel, *, offload_above: int = 2**30):

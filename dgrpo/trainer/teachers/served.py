@@ -1,9 +1,8 @@
 """A teacher that a server runs: its top-k log-probabilities, over HTTP.
 
 Any server with vLLM's extension of the OpenAI completions interface will do: token ids as the
-prompt, and `prompt_logprobs` in the answer. Prompt and completion are sent as one prompt, after
-which one token is generated. The server must allow as many log-probabilities as are asked for
-(`--max-logprobs`).
+prompt, and `prompt_logprobs` in the answer. Prompt and completion are sent as one prompt. The
+server must allow as many log-probabilities as are asked for (`--max-logprobs`).
 """
 
 from __future__ import annotations
@@ -86,12 +85,7 @@ class HttpTopK:
 
 
 class ServedTeacher:
-    """A teacher known by its k likeliest tokens at each position; the rest is one bucket.
-
-    Args:
-        source: where they come from.
-        k: tokens asked for at each position.
-    """
+    """A teacher known by its k likeliest tokens at each position; the rest is one bucket."""
 
     def __init__(self, source: HttpTopK, k: int):
         if k < 1:
@@ -129,11 +123,7 @@ def parse_prompt_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(C, k + 1) ids, -1 = padding, and log-probabilities of the last C = `tokens` of `ids`.
 
-    Args:
-        answer: the server's, parsed.
-        ids: the tokens that were sent.
-        tokens: how many of them are the completion's.
-        k: log-probabilities that were asked for.
+    `answer` is the server's, for these `ids` and this `k`.
 
     Raises:
         ValueError: an answer of another form, or without the log-probability of a token of `ids`.
