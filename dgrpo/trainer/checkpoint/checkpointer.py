@@ -47,12 +47,9 @@ class Checkpointer:
         folder: where the checkpoints lie, on a file system that all ranks share.
         keep: how many complete ones stay; older ones go once a new one is complete.
         asynchronous: `save` returns when parameters and optimiser state are copied to host memory,
-            and the rest happens in a thread. False: no copy is made, `save` returns when all is on
-            the disk.
+            and a thread does the rest. False: `save` makes no copy and returns when all is on disk.
         frozen: save parameters that need no gradient too. False for LoRA: the base model comes from
             where it came from at the start.
-
-    Without `torch.distributed`, or with one rank, everything happens in this process.
     """
 
     def __init__(
@@ -75,7 +72,7 @@ class Checkpointer:
     def save(
         self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], state: RunState
     ) -> None:
-        """Saves the run at `state.step`. Collective; first waits for the save before.
+        """Save the run at `state.step`. Collective; first waits for the save before.
 
         Raises:
             CheckpointError: that one failed, or, if synchronous, this one.
@@ -149,26 +146,20 @@ class Checkpointer:
             raise CheckpointError(f"{failed}; {rest}") from failed.__cause__
 
     def wait(self) -> None:
-        """Waits for the save under way; raises its error, on every rank."""
+        """Wait for the save under way; raises its error, on every rank."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def restore(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Sequence[Optimizer],
-        step: int | None = None,
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], step: int | None = None
     ) -> RunState | None:
-        """Loads a checkpoint in place and returns its state; None if there is none. Collective.
+        """Load a checkpoint in place and return its state; None if there is none. Collective.
 
         The newest by default; where it is damaged that is printed and the one before is taken.
-        Later ones than that restored are set aside, and removed by the next save. Random numbers
-        are restored too, so call this last, after the model is built, sharded and its optimiser
-        made.
-
-        With another number of ranks than at the save, rollouts in flight are distributed over the
-        ranks in their order, and a new rank gets random numbers seeded from rank 0's.
+        Later ones are set aside, and removed by the next save. Random numbers are restored too, so
+        call this last. With another number of ranks than at the save, rollouts in flight are
+        distributed over them in order, and a new rank's random numbers are seeded from rank 0's.
 
         Raises:
             CheckpointError: all are damaged, or `step`'s is; or one is of another format.
@@ -200,7 +191,7 @@ class Checkpointer:
         return state
 
     def close(self) -> None:
-        """Waits for the save under way and frees the staging buffers."""
+        """Wait for the save under way and free the staging buffers."""
         try:
             self.wait()
         finally:
@@ -236,7 +227,7 @@ class Checkpointer:
         return None
 
     def _damages(self, folder: Path) -> list[str]:
-        """What is wrong with a checkpoint; every rank verifies its share of the files."""
+        """What is wrong with a checkpoint; every rank checks its share of the files."""
         found, other = [], None
         try:
             listed = files.read_manifest(folder)["files"]

@@ -36,8 +36,7 @@ def export(
 
     Args:
         model: sharded or not, with LoRA or without.
-        folder: configuration, generation configuration, weights and tokenizer go here.
-        tokenizer: saved beside the weights, if given.
+        folder: configuration, weights and, if given, tokenizer go here.
         dtype: of the floating-point weights; None keeps that of the parameters.
         merge: with LoRA, merge it into the weights; False writes the adapter that
             `PeftModel.from_pretrained` puts on its base model.

@@ -43,11 +43,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a dtype, such as `"BF16"`.
-
-    Raises:
-        TypeError: the format has no such dtype.
-    """
+    """The safetensors name of a dtype, such as `"BF16"`; TypeError where it has none."""
     if dtype not in _NAMES:
         raise TypeError(f"dtype: got {dtype}, expected one of {sorted(_NAMES.values())}")
     return _NAMES[dtype]
@@ -59,7 +55,7 @@ def folder_name(step: int) -> str:
 
 
 def _write(path: Path, chunks: Iterable) -> dict:
-    """Write bytes to a file and flush it to the disk; its size and CRC-32."""
+    """Write bytes to a file and flush it to the disk; its size and CRC-32. OSErrors name it."""
     size = crc = 0
     try:
         with path.open("wb") as file:
@@ -78,11 +74,7 @@ def write_tensors(
 ) -> dict:
     """Write one safetensors file and flush it to the disk; returns `{"bytes", "crc32"}`.
 
-    Tensors on a GPU are copied one at a time, so that only one more is on the host.
-
-    Raises:
-        OSError: with the path.
-        TypeError: the format has no such dtype.
+    Unlike safetensors' own writer, it copies one tensor at a time from the GPU.
     """
     # Widest dtypes first, as readers want every tensor aligned to its item size.
     ordered = sorted(tensors.items(), key=lambda pair: -pair[1].dtype.itemsize)
@@ -109,12 +101,12 @@ def write_tensors(
 
 
 def write_json(path: Path, value: object) -> dict:
-    """Writes JSON and flushes it to the disk; returns `{"bytes", "crc32"}`."""
+    """Write JSON and flush it to the disk; returns `{"bytes", "crc32"}`."""
     return _write(path, [json.dumps(value, indent=1).encode()])
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the folder's entries durable: renames and new names in it."""
+    """Make the folder's entries durable: renames and new names in it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -177,7 +169,7 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def recover(folder: Path) -> None:
-    """Renames a checkpoint whose writer was killed between its manifest and the rename."""
+    """Rename a checkpoint whose writer was killed between its manifest and the rename."""
     for path in folder.glob("step-*.tmp") if folder.is_dir() else ():
         final = path.with_suffix("")
         try:
@@ -206,7 +198,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Makes all files in `temporary` durable and replaces `folder` by it."""
+    """Make all files in `temporary` durable and replace `folder` by it."""
     for path in temporary.iterdir():
         if path.is_file():
             with path.open("rb") as file:

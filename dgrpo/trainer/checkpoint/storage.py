@@ -58,22 +58,16 @@ def write_rank(
     Returns the manifest's entry of each file.
     """
     text, tensors = state
-    name = rank_file(rank)
-    listed = {name: files.write_tensors(folder / name, tensors, {"state": text})}
+    wanted = {rank_file(rank): (tensors, {"state": text})}
     if pieces:
-        name = tensors_file(rank)
-        listed[name] = files.write_tensors(folder / name, pieces, {"format": "pt"})
-    return listed
+        wanted[tensors_file(rank)] = (pieces, {"format": "pt"})
+    return {name: files.write_tensors(folder / name, *what) for name, what in wanted.items()}
 
 
 def publish(temporary: Path, step: int, plans: Sequence[SavePlan], listed: dict[str, dict]) -> None:
     """Write index and manifest, then rename `folder.tmp` to `folder`. On rank 0 alone.
 
-    Args:
-        temporary: the folder with the files of all ranks.
-        step: of the run.
-        plans: what each rank wrote.
-        listed: the manifest's entries of all files.
+    `plans` say what each rank wrote, `listed` has the manifest's entries of its files.
     """
     unseen = [name for name in listed if not (temporary / name).exists()]
     if unseen:
@@ -87,13 +81,9 @@ def publish(temporary: Path, step: int, plans: Sequence[SavePlan], listed: dict[
             whole, piece = item.tensor_data, item.tensor_data.chunk
             dtype = files.dtype_name(whole.properties.dtype)
             entry = {"dtype": dtype, "shape": list(whole.size), "pieces": []}
+            place = {"file": tensors_file(rank), "key": piece_key(item)}
             index.setdefault(item.index.fqn, entry)["pieces"].append(
-                {
-                    "offset": list(piece.offsets),
-                    "shape": list(piece.sizes),
-                    "file": tensors_file(rank),
-                    "key": piece_key(item),
-                }
+                {"offset": list(piece.offsets), "shape": list(piece.sizes), **place}
             )
     listed = {**listed, INDEX: files.write_json(temporary / INDEX, index)}
     manifest = {

@@ -8,7 +8,7 @@ count starts at 1).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ def _clean(name: str) -> str:
 def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tensor]:
     """`{"model.<name>": tensor}`: parameters and saved buffers, a shared one once, not copied.
 
-    `frozen=False` leaves out parameters that need no gradient, and all buffers.
+    `frozen=False` leaves out what needs no gradient.
     """
     tensors, seen = {}, set()
     # state_dict() and not named_parameters(): its hooks reshard what FSDP2 has left gathered.
@@ -60,12 +60,12 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def optimizer_tensors(
-    model: nn.Module, optimizers: Iterable[Optimizer]
+    model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
 
     The rest, one dict per optimiser: `kind` (its class), `groups` (each group's settings, `params`
-    as names) and `state` (`{name: {key: value, or None where the value is a tensor}}`).
+    as names) and `state` (`{name: {key: {"value": value}, or None for a tensor}}`).
     """
     tensors, rest = {}, []
     names = _names(model)
@@ -102,8 +102,8 @@ def optimizer_templates(
 ) -> dict[str, torch.Tensor]:
     """Empty tensors to load the saved optimiser state into, sharded like its parameter.
 
-    What is not shaped like its parameter (a step count) is whole on every rank, on the CPU;
-    `load_optimizers` moves it to where the optimiser wants it.
+    What is not shaped like its parameter (a step count) is whole on every rank, on the CPU, until
+    the optimiser loads it.
     """
     parameters = {name: parameter for parameter, name in _names(model).items()}
     templates = {}
@@ -124,7 +124,7 @@ def optimizer_templates(
 
 def load_optimizers(
     model: nn.Module,
-    optimizers: Iterable[Optimizer],
+    optimizers: Sequence[Optimizer],
     rest: list[dict],
     tensors: dict[str, torch.Tensor],
 ) -> None:
@@ -136,7 +136,6 @@ def load_optimizers(
         CheckpointError: the optimisers' number, kind or parameters differ.
     """
     names = _names(model)
-    optimizers = list(optimizers)
     if len(optimizers) != len(rest):
         raise CheckpointError(
             f"optimizer: got {len(optimizers)} of them, the checkpoint has {len(rest)}"
