@@ -68,15 +68,10 @@ class RunLog:
         if not self.active:
             return
         record = {"step": step} | {name: plain(value) for name, value in metrics.items()}
-        # One write of a whole line: a kill leaves at most an unfinished last line, which `cut`
-        # drops.
+        # One write of a whole line: a kill leaves at most an unfinished last one for `cut` to drop.
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        numbers = {
-            name: value
-            for name, value in record.items()
-            if isinstance(value, int | float) and name != "step"
-        }
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -113,12 +108,6 @@ class RunLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _require(module: str, setting: str, package: str) -> Any:

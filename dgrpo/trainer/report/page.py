@@ -22,11 +22,8 @@ def embed(value: object) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def make_page(title: str, stages: list[Stage], shown: list[bool], page_bytes: int) -> str:
-    """The HTML text, with about `page_bytes` of rollouts; the page says how many it lacks.
-
-    `shown` tells of each stage whether the charts have it at first.
-    """
+def make_page(title: str, stages: list[Stage], page_bytes: int) -> str:
+    """The HTML text, with about `page_bytes` of rollouts; the page says how many it lacks."""
     common, own = settings(stages)
     names = dict.fromkeys(name for stage in stages for name in stage.series)
     data = {
@@ -34,8 +31,8 @@ def make_page(title: str, stages: list[Stage], shown: list[bool], page_bytes: in
         "settings": common,
         "panels": [panel._asdict() for panel in panels(names)],
         "runs": [
-            _run(stage, mine, page_bytes // len(stages)) | {"shown": first}
-            for stage, mine, first in zip(stages, own, shown, strict=True)
+            _run(stage, mine, page_bytes // len(stages))
+            for stage, mine in zip(stages, own, strict=True)
         ],
     }
     parts = {
@@ -63,6 +60,7 @@ def _run(stage: Stage, own: Settings, limit: int) -> dict:
         "file": stage.settings_text,
         "series": {name: _line(stage, name) for name in stage.series},
         "rollouts": chosen,
+        "shown": stage.shown,
     }
 
 
@@ -104,11 +102,11 @@ def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
         if sized and chosen and used + sized[0][0] > limit:
             break
         seen += 1
-        for number, (size, group) in enumerate(sized):
-            if number == 0:
-                chosen += group
-                used += size
-            elif waiting < limit:
+        for size, group in sized[:1]:
+            chosen += group
+            used += size
+        for size, group in sized[1:]:
+            if waiting < limit:
                 others.append((size, group))
                 waiting += size
     left = 0

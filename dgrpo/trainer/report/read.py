@@ -35,6 +35,8 @@ class Stage:
     """The tree of its settings file; empty where there is none."""
     settings_text: str = ""
     """The settings file as it is."""
+    shown: bool = False
+    """Whether the charts show it at first."""
 
 
 def read_run(folder: Path) -> list[Stage]:
