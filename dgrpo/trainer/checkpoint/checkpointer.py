@@ -29,7 +29,6 @@ from dgrpo.trainer.checkpoint.state import (
     share,
 )
 from dgrpo.trainer.checkpoint.tensors import (
-    check_model,
     load_optimizers,
     model_tensors,
     optimizer_templates,
@@ -171,13 +170,12 @@ class Checkpointer:
 
         def load() -> RunState:
             metadata = storage.read_index(folder)
-            saved = metadata.state_dict_metadata
-            tensors = model_tensors(model, self.frozen)
-            check_model(tensors, saved)
             first = decode(*storage.read_rank(folder, 0))
-            templates = optimizer_templates(model, first["optimizers"], saved)
-            storage.read_tensors(folder, metadata, tensors | templates)
-            load_optimizers(model, _sequence(optimizer), first["optimizers"], templates)
+            rest = first["optimizers"]
+            templates = optimizer_templates(model, rest, metadata.state_dict_metadata)
+            tensors = model_tensors(model, self.frozen) | templates
+            storage.read_tensors(folder, metadata, tensors)
+            load_optimizers(model, _sequence(optimizer), rest, templates)
             return self._own_state(folder, first)
 
         def set_later_aside() -> None:

@@ -43,18 +43,6 @@ def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tens
     return tensors
 
 
-def check_model(tensors: dict[str, torch.Tensor], saved: dict[str, TensorStorageMetadata]) -> None:
-    """Raise CheckpointError where the saved tensors, by shape, are not those of the model."""
-    problems = [f"it has no {name}" for name in tensors if name not in saved] + [
-        f"{name} has shape {list(saved[name].size)}, here {list(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if name in saved and saved[name].size != tensor.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise CheckpointError(f"the model is another: {problems[0]}{more}")
-
-
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: _clean(name) for name, parameter in model.named_parameters()}
 
@@ -109,10 +97,8 @@ def optimizer_templates(
     templates = {}
     for i, part in enumerate(rest):
         for name, values in part["state"].items():
-            for key, value in values.items():
+            for key in [key for key, value in values.items() if value is None]:
                 full = f"optimizer.{i}.{name}.{key}"
-                if value is not None or full not in saved:
-                    continue
                 dtype, shape = saved[full].properties.dtype, saved[full].size
                 parameter = parameters.get(name)
                 if parameter is not None and parameter.shape == shape and shape:

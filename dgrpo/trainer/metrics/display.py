@@ -39,9 +39,8 @@ def duration(seconds: float) -> str:
 class Display:
     """Shows the last steps as a table above a bar with the time left; on no terminal, prints lines.
 
-    A terminal that hung up or a pipe whose reader ended costs what would be shown, never the run.
-
-    `done` steps are behind the run when it starts; the time left is estimated from those since.
+    A terminal or pipe that is closed meanwhile does not end the run. The time left is estimated
+    from the steps after the first `done` ones.
     """
 
     def __init__(self, total: int | None, *, done: int = 0, live: bool | None = None):

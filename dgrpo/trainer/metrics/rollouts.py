@@ -45,9 +45,8 @@ PerToken = torch.Tensor | Sequence[float] | float | None
 def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[str]:
     """The text that each token adds; the pieces join to the decoded sequence.
 
-    Bytes of a character that ends in a later token are given to that token. Decodes a window of
-    tokens before each one, as spaces depend on what comes before, so the cost is linear in the
-    length.
+    A character belongs to the token that completes it. Each token is decoded with a window of those
+    before it, as spaces depend on them; the cost is linear in the length.
     """
 
     def decode(part: Sequence[int]) -> str:
@@ -57,8 +56,7 @@ def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[st
     pieces, start, before = [], 0, ""
     for end in range(1, len(ids) + 1):
         text = decode(ids[start:end])
-        # A replacement character at the end is a character that is not complete yet, unless it
-        # stays so.
+        # A replacement character at the end is an incomplete character, unless it stays so.
         unfinished = text.endswith("\ufffd") and end < len(ids) and end - start < window + 4
         if unfinished or not text.startswith(before):
             pieces.append("")

@@ -1,10 +1,9 @@
 """Sharded training with FSDP2: what is sharded how, gradients, full tensors.
 
-How it composes, from the inside: activation checkpointing of each decoder layer, then `fully_shard`
-of each layer, of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the head
-where it is tied or has LoRA), which is the root. Mixed precision never casts the inputs of a
-forward: it would round the log-probabilities and weights of the loss to bf16, also inside
-dataclasses.
+From the inside: activation checkpointing of each decoder layer, then `fully_shard` of each layer,
+of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the head where it is
+tied or has LoRA), which is the root. Mixed precision never casts the inputs of a forward: it would
+round the log-probabilities and weights of the loss to bf16, also inside dataclasses.
 
 FSDP averages gradients over the mesh, so token weights are multiplied by `gradient_scale(mesh)`.
 Everything here also takes a model that is not sharded.
@@ -95,7 +94,7 @@ def shard(
 
 
 def checkpoint_layers(model: PolicyModel) -> None:
-    """Recompute each decoder layer in backward, in place; FSDP's hooks stay outside of it."""
+    """Recompute each decoder layer in backward, in place; FSDP's hooks stay outside it."""
     for layer in model.layers:
         layer.forward = MethodType(_recomputed, layer)
 
@@ -122,7 +121,7 @@ def reset_rotary(model: nn.Module) -> None:
 
 
 def gradient_scale(mesh: DeviceMesh | None) -> int:
-    """The number of ranks over which gradients are averaged; token weights are multiplied by it."""
+    """The ranks over which gradients are averaged; token weights are multiplied by their number."""
     return 1 if mesh is None else mesh.size()
 
 
@@ -143,8 +142,8 @@ def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> No
 
 def grad_norm(model: nn.Module) -> Tensor:
     """2-norm of all gradients, fp32 scalar, the same on all ranks. Collective if sharded."""
-    local = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in local if g.numel()]
+    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g.numel()]
     total = torch.stack(norms).square().sum() if norms else torch.zeros(())
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     if mesh is not None:

@@ -28,7 +28,7 @@ def from_pretrained(
         path: folder or hub name.
         dtype: of the parameters: fp32 to train (master weights), bf16 for a frozen model.
         lora: a `peft.LoraConfig`; None trains all parameters.
-        liger: replace RMSNorm, the gated MLP and RoPE by Liger-Kernel's (GPU only).
+        liger: see `apply_liger`.
         trust_remote_code: run Python code from the folder.
         kwargs: more arguments of `AutoModelForCausalLM.from_pretrained`.
 

@@ -73,10 +73,7 @@ def points(steps: list[int], values: list[float | None]) -> tuple[list[int], lis
 
 
 def smooth(values: list[float], top: float | None = None) -> list[float] | None:
-    """The mean of the values around each; None for a curve that is short or has few values.
-
-    Values above `top` count as `top`: they do not drag the mean along.
-    """
+    """The mean of the values around each, cut off at `top`; None for a short or coarse curve."""
     count = len(values)
     if count < 40 or len(set(values)) < count / 4:
         return None
@@ -87,10 +84,7 @@ def smooth(values: list[float], top: float | None = None) -> list[float] | None:
 
 
 def ceiling(name: str, values: list[float]) -> float | None:
-    """Where the axis of a time ends so that a few slow steps do not flatten it; None: at the top.
-
-    A step that also evaluates, saves or compiles takes many times as long as the others.
-    """
+    """Where the axis of a time ends, so that steps that also save do not flatten it, or None."""
     if not name.startswith("time/") or name in FIRST or len(values) < 4:
         return None
     usual = 2.5 * sorted(values)[math.ceil(0.75 * len(values)) - 1]

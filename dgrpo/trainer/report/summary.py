@@ -93,16 +93,16 @@ def duration(seconds: float) -> str:
 
 
 def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
-    """The settings that matter: those that all runs share, and each run's own.
+    """The settings that all runs share, and each run's own.
 
-    Those that differ from their default, or from what the run's method sets, or between the runs.
+    Of those that differ from their default, from what the run's method sets, or between the runs.
     """
     known = [stage for stage in stages if stage.settings]
     flat = [_flat(stage.settings) for stage in known]
-    defaults = [_defaults(values.get("method.preset")) for values in flat]
+    pairs = [(values, _defaults(values.get("method.preset"))) for values in flat]
     names = dict.fromkeys(
         name
-        for values, default in zip(flat, defaults, strict=True)
+        for values, default in pairs
         for name, value in values.items()
         if (name in _ALWAYS or name not in default or value != default[name])
         and name not in _ELSEWHERE
@@ -111,10 +111,7 @@ def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
     common: Settings = []
     own: dict[int, Settings] = {id(stage): [] for stage in stages}
     for name in names:
-        texts = [
-            _text(_without_defaults(_value(name, values, default), name, default))
-            for values, default in zip(flat, defaults, strict=True)
-        ]
+        texts = [_text(_without_defaults(_value(name, *pair), name, pair[1])) for pair in pairs]
         if len(set(texts)) == 1:
             common.append((name, texts[0]))
         else:

@@ -40,10 +40,8 @@ class Bucket:
 class KVCache:
     """The cache of one wave of samples that started together.
 
-    Args:
-        groups: (prompt length, samples) of each group; neighbours of similar length share a bucket,
-            so sort them by length.
-        attention: the packed attention function that the prefill runs.
+    `groups` are (prompt length, samples) of each, by length, as neighbours of similar length share
+    a bucket. The prefill runs `attention`.
     """
 
     def __init__(self, groups: Sequence[tuple[int, int]], attention: Callable):
@@ -83,10 +81,7 @@ class KVCache:
             kwargs |= {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
             return self.attention(module, query, key, value, *args, **kwargs)
         if kwargs.get("s_aux") is not None:
-            raise ValueError(
-                "model: got one with attention sinks, expected one without; "
-                "sample it with another sampler"
-            )
+            raise ValueError("model: got one with attention sinks; sample it with another sampler")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = torch.empty_like(query[0])  # (h r, T, d)
         parts = (x.split(self._rows(), dim=1) for x in (query[0], key[0], value[0], out))
@@ -212,18 +207,15 @@ def _attention(
 ) -> Tensor:
     """Softmax attention over prompt and suffix together: (G, h, r, W, d)."""
     groups, heads, repeat, width, dim = query.shape
-    size = prompt_k.shape[2]
-    dtype = query.dtype
+    size, dtype = prompt_k.shape[2], query.dtype
     by_group = query.reshape(groups * heads, repeat * width, dim)
     by_row = query.permute(0, 3, 1, 2, 4).reshape(groups * width * heads, repeat, dim)
-    scores = query.new_empty(
-        groups, heads, repeat, width, size + suffix_k.shape[3], dtype=torch.float32
-    )
+    shape = (groups, heads, repeat, width, size + suffix_k.shape[3])
+    scores = query.new_empty(shape, dtype=torch.float32)
     left = _product(by_group, prompt_k.flatten(0, 1).transpose(1, 2))
     scores[..., :size] = left.view(groups, heads, repeat, width, size)
     right = _product(by_row, suffix_k.flatten(0, 2).transpose(1, 2))
-    right = right.view(groups, width, heads, repeat, -1).permute(0, 2, 3, 1, 4)
-    scores[..., size:] = right
+    scores[..., size:] = right.view(groups, width, heads, repeat, -1).permute(0, 2, 3, 1, 4)
     scores *= scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -43,10 +43,9 @@ class HttpTopK:
         retries: int = 3,
         workers: int = 16,
     ):
-        base = url.rstrip("/").removesuffix("/v1")
-        self.endpoint = Endpoint(
-            base, model, key_variable, timeout=timeout, retries=retries, workers=workers
-        )
+        url = url.rstrip("/").removesuffix("/v1")
+        options = {"timeout": timeout, "retries": retries, "workers": workers}
+        self.endpoint = Endpoint(url, model, key_variable, **options)
 
     def topk(self, samples: Sequence[Sample], k: int) -> list[tuple[Tensor, Tensor] | None]:
         """For each sample (C, k + 1) ids and log-probabilities: the sampled token, the k likeliest.
@@ -79,9 +78,8 @@ class HttpTopK:
         seen = sample.seen_by_teacher()
         ids = torch.cat([seen.prompt_ids, seen.completion_ids]).tolist()
         body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        return parse_prompt_logprobs(
-            self.endpoint.post(PATH, body), ids, seen.completion_ids.numel(), k
-        )
+        answer = self.endpoint.post(PATH, body)
+        return parse_prompt_logprobs(answer, ids, len(seen.completion_ids), k)
 
 
 class ServedTeacher:
@@ -130,14 +128,14 @@ def parse_prompt_logprobs(
     """
     try:
         entries = answer["choices"][0]["prompt_logprobs"]
-        entries = entries[-tokens:] if len(entries) == len(ids) else None
-    except (KeyError, IndexError, TypeError):
-        entries = None
-    if entries is None:
-        raise _unexpected(answer, f"choices[0].prompt_logprobs of {len(ids)} entries")
+        if len(entries) != len(ids):
+            raise ValueError
+    except (KeyError, IndexError, TypeError, ValueError):
+        expected = f"choices[0].prompt_logprobs of {len(ids)} entries"
+        raise _unexpected(answer, expected) from None
     out_ids = torch.full((tokens, k + 1), -1, dtype=torch.int64)
     out_logprobs = torch.zeros(tokens, k + 1)
-    for n, (entry, token) in enumerate(zip(entries, ids[-tokens:], strict=True)):
+    for n, (entry, token) in enumerate(zip(entries[-tokens:], ids[-tokens:], strict=True)):
         try:
             known = {int(i): float(value["logprob"]) for i, value in entry.items()}
         except (AttributeError, KeyError, TypeError, ValueError):
