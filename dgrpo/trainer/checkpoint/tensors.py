@@ -1,8 +1,7 @@
 """Every tensor of a model and its optimisers under one flat name, sharded or not.
 
-torch's `get_optimizer_state_dict` is not used: on an optimiser that has no state yet it takes a
-step to make some, so that a checkpoint before the first step would change the run (Adam's step
-count starts at 1).
+torch's `get_optimizer_state_dict` takes a step on an optimiser that has no state yet, so that a
+checkpoint before the first step would change the run (Adam's step count would start at 1).
 """
 
 from __future__ import annotations
@@ -114,9 +113,7 @@ def load_optimizers(
     rest: list[dict],
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    """Gives the optimisers the saved state and learning rate.
-
-    Other options (betas, weight decay) stay those that they were made with.
+    """Give the optimisers the saved state and learning rate; other options stay as they are.
 
     Raises:
         CheckpointError: the optimisers' number, kind or parameters differ.
@@ -150,7 +147,7 @@ def load_optimizers(
 
 
 def _difference(here: list[list[str]], there: list[list[str]]) -> str:
-    """Says in one line how the parameter groups of a run and of a checkpoint differ."""
+    """How the parameter groups of a run and of a checkpoint differ, in one line."""
     if len(here) != len(there):
         return f"got {len(here)} parameter groups, the checkpoint has {len(there)}"
     for number, (mine, saved) in enumerate(zip(here, there, strict=True)):

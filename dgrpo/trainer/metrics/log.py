@@ -22,13 +22,11 @@ class RunLog:
 
     Args:
         folder: of the run.
-        resume_step: the step of the checkpoint that the run goes on from: later lines of
-            `metrics.jsonl` and later rollouts are removed. None for a run that starts: a folder
-            that has metrics raises.
+        resume_step: of the checkpoint that the run goes on from: later lines of `metrics.jsonl` and
+            later rollouts are removed. None for a new run: a folder that has metrics raises.
         total_steps: for the display's time left, if known.
         tensorboard: also write event files to `folder/tensorboard`.
-        wandb: a W&B project to log to as well; the run's id is kept in `folder/wandb.json` and
-            resumed.
+        wandb: a W&B project to log to as well; `folder/wandb.json` keeps the run's id to resume.
         settings: what W&B shows as the run's configuration.
         live: a live display; None shows one where the output is a terminal, else plain lines.
     """
@@ -80,24 +78,24 @@ class RunLog:
         self.display.update(record)
 
     def expect(self, total_steps: int | None) -> None:
-        """Says anew how many steps the run has in all."""
+        """Set anew how many steps the run has in all."""
         if self.active:
             self.display.total = total_steps
 
     def message(self, text: str) -> None:
-        """Prints above the display."""
+        """Print above the display."""
         if self.active:
             self.display.message(text)
 
     def sync(self) -> None:
-        """Puts what was logged on the disk; call it before a checkpoint."""
+        """Put what was logged on the disk; call it before a checkpoint."""
         if self.active:
             os.fsync(self._file.fileno())
             if self._tensorboard is not None:
                 self._tensorboard.flush()
 
     def close(self) -> None:
-        """Ends the display and every sink; may be called again."""
+        """End the display and every sink; may be called again."""
         if not self.active:
             return
         self.active = False

@@ -121,7 +121,7 @@ def reset_rotary(model: nn.Module) -> None:
 
 
 def gradient_scale(mesh: DeviceMesh | None) -> int:
-    """The ranks over which gradients are averaged; token weights are multiplied by their number."""
+    """The number of ranks over which gradients are averaged; token weights are multiplied by it."""
     return 1 if mesh is None else mesh.size()
 
 

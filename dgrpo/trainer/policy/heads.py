@@ -80,7 +80,7 @@ def fp32_logits(head: FusedHead, hidden: Tensor) -> Tensor:
 
 
 def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, soft cap) that a model applies to its logits, from its configuration.
+    """The (scale, soft cap) that a model applies to its logits, from its configuration.
 
     Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 and -3 cap at
     `final_logit_softcapping`. To check that, the model's own forward runs on given logits in place

@@ -80,9 +80,8 @@ def _line(stage: Stage, name: str) -> dict:
 def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
     """Rollouts of about `limit` bytes, by step, group and index; and notes on those left out.
 
-    One group of every step, then the steps' other groups. Where not even one group per step fits,
-    the steps are spread evenly; files that nothing is taken from are not read. At least one group
-    is taken.
+    One group of every step, at least one in all, then the steps' other groups. Where not even one
+    per step fits, the steps are spread evenly; files that nothing is taken from are not read.
     """
     by_step: dict[int, list[Path]] = {}
     for path in paths:

@@ -88,9 +88,9 @@ class Sampler(Protocol):
         """Sample from these weights from now on; called on all ranks.
 
         Args:
-            weights: the policy's names and full tensors, one at a time. To advance the iterator
-                may take a collective, so a sampler consumes it on all ranks or on none.
-            version: number that the rollouts are to carry.
+            weights: the policy's names and full tensors, one at a time. Advancing the iterator may
+                be collective, so a sampler consumes it on all ranks or on none.
+            version: number that the rollouts carry.
         """
 
 
@@ -148,7 +148,7 @@ def _invert(logprobs: Tensor, u: Tensor) -> Tensor:
     """First token at which the cumulative probability exceeds u times its total.
 
     Block sums first, then the columns of one block, all in fp64: an fp32 cumulative sum over a
-    whole vocabulary would be off by 1e-5 and drop rare tokens.
+    vocabulary is off by 1e-5 and drops rare tokens.
     """
     rows, vocab = logprobs.shape
     blocks = -(-vocab // _BLOCK)

@@ -130,12 +130,13 @@ def parse_prompt_logprobs(
         entries = answer["choices"][0]["prompt_logprobs"]
         if len(entries) != len(ids):
             raise ValueError
+        entries = entries[-tokens:]
     except (KeyError, IndexError, TypeError, ValueError):
         expected = f"choices[0].prompt_logprobs of {len(ids)} entries"
         raise _unexpected(answer, expected) from None
     out_ids = torch.full((tokens, k + 1), -1, dtype=torch.int64)
     out_logprobs = torch.zeros(tokens, k + 1)
-    for n, (entry, token) in enumerate(zip(entries[-tokens:], ids[-tokens:], strict=True)):
+    for n, (entry, token) in enumerate(zip(entries, ids[-tokens:], strict=True)):
         try:
             known = {int(i): float(value["logprob"]) for i, value in entry.items()}
         except (AttributeError, KeyError, TypeError, ValueError):
