@@ -20,8 +20,7 @@ from dgrpo.trainer.config import Teacher as TeacherSettings
 from dgrpo.trainer.config.settings import Lora
 from dgrpo.trainer.loading import common_vocab, loading, teacher_tokenizer
 from dgrpo.trainer.policy import PolicyModel, fsdp, huggingface
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
-from dgrpo.trainer.teachers.served import HttpTopK
+from dgrpo.trainer.teachers import HttpTopK, SelfTeacher, ServedTeacher, Teacher
 
 OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them
 

@@ -18,7 +18,7 @@ from dgrpo.trainer.collect import decode, reward, sampling, timed
 from dgrpo.trainer.folder import last_lines, write
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
 from dgrpo.trainer.run import IN_A_ROW, Batch, Learned, Run
-from dgrpo.trainer.teachers.local import ServedTeacher
+from dgrpo.trainer.teachers import ServedTeacher
 from dgrpo.trainer.update import coefficients
 
 HALF = math.log(0.5)

@@ -28,7 +28,7 @@ from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.rollout import Sampler
 from dgrpo.trainer.signals import Interruption
 from dgrpo.trainer.start import Length
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
+from dgrpo.trainer.teachers import SelfTeacher, ServedTeacher, Teacher
 
 
 @dataclass
