@@ -6,11 +6,11 @@ from decimal import Decimal
 
 from dgrpo.longblocks.rewards.matching import (
     answers,
-    by_part,
-    column,
+    by_sample,
     f1,
     final_answer,
     guarded,
+    is_right,
     normalise,
     overlap,
     squeeze,
@@ -27,23 +27,24 @@ def exact_match(prompts, completions, *, answer=None, aliases=None, **columns) -
 
     Columns: `aliases` (list of str) or `answer` (str).
     """
-    return [float(normalise(a) in gold) for a, gold in _pairs(completions, answer, aliases)]
+    return by_sample(is_right, completions, answer, aliases)
 
 
 def token_f1(prompts, completions, *, answer=None, aliases=None, **columns) -> dict:
     """F1 of the final answer's words times their precision, the best over the aliases.
 
-    The factor (see `guarded`) takes the profit out of listing candidates.
-    The part `f1` is the plain F1 of the literature.
+    The precision (see `guarded`) makes listing candidates unprofitable. The part `f1` is the plain
+    F1 of the literature.
 
     Columns: `aliases` (list of str) or `answer` (str).
     """
-    found = []
-    for given, gold in _pairs(completions, answer, aliases):
-        words = normalise(given).split()
-        pairs = [overlap(words, g.split()) for g in gold]
-        found.append((max(guarded(*pair) for pair in pairs), max(f1(*pair) for pair in pairs)))
-    return by_part(("reward", "f1"), found)
+
+    def score(completion, one, many):
+        words = normalise(final_answer(completion)).split()
+        pairs = [overlap(words, gold.split()) for gold in answers(one, many)]
+        return max(guarded(*pair) for pair in pairs), max(f1(*pair) for pair in pairs)
+
+    return by_sample(score, completions, answer, aliases, parts=("f1",))
 
 
 def item_f1(prompts, completions, *, items=None, **columns) -> dict:
@@ -53,16 +54,16 @@ def item_f1(prompts, completions, *, items=None, **columns) -> dict:
 
     Columns: `items` (list of str).
     """
-    found = []
-    for completion, gold in zip(completions, column(items, len(completions)), strict=True):
+
+    def score(completion, gold):
         if not gold:
             raise ValueError("items: got a row without items, expected a list of texts")
-        given = [
-            normalise(x) for x in re.split(r"[,;] |[,;]$| and ", squeeze(final_answer(completion)))
-        ]
-        precision, recall = overlap([x for x in given if x], [normalise(str(x)) for x in gold])
-        found.append((guarded(precision, recall), precision, recall))
-    return by_part(("reward", "precision", "recall"), found)
+        listed = re.split(r"[,;] |[,;]$| and ", squeeze(final_answer(completion)))
+        given = [item for item in map(normalise, listed) if item]
+        precision, recall = overlap(given, [normalise(str(x)) for x in gold])
+        return guarded(precision, recall), precision, recall
+
+    return by_sample(score, completions, items, parts=("precision", "recall"))
 
 
 def final_number(prompts, completions, *, answer=None, aliases=None, **columns) -> list[float]:
@@ -70,11 +71,13 @@ def final_number(prompts, completions, *, answer=None, aliases=None, **columns) 
 
     Columns: `aliases` (list of str) or `answer` (str).
     """
-    values = []
-    for completion, gold in _rows(completions, answer, aliases):
+
+    def score(completion, one, many):
+        right = {_last_number(gold) for gold in answers(one, many)}
         found = _last_number(without_thinking(completion))
-        values.append(float(found is not None and found in {_last_number(g) for g in gold}))
-    return values
+        return float(found is not None and found in right)
+
+    return by_sample(score, completions, answer, aliases)
 
 
 def math(
@@ -92,42 +95,25 @@ def math(
 
     # Both stop themselves by an alarm signal, which only a main thread gets.
     limit = 5 if threading.current_thread() is threading.main_thread() else None
-    values = []
-    golds = solution if answer is None and aliases is None else answer
-    for completion, gold in _rows(completions, golds, aliases, normal=False):
+
+    def score(completion, one, many):
+        answers(one, many)  # raises where the row has none
+        right = [_last_boxed(str(gold)) or str(gold) for gold in many or [one]]
         given = _last_boxed(completion)
         if given is None:
             given = final_answer(completion)
-            if len(_values(given)) > max(len(_values(g)) for g in gold):
-                values.append(0.0)
-                continue
+            if len(_values(given)) > max(len(_values(gold)) for gold in right):
+                return 0.0
         given = given.strip()
-        found = parse(_latex(given), parsing_timeout=limit) if 0 < len(given) <= 1000 else []
-        values.append(
-            float(
-                bool(found)
-                and any(
-                    verify(parse(_latex(g), parsing_timeout=limit), found, timeout_seconds=limit)
-                    for g in gold
-                )
-            )
-        )
-    return values
+        found = read(given) if 0 < len(given) <= 1000 else []
+        same = (verify(read(gold), found, timeout_seconds=limit) for gold in right)
+        return float(bool(found) and any(same))
 
+    def read(text):
+        return parse(text if "$" in text else f"${text}$", parsing_timeout=limit)
 
-def _rows(completions, answer, aliases, normal=True):
-    n = len(completions)
-    for c, a, b in zip(completions, column(answer, n), column(aliases, n), strict=True):
-        right = answers(a, b)
-        if not normal:
-            given = b if b else [a]
-            right = [_last_boxed(str(g)) or str(g) for g in given]
-        yield c, right
-
-
-def _pairs(completions, answer, aliases):
-    for completion, gold in _rows(completions, answer, aliases):
-        yield final_answer(completion), gold
+    golds = solution if answer is None and aliases is None else answer
+    return by_sample(score, completions, golds, aliases)
 
 
 def _last_number(text: str) -> Decimal | str | None:
@@ -149,10 +135,6 @@ def _last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start + 7 : i]
     return None
-
-
-def _latex(text: str) -> str:
-    return text if "$" in text else f"${text}$"
 
 
 def _values(text: str) -> list[str]:

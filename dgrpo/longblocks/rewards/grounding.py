@@ -4,12 +4,11 @@ import re
 from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
-    answers,
-    by_part,
-    column,
+    by_sample,
     f1,
     final_answer,
     guarded,
+    is_right,
     normalise,
     overlap,
     passages_of,
@@ -34,11 +33,6 @@ _ABSTENTIONS = (
 _MIN_QUOTE = 5  # words
 
 
-def abstains(completion: str, phrases: Sequence[str] = _ABSTENTIONS) -> bool:
-    """Whether the final answer says that the document has none, and nothing else."""
-    return _answer(completion) in {normalise(phrase) for phrase in phrases}
-
-
 def abstention(
     prompts,
     completions,
@@ -56,14 +50,13 @@ def abstention(
 
     Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
-    n = len(completions)
-    rows = zip(completions, answerable, column(answer, n), column(aliases, n), strict=True)
-    found = []
-    for completion, can, one, many in rows:
-        silent = abstains(completion, phrases)
+
+    def score(completion, can, one, many):
+        silent = _abstains(completion, phrases)
         right = _right(completion, one, many) if can and not silent else float(silent and not can)
-        found.append((right, float(silent)))
-    return by_part(("reward", "abstained"), found)
+        return right, float(silent)
+
+    return by_sample(score, completions, answerable, answer, aliases, parts=("abstained",))
 
 
 def citation(prompts, completions, *, passage_ids, **columns) -> dict:
@@ -73,12 +66,13 @@ def citation(prompts, completions, *, passage_ids, **columns) -> dict:
 
     Columns: `passage_ids` (list of str).
     """
-    found = []
-    for completion, gold in zip(completions, passage_ids, strict=True):
-        cited = sorted(set(_CITED.findall(without_thinking(completion))))
-        precision, recall = overlap(cited, list(gold or []))
-        found.append((guarded(precision, recall), precision, recall))
-    return by_part(("reward", "precision", "recall"), found)
+
+    def score(completion, gold):
+        cited = set(_CITED.findall(without_thinking(completion)))
+        precision, recall = overlap(list(cited), gold or [])
+        return guarded(precision, recall), precision, recall
+
+    return by_sample(score, completions, passage_ids, parts=("precision", "recall"))
 
 
 def grounded(
@@ -108,29 +102,29 @@ def grounded(
     Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
     `document` (str) with passages labelled "[P12]" at line starts.
     """
-    names = ("reward", "answer", "citation_precision", "citation_recall", "quote", "abstained")
-    found: list[tuple[float | None, ...]] = []
-    n = len(completions)
-    optional = (answerable, answer, aliases, passages, document)
-    rows = zip(completions, passage_ids, *(column(x, n) for x in optional), strict=True)
-    for completion, ids, can, one, many, texts, source in rows:
-        silent = abstains(completion, phrases)
+
+    def score(completion, ids, can, one, many, texts, source):
+        silent = _abstains(completion, phrases)
         quotes = _QUOTE.findall(without_thinking(completion))
         lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
         if can is False:
             right = float(silent)
-            found.append((float(silent and not lines), right, None, None, None, right))
-        else:
-            right = 0.0 if silent else _right(completion, one, many)
-            ids = [str(i) for i in ids or []]
-            precision, recall = overlap([label for _, label in quotes], ids)
-            known = _known(source, ids, texts, [label for _, label in quotes])
-            exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
-            exact = exact / lines if lines else 0.0
-            evidence = guarded(precision, recall) * exact
-            value = right * (0.5 + 0.5 * evidence)
-            found.append((value, right, precision, recall, exact, float(silent)))
-    return by_part(names, found)
+            return float(silent and not lines), right, None, None, None, right
+        right = 0.0 if silent else _right(completion, one, many)
+        ids = [str(i) for i in ids or []]
+        precision, recall = overlap([label for _, label in quotes], ids)
+        known = dict(zip(ids, texts or [], strict=False))
+        if source:
+            known |= passages_of(source, {label for _, label in quotes})
+        known = {label: squeeze(text) for label, text in known.items()}
+        exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
+        exact = exact / lines if lines else 0.0
+        value = right * (0.5 + 0.5 * (guarded(precision, recall) * exact))
+        return value, right, precision, recall, exact, float(silent)
+
+    columns_read = (passage_ids, answerable, answer, aliases, passages, document)
+    parts = ("answer", "citation_precision", "citation_recall", "quote", "abstained")
+    return by_sample(score, completions, *columns_read, parts=parts)
 
 
 def retrieval(
@@ -148,45 +142,37 @@ def retrieval(
 
     Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
-    names = ("reward", "answer", "retrieval_precision", "retrieval_recall")
-    found = []
-    n = len(completions)
-    rows = zip(
-        completions, passage_ids, passages, column(answer, n), column(aliases, n), strict=True
-    )
-    for completion, ids, texts, one, many in rows:
+
+    def score(completion, ids, texts, one, many):
         text = without_thinking(completion)
         pieces, marks = _BLOCK.split(text), _BLOCK.findall(text)
         whole = [mark.upper() for mark in marks] == ["<RETRIEVAL>", "</RETRIEVAL>"]
         entries = _ENTRY.findall(pieces[1]) if whole else []
         gold = dict(zip(map(str, ids), texts, strict=True))
-        hits = set()
-        for label, copy in entries:
-            words, right = normalise(copy).split(), normalise(gold.get(label, "")).split()
-            if f1(*overlap(words, right)) >= 0.9:
-                hits.add(label)
+        hits = {
+            label
+            for label, copy in entries
+            if f1(*overlap(normalise(copy).split(), normalise(gold.get(label, "")).split())) >= 0.9
+        }
         precision = len(hits) / len(entries) if entries else 0.0
         recall = len(hits) / len(gold) if gold else 0.0
         right = _right(pieces[-1], one, many)
         value = right * (0.5 + 0.5 * guarded(precision, recall))
-        found.append((value, right, precision, recall))
-    return by_part(names, found)
+        return value, right, precision, recall
+
+    parts = ("answer", "retrieval_precision", "retrieval_recall")
+    return by_sample(score, completions, passage_ids, passages, answer, aliases, parts=parts)
+
+
+def _abstains(completion: str, phrases: Sequence[str]) -> bool:
+    """Whether the final answer says that the document has none, and nothing else."""
+    given = normalise(final_answer(_QUOTE_LINE.sub("", completion)))
+    return given in {normalise(phrase) for phrase in phrases}
 
 
 def _right(completion: str, answer, aliases) -> float:
-    return float(_answer(completion) in answers(answer, aliases))
-
-
-def _answer(completion: str) -> str:
-    """The final answer in normal form, where quotations may follow it."""
-    return normalise(final_answer(_QUOTE_LINE.sub("", completion)))
-
-
-def _known(document, ids, texts, cited) -> dict[str, str]:
-    """Text of each cited label, single-spaced: from the document, else the supporting passages."""
-    known = dict(passages_of(document, sorted(set(cited)))) if document else {}
-    given = dict(zip(ids, texts or [], strict=False))
-    return {label: squeeze(text) for label, text in {**given, **known}.items()}
+    """Whether the final answer is right; quotations may follow it."""
+    return is_right(_QUOTE_LINE.sub("", completion), answer, aliases)
 
 
 def _is_exact(quote: str, passage: str | None) -> bool:

@@ -3,7 +3,7 @@
 import re
 
 from dgrpo.endpoint import Endpoint, EndpointError
-from dgrpo.longblocks.rewards.matching import column, without_thinking
+from dgrpo.longblocks.rewards.matching import by_sample, without_thinking
 
 _SCORE = re.compile(r"^\W*score\W*?(\d+(?:\.\d+)?)\s*(?:/\s*10)?\W*$", re.I | re.M)
 _TASK = """You grade an answer to a question. Compare it with the reference answer.
@@ -38,11 +38,10 @@ def judge(
     """The score that a model gives, from 0 to 1.
 
     A sample whose request fails for good, or whose judge gives no score, has the reason in place of
-    a number: it is left out and reported, as with any reward that fails. Marks of the template
-    inside the answer are defused, and only a score on the last line of the judge's own reply
-    counts. An empty completion has 0.
+    a number. Marks of the template inside the answer are defused, and only a score on the last line
+    of the judge's reply counts. An empty completion has 0.
 
-    The time limit covers a whole batch: raise `rewards.timeout` so that it allows for this.
+    `rewards.timeout` covers a whole batch: raise it to allow for all requests.
 
     Args:
         url, model, key_variable, workers, retries: see `dgrpo.endpoint.Endpoint`.
@@ -51,12 +50,10 @@ def judge(
 
     Columns: `question` (else the prompt), `answer` as the reference (else none).
     """
-    n = len(completions)
-    rows = list(zip(prompts, completions, column(question, n), column(answer, n), strict=True))
     endpoint = Endpoint(url, model, key_variable, timeout=limit, retries=retries, workers=workers)
 
     def score(row) -> float | str:
-        prompt, completion, asked, reference = row
+        completion, prompt, asked, reference = row
         text = without_thinking(completion).strip()
         if not text:
             return 0.0
@@ -75,8 +72,8 @@ def judge(
             return f"judge: got a reply without a score at its end, {last!r}"
         return min(1.0, float(found[1]) / 10)
 
-    scores = dict(endpoint.each(score, rows))
-    return [scores[i] for i in range(n)]
+    rows = by_sample(lambda *row: row, completions, prompts, question, answer)
+    return [value for _, value in sorted(endpoint.each(score, rows))]
 
 
 def _defused(text: str) -> str:

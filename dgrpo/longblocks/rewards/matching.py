@@ -7,7 +7,7 @@ must not backtrack: a policy writes runs of a hundred thousand spaces or tags.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,14 +17,19 @@ _EDGES = "".join(chr(c) for c in range(33, 127) if not chr(c).isalnum()) + "â€œâ
 _RUN = 12  # words of a block that is looked up in a document; two in a row are a copy
 
 
-def column(values: Sequence | None, n: int) -> Sequence:
-    """A column of n values; of None where the data has no such column."""
-    return [None] * n if values is None else values
+def by_sample(
+    score: Callable, completions: Sequence, *columns: Sequence | None, parts: Sequence[str] = ()
+) -> list | dict[str, list]:
+    """Call `score(completion, *values)` for each sample; a column that is None gives None.
 
-
-def by_part(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
-    """The values of each part, from one tuple per sample with a value for each."""
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    With `parts`, `score` returns the reward and these in a tuple, and a dict of lists comes back.
+    """
+    n = len(completions)
+    rows = zip(completions, *([None] * n if c is None else c for c in columns), strict=True)
+    found = [score(*row) for row in rows]
+    if not parts:
+        return found
+    return {name: [row[i] for row in found] for i, name in enumerate(("reward", *parts))}
 
 
 def without_thinking(completion: str) -> str:
@@ -81,6 +86,11 @@ def answers(answer: Any, aliases: Any) -> list[str]:
     return found
 
 
+def is_right(completion: str, answer: Any, aliases: Any) -> float:
+    """1 where the final answer in normal form is one of `answers`, else 0."""
+    return float(normalise(final_answer(completion)) in answers(answer, aliases))
+
+
 def overlap(words: Sequence[str], gold: Sequence[str]) -> tuple[float, float]:
     """Precision and recall of a multiset of words (or items) against the right one."""
     if not words or not gold:
@@ -95,11 +105,10 @@ def f1(precision: float, recall: float) -> float:
 
 
 def guarded(precision: float, recall: float) -> float:
-    """F1 times precision: what is given for a set of answers.
+    """F1 times precision: the score of a set of answers.
 
     F1 alone pays for lists: k candidates of which one is right have F1 = 2 / (k + 1), more than the
-    1/k that one of them at random would earn. With the precision as a factor it is less, and what
-    names nothing wrong still has its plain F1.
+    1/k that a random one of them would earn. F1 times precision is less than 1/k.
     """
     return f1(precision, recall) * precision
 
@@ -107,6 +116,18 @@ def guarded(precision: float, recall: float) -> float:
 def contains(text: str, part: str) -> bool:
     """Whether normalised `part` stands in normalised `text` as whole words."""
     return f" {part} " in f" {text} "
+
+
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    best = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for k, other in enumerate(second):
+            above = best[k + 1]
+            best[k + 1] = diagonal + 1 if word == other else max(above, best[k])
+            diagonal = above
+    return best[-1]
 
 
 def repetition(text: str, size: int = 6) -> float:
@@ -117,8 +138,10 @@ def repetition(text: str, size: int = 6) -> float:
 
 
 def copied(text: str, document: str | None) -> float:
-    """Share of `text` that is copied in bulk: in runs of 24 or more words of `document` within
-    one line. A sentence taken over as a line of its own is shorter."""
+    """Share of `text` that stands in runs of 24 or more words of `document` within one line.
+
+    Single copied sentences on lines of their own are shorter and do not count.
+    """
     if not document:
         return 0.0
     total = taken = 0
@@ -141,7 +164,7 @@ def _plain_words(document: str) -> str:
     return f" {' '.join(words)} "
 
 
-def passages_of(document: str, ids: Sequence[str]) -> Iterator[tuple[str, str]]:
+def passages_of(document: str, ids: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(id, text) of the passages labelled "[id] text", for those of `ids` that there are."""
     for label in ids:
         start = re.search(rf"^[ \t]*\[{re.escape(label)}\]", document, re.M)
