@@ -8,13 +8,11 @@ from dgrpo.longblocks.evaluation.intervals import Interval
 def lm_eval_scores(
     model: str, tasks: Sequence[str], *, limit: int | None = None, batch_size: int = 8, **options
 ) -> dict[str, Interval]:
-    """Scores of a Hugging Face model on tasks of lm-eval, one number a task and metric.
+    """Score a Hugging Face model on tasks of lm-eval (`gsm8k`, `mmlu_pro`, `ifeval`).
 
     Args:
         model: folder or hub name.
-        tasks: names that lm-eval knows (`gsm8k`, `mmlu_pro`, `ifeval`).
-        limit: items of a task; None: all.
-        batch_size: prompts at a time.
+        limit: items per task; None: all.
         options: more model arguments of lm-eval (`dtype="bfloat16"`).
 
     Returns:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
-    by_sample,
     f1,
     final_answer,
     guarded,
@@ -12,6 +11,7 @@ from dgrpo.longblocks.rewards.matching import (
     normalise,
     overlap,
     passages_of,
+    per_sample,
     squeeze,
     without_thinking,
 )
@@ -33,16 +33,10 @@ _ABSTENTIONS = (
 _MIN_QUOTE = 5  # words
 
 
+@per_sample("abstained")
 def abstention(
-    prompts,
-    completions,
-    *,
-    answerable,
-    answer=None,
-    aliases=None,
-    phrases: Sequence[str] = _ABSTENTIONS,
-    **columns,
-) -> dict:
+    completion, answerable, answer=None, aliases=None, *, phrases: Sequence[str] = _ABSTENTIONS
+) -> tuple:
     """1 for the right answer to what is answerable, and for abstaining from what is not.
 
     To abstain is to give one of the phrases as the final answer, without an answer beside it. The
@@ -50,44 +44,37 @@ def abstention(
 
     Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
-
-    def score(completion, can, one, many):
-        silent = _abstains(completion, phrases)
-        right = _right(completion, one, many) if can and not silent else float(silent and not can)
-        return right, float(silent)
-
-    return by_sample(score, completions, answerable, answer, aliases, parts=("abstained",))
+    silent = _abstains(completion, phrases)
+    if answerable and not silent:
+        return _right(completion, answer, aliases), 0.0
+    return float(silent and not answerable), float(silent)
 
 
-def citation(prompts, completions, *, passage_ids, **columns) -> dict:
+@per_sample("precision", "recall")
+def citation(completion, passage_ids) -> tuple:
     """F1 of the cited labels ("[P12]") against the supporting ones, times their precision.
 
     Each label counts once. Parts: `precision`, `recall`.
 
     Columns: `passage_ids` (list of str).
     """
-
-    def score(completion, gold):
-        cited = set(_CITED.findall(without_thinking(completion)))
-        precision, recall = overlap(list(cited), gold or [])
-        return guarded(precision, recall), precision, recall
-
-    return by_sample(score, completions, passage_ids, parts=("precision", "recall"))
+    cited = set(_CITED.findall(without_thinking(completion)))
+    precision, recall = overlap(list(cited), list(passage_ids or []))
+    return guarded(precision, recall), precision, recall
 
 
+@per_sample("answer", "citation_precision", "citation_recall", "quote", "abstained")
 def grounded(
-    prompts,
-    completions,
-    *,
+    completion,
     passage_ids,
     answerable=None,
     answer=None,
     aliases=None,
     passages=None,
     document=None,
+    *,
     phrases: Sequence[str] = _ABSTENTIONS,
-    **columns,
-) -> dict:
+) -> tuple:
     """A right answer with exact quotations of the supporting passages.
 
     The completion is `Answer: value` and lines `Quote: "sentence" [P12]`. The reward is 0 for a
@@ -102,34 +89,27 @@ def grounded(
     Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
     `document` (str) with passages labelled "[P12]" at line starts.
     """
-
-    def score(completion, ids, can, one, many, texts, source):
-        silent = _abstains(completion, phrases)
-        quotes = _QUOTE.findall(without_thinking(completion))
-        lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
-        if can is False:
-            right = float(silent)
-            return float(silent and not lines), right, None, None, None, right
-        right = 0.0 if silent else _right(completion, one, many)
-        ids = [str(i) for i in ids or []]
-        precision, recall = overlap([label for _, label in quotes], ids)
-        known = dict(zip(ids, texts or [], strict=False))
-        if source:
-            known |= passages_of(source, {label for _, label in quotes})
-        known = {label: squeeze(text) for label, text in known.items()}
-        exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
-        exact = exact / lines if lines else 0.0
-        value = right * (0.5 + 0.5 * (guarded(precision, recall) * exact))
-        return value, right, precision, recall, exact, float(silent)
-
-    columns_read = (passage_ids, answerable, answer, aliases, passages, document)
-    parts = ("answer", "citation_precision", "citation_recall", "quote", "abstained")
-    return by_sample(score, completions, *columns_read, parts=parts)
+    silent = _abstains(completion, phrases)
+    quotes = _QUOTE.findall(without_thinking(completion))
+    lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
+    if answerable is False:
+        right = float(silent)
+        return float(silent and not lines), right, None, None, None, right
+    right = 0.0 if silent else _right(completion, answer, aliases)
+    ids = [str(label) for label in passage_ids or []]
+    precision, recall = overlap([label for _, label in quotes], ids)
+    known = dict(zip(ids, passages or [], strict=False))
+    if document:
+        known |= passages_of(document, {label for _, label in quotes})
+    known = {label: squeeze(text) for label, text in known.items()}
+    exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
+    exact = exact / lines if lines else 0.0
+    value = right * (0.5 + 0.5 * (guarded(precision, recall) * exact))
+    return value, right, precision, recall, exact, float(silent)
 
 
-def retrieval(
-    prompts, completions, *, passage_ids, passages, answer=None, aliases=None, **columns
-) -> dict:
+@per_sample("answer", "retrieval_precision", "retrieval_recall")
+def retrieval(completion, passage_ids, passages, answer=None, aliases=None) -> tuple:
     """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
     The completion is `<RETRIEVAL>`, a line "[P3] text" for each passage, `</RETRIEVAL>`, then
@@ -142,26 +122,21 @@ def retrieval(
 
     Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
-
-    def score(completion, ids, texts, one, many):
-        text = without_thinking(completion)
-        pieces, marks = _BLOCK.split(text), _BLOCK.findall(text)
-        whole = [mark.upper() for mark in marks] == ["<RETRIEVAL>", "</RETRIEVAL>"]
-        entries = _ENTRY.findall(pieces[1]) if whole else []
-        gold = dict(zip(map(str, ids), texts, strict=True))
-        hits = {
-            label
-            for label, copy in entries
-            if f1(*overlap(normalise(copy).split(), normalise(gold.get(label, "")).split())) >= 0.9
-        }
-        precision = len(hits) / len(entries) if entries else 0.0
-        recall = len(hits) / len(gold) if gold else 0.0
-        right = _right(pieces[-1], one, many)
-        value = right * (0.5 + 0.5 * guarded(precision, recall))
-        return value, right, precision, recall
-
-    parts = ("answer", "retrieval_precision", "retrieval_recall")
-    return by_sample(score, completions, passage_ids, passages, answer, aliases, parts=parts)
+    text = without_thinking(completion)
+    pieces, marks = _BLOCK.split(text), _BLOCK.findall(text)
+    whole = [mark.upper() for mark in marks] == ["<RETRIEVAL>", "</RETRIEVAL>"]
+    entries = _ENTRY.findall(pieces[1]) if whole else []
+    gold = dict(zip(map(str, passage_ids), passages, strict=True))
+    hits = {
+        label
+        for label, copy in entries
+        if f1(*overlap(normalise(copy).split(), normalise(gold.get(label, "")).split())) >= 0.9
+    }
+    precision = len(hits) / len(entries) if entries else 0.0
+    recall = len(hits) / len(gold) if gold else 0.0
+    right = _right(pieces[-1], answer, aliases)
+    value = right * (0.5 + 0.5 * guarded(precision, recall))
+    return value, right, precision, recall
 
 
 def _abstains(completion: str, phrases: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 import re
 
 from dgrpo.endpoint import Endpoint, EndpointError
-from dgrpo.longblocks.rewards.matching import by_sample, without_thinking
+from dgrpo.longblocks.rewards.matching import without_thinking
 
 _SCORE = re.compile(r"^\W*score\W*?(\d+(?:\.\d+)?)\s*(?:/\s*10)?\W*$", re.I | re.M)
 _TASK = """You grade an answer to a question. Compare it with the reference answer.
@@ -53,7 +53,7 @@ def judge(
     endpoint = Endpoint(url, model, key_variable, timeout=limit, retries=retries, workers=workers)
 
     def score(row) -> float | str:
-        completion, prompt, asked, reference = row
+        prompt, completion, asked, reference = row
         text = without_thinking(completion).strip()
         if not text:
             return 0.0
@@ -72,7 +72,8 @@ def judge(
             return f"judge: got a reply without a score at its end, {last!r}"
         return min(1.0, float(found[1]) / 10)
 
-    rows = by_sample(lambda *row: row, completions, prompts, question, answer)
+    unknown = [None] * len(completions)
+    rows = list(zip(prompts, completions, question or unknown, answer or unknown, strict=True))
     return [value for _, value in sorted(endpoint.each(score, rows))]
 
 

@@ -4,11 +4,11 @@ import math
 import re
 
 from dgrpo.longblocks.rewards.matching import (
-    by_sample,
     common_subsequence,
     contains,
     copied,
     normalise,
+    per_sample,
     repetition,
     without_thinking,
 )
@@ -19,10 +19,9 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 PARTS = ("coverage", "precision", "form", "length", "repetition", "copying")
 
 
+@per_sample(*PARTS)
 def coverage(
-    prompts,
-    completions,
-    *,
+    completion,
     points,
     form=None,
     headings=None,
@@ -30,8 +29,7 @@ def coverage(
     max_words=None,
     document=None,
     distractors=None,
-    **columns,
-) -> dict:
+) -> tuple[float, ...]:
     """How well a long answer covers its points: a product of six factors, each a part.
 
     * `coverage`: share of the points that an item of the answer covers, that is, names all of the
@@ -48,14 +46,6 @@ def coverage(
     Columns: `points` (list of list of str), `form`, `headings` (list of str), `min_words`,
     `max_words` (0: no limit), `document`, `distractors` (list of str: wrong values).
     """
-    read = (points, form, headings, min_words, max_words, document, distractors)
-    return by_sample(_factors, completions, *read, parts=PARTS)
-
-
-def _factors(
-    completion, points, form, headings, min_words, max_words, document, distractors
-) -> tuple[float, ...]:
-    """The reward of one answer and its six factors; all 0 where it is empty."""
     if not points:
         raise ValueError("points: got a row without points, expected at least one list of texts")
     text = without_thinking(completion).strip()

@@ -1,4 +1,4 @@
-"""Text as rewards read it: final answers, normal forms, overlap, copying, repetition.
+"""What rewards share: the loop over samples, final answers, normal forms, overlap, copying.
 
 Standard library only: the worker process that runs rewards imports this and nothing heavy. Patterns
 must not backtrack: a policy writes runs of a hundred thousand spaces or tags.
@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 _ANSWER = re.compile(r"^[ \t*_#>-]*(?:final )?answer[ \t*_]*:[*_]*\s*(.*)$", re.I | re.M)
@@ -17,19 +18,36 @@ _EDGES = "".join(chr(c) for c in range(33, 127) if not chr(c).isalnum()) + "â€œâ
 _RUN = 12  # words of a block that is looked up in a document; two in a row are a copy
 
 
-def by_sample(
-    score: Callable, completions: Sequence, *columns: Sequence | None, parts: Sequence[str] = ()
-) -> list | dict[str, list]:
-    """Call `score(completion, *values)` for each sample; a column that is None gives None.
+def per_sample(*parts: str) -> Callable[[Callable], Callable]:
+    """Make a reward of a function that scores one completion.
 
-    With `parts`, `score` returns the reward and these in a tuple, and a dict of lists comes back.
+    Its further positional parameters name columns and get the sample's value, None where there is
+    no such column; keyword-only ones are options. Those without a default are required. With
+    `parts`, it returns the reward and these in a tuple.
     """
-    n = len(completions)
-    rows = zip(completions, *([None] * n if c is None else c for c in columns), strict=True)
-    found = [score(*row) for row in rows]
-    if not parts:
-        return found
-    return {name: [row[i] for row in found] for i, name in enumerate(("reward", *parts))}
+
+    def decorate(score: Callable) -> Callable:
+        parameters = list(signature(score).parameters.values())[1:]
+        options = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+        read = [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]
+        required = {p.name for p in parameters if p.default is p.empty}
+
+        def reward(prompts, completions, **columns):
+            if lacking := ", ".join(sorted(required - columns.keys())):
+                raise TypeError(f"{score.__name__}: got no {lacking}, expected a column or option")
+            fixed = {name: columns[name] for name in options & columns.keys()}
+            none = [None] * len(completions)
+            given = (none if columns.get(name) is None else columns[name] for name in read)
+            found = [score(*row, **fixed) for row in zip(completions, *given, strict=True)]
+            if not parts:
+                return found
+            return {name: [row[i] for row in found] for i, name in enumerate(("reward", *parts))}
+
+        reward.__name__, reward.__doc__ = score.__name__, score.__doc__
+        reward.__module__ = score.__module__
+        return reward
+
+    return decorate
 
 
 def without_thinking(completion: str) -> str:
