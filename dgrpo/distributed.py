@@ -1,15 +1,15 @@
-"""Where this process stands among the ranks, and what they tell each other.
+"""Where this process stands among the ranks, and collectives over them.
 
 `ranks()` is the only place in the trainer that asks `torch.distributed` for rank or world. Without
 a process group it is one rank, and every collective returns its input.
 
 Two pairs of numbers, equal as long as every mesh dimension reads data of its own:
 
-    rank, world             processes: what writes files, `first` what speaks for all
-    data_rank, data_world   readers of data: what the data stream and the normalisers use
+    rank, world             processes: who writes files; `first` speaks for all
+    data_rank, data_world   readers of data: for the data stream and the normalisers
 
-A sequence-parallel dimension comes in here: `make_mesh` makes it, its name stays out of `DATA`, its
-ranks share one `data_rank`, and `totals` then needs the group of the dimensions in `DATA`.
+A sequence-parallel dimension would stay out of `DATA`: its ranks share one `data_rank`, and
+`totals` then needs the group of the dimensions in `DATA`.
 """
 
 from __future__ import annotations
@@ -159,10 +159,9 @@ def start(device: str = "auto", replicas: int = 1) -> torch.device:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
     _mesh = make_mesh(here, replicas)
     return here
 
@@ -202,5 +201,5 @@ def leave() -> None:
 
 
 def _host_or_cuda() -> str:
-    """Where the default group can reduce a few numbers: the host if it has gloo."""
+    """The device where the default group can reduce a few numbers: the host if it has gloo."""
     return "cpu" if "gloo" in str(dist.get_backend_config()) else "cuda"

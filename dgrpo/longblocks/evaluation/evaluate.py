@@ -138,8 +138,7 @@ def _reward(row: dict) -> Callable:
 def _scored(entry: _Entry, text: str, tokenizer) -> Item:
     where, row, prompt, reward = entry
     columns = {name: [value] for name, value in row.items() if name != "reward"}
-    data = {"prompts": [prompt], "completions": [text], "columns": columns}
-    found = invoke(reward, {}, data)
+    found = invoke(reward, {}, columns | {"prompts": [prompt], "completions": [text]})
     for _, message in found["errors"]:
         raise ValueError(message)
     parts = {name: values[0] for name, values in found["values"].items() if values[0] is not None}

@@ -76,7 +76,7 @@ class Scorer:
         self._limit = math.inf if timeout is None else timeout
         self._waited = 0.0  # seconds for the reward at hand on this batch, in the worker
         self._worker: WorkerProcess | None = None
-        self._data: dict = {}
+        self._data: dict[str, Sequence] = {}  # of the batch at hand
         if timeout is None:
             self._functions = [worker.load(reward.path) for reward in rewards]
         else:
@@ -114,11 +114,11 @@ class Scorer:
             ValueError: lists of different lengths.
         """
         n = len(completions)
-        for name, values in {"prompts": prompts, **columns}.items():
+        self._data = {**columns, "prompts": prompts, "completions": completions}
+        self._data_seed = seed
+        for name, values in self._data.items():
             if len(values) != n:
                 raise ValueError(f"{name}: got {len(values)} values for {n} completions")
-        self._data = {"prompts": prompts, "completions": completions}
-        self._data |= {"columns": columns, "seed": seed}
         if self._worker is not None and n:
             self._send_data()
         total, failed = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
@@ -131,8 +131,7 @@ class Scorer:
                 numbers = [math.nan if value is None else value for value in column]
                 parts[title] = torch.tensor(numbers, dtype=torch.float32)
             errors += [RewardError(reward.title, row, messages[row]) for row in sorted(messages)]
-            bad = parts[reward.title].isnan()
-            failed |= bad
+            failed |= parts[reward.title].isnan()
             total += reward.weight * parts[reward.title].nan_to_num(0.0)
             self._report(reward.title, messages, n)
         return RewardResult(total.masked_fill(failed, 0.0), parts, failed, errors)
@@ -202,15 +201,13 @@ class Scorer:
         self._worker = WorkerProcess({"sys_path": sys.path, "rewards": rewards, "seed": self.seed})
 
     def _send_data(self) -> None:
-        packed = {name: worker.pack(self._data[name]) for name in ("prompts", "completions")}
-        columns = self._data["columns"]
-        packed["columns"] = {name: worker.pack(values) for name, values in columns.items()}
-        packed["seed"] = self._data["seed"]
+        packed = {name: worker.pack(values) for name, values in self._data.items()}
+        message = {"data": packed, "seed": self._data_seed}
         try:
-            self._worker.send({"data": packed})
+            self._worker.send(message)
         except Lost:  # since the last batch
             self._restart()
-            self._worker.send({"data": packed})
+            self._worker.send(message)
 
     def _report(self, title: str, messages: dict[int, str], n: int) -> None:
         """Count and log the samples that a reward lost, the same reason once."""

@@ -2,7 +2,7 @@
 
 It is started by its path and imports the standard library, the rewards asked for and NumPy (to seed
 it), but neither torch nor the host's main module. It gets the rewards first and answers when they
-are imported. Then, any number of times, `{"data": ...}` (no reply) and:
+are imported. Then, any number of times, `{"data": ..., "seed": ...}` (no reply) and:
 
     {"call": i, "row": r}  -> {"values": {part: [...]}, "errors": [[row, text], ...]}
                               or {"error": text}: the call as a whole failed; with "wrong": true
@@ -70,22 +70,23 @@ def load(path: str) -> Callable:
 def invoke(function: Callable, options: dict, data: dict, row: int | None = None) -> dict:
     """Call a reward on a row (None: all): `{"values": ..., "errors": ...}`, JSON-able.
 
+    Args:
+        data: a list per column, "prompts" and "completions" among them.
+
     Raises:
         WrongResult: a result that is not one value per sample.
         Exception: whatever the reward raises.
     """
-    keep = range(len(data["completions"])) if row is None else [row]
-    columns = {name: [values[r] for r in keep] for name, values in data["columns"].items()}
-    prompts = [data["prompts"][r] for r in keep]
-    result = function(prompts, [data["completions"][r] for r in keep], **{**columns, **options})
-    values: dict[str, list] = {}
-    errors = []
-    for name, part in columns_of(result, len(keep)).items():
-        values[name] = [_number(value) for value in part]
-        if name == "reward":
-            for place, number, value in zip(keep, values[name], part, strict=True):
-                if number is None:
-                    errors.append([place, f"got {_shown(value)}, expected a number"])
+    given = {k: list(values) if row is None else [values[row]] for k, values in data.items()}
+    prompts, completions = given.pop("prompts"), given.pop("completions")
+    n = len(completions)  # before a reward changes the list
+    found = columns_of(function(prompts, completions, **{**given, **options}), n)
+    values = {name: [_number(value) for value in part] for name, part in found.items()}
+    errors = [
+        [place if row is None else row, f"got {_shown(value)}, expected a number"]
+        for place, value in enumerate(found["reward"])
+        if values["reward"][place] is None
+    ]
     return {"values": values, "errors": errors}
 
 
@@ -211,10 +212,8 @@ def main() -> None:
     for line in source:
         request = json.loads(line)
         if "data" in request:
-            packed = request["data"]
-            seed(packed["seed"])
-            data = {name: unpack(packed[name]) for name in ("prompts", "completions")}
-            data["columns"] = {name: unpack(column) for name, column in packed["columns"].items()}
+            seed(request["seed"])
+            data = {name: unpack(column) for name, column in request["data"].items()}
             continue
         reply(answer(*functions[request["call"]], data, request["row"]))
 
