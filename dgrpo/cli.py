@@ -201,7 +201,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from dgrpo.longblocks.evaluation import Results, compare, lm_eval_scores
     from dgrpo.longblocks.evaluation import evaluate as score
     from dgrpo.longblocks.evaluation.arguments import rows_of, task_names
-    from dgrpo.longblocks.evaluation.intervals import percent
+    from dgrpo.longblocks.evaluation.results import percent
     from dgrpo.longblocks.rewards.worker import load as load_reward
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)

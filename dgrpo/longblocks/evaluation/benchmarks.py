@@ -121,9 +121,7 @@ def load_infinitebench(row: dict, where: str) -> dict:
 
 @_loader
 def load_longbench_v2(row: dict, where: str) -> dict:
-    """Rows of LongBench v2: `_id, domain, difficulty, length, question, choice_A … , answer,
-    context`.
-    """
+    """Rows of LongBench v2: `_id, domain, difficulty, length, question, choice_A …, answer, …`."""
     options = [_needed(row, f"choice_{letter}") for letter in "ABCD"]
     chosen = _choice(row, options)
     question = _joined(_needed(row, "question"), _listed(options))

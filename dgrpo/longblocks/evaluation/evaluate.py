@@ -43,9 +43,9 @@ def evaluate(
 
     Args:
         generate: `(prompts, max_tokens) -> completions`; a prompt is a text or chat messages.
-        rows: with the columns of `dgrpo data make`, also read lazily. `task` is what a row is
-            counted under, `length` (else `tokens`, rounded up to a power of two) its length,
-            `depths` where its needles lie, `document_id` what it is not independent of.
+        rows: with the columns of `dgrpo data make`, also read lazily. A row is counted under its
+            `task` and `length` (else `tokens`, rounded up to a power of two); `depths` say where
+            its needles lie, and rows of one `document_id` are not independent.
         reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
         batch_size: prompts per call.
         max_tokens: longest completion; None: the row's `max_tokens`, else 256.

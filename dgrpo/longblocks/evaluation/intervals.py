@@ -85,11 +85,6 @@ def paired_bootstrap(
     return Difference(float(values.mean()), low, high, p, len(values))
 
 
-def percent(score: Interval | Difference) -> str:
-    """A mean with its 95 % interval, in percent."""
-    return f"{100 * score.mean:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
-
-
 def _checked(scores: Sequence[float], clusters: Sequence | None) -> np.ndarray:
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or not len(values):

@@ -34,12 +34,12 @@ def lm_eval_scores(
     )
     scores, counts = {}, found.get("n-samples", {})
     for task, metrics in found["results"].items():
+        n = counts.get(task, {}).get("effective", 0)
         for key, value in metrics.items():
             name, _, kind = key.partition(",")
             if isinstance(value, int | float) and not name.endswith("_stderr") and name != "alias":
                 error = metrics.get(f"{name}_stderr,{kind}", 0.0)
                 half = 1.96 * error if isinstance(error, int | float) else 0.0
-                n = counts.get(task, {}).get("effective", 0)
                 label = f"{task}/{name}" + (f" ({kind})" if kind not in ("", "none") else "")
                 scores[label] = Interval(value, value - half, value + half, n)
     return scores

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgrpo.longblocks.evaluation.intervals import (
-    Difference,
-    Interval,
-    interval,
-    paired_bootstrap,
-    percent,
-)
+from dgrpo.longblocks.evaluation.intervals import Difference, Interval, interval, paired_bootstrap
 
 DEPTHS = 10  # rows of the heat map
 
@@ -188,3 +182,8 @@ def _short(length: int) -> str:
         if length >= size:
             return f"{length / size:.3g}{unit}"
     return str(length)
+
+
+def percent(score: Interval | Difference) -> str:
+    """A mean with its 95 % interval, in percent."""
+    return f"{100 * score.mean:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"

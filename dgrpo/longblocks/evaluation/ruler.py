@@ -164,13 +164,11 @@ def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
 def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """One question over labelled passages with distractors, answered without quotes."""
     made = grounding.quoting(ground, rng, tokens)
-    question = made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone."
-    right = made["aliases"]
+    right = made["aliases"][0]
+    made |= dict.fromkeys(("response_reference", "privileged"), f"Answer: {right}")
     return made | {
-        "question": question,
-        "answer": right[0],
-        "response_reference": f"Answer: {right[0]}",
-        "privileged": f"Answer: {right[0]}",
+        "question": made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone.",
+        "answer": right,
         "reward": "dgrpo.rewards:exact_match",
         "passage_ids": [],
         "passages": [],

@@ -77,9 +77,9 @@ def normalise(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    words = [_strip(word) for word in text.split()]
-    kept = [word for word in words if word and word not in _ARTICLES]
-    return " ".join(kept or [word for word in words if word]) or " ".join(text.split())
+    words = [word for word in map(_strip, text.split()) if word]
+    kept = [word for word in words if word not in _ARTICLES]
+    return " ".join(kept or words) or squeeze(text)
 
 
 def _strip(word: str) -> str:
@@ -95,9 +95,8 @@ def answers(answer: Any, aliases: Any) -> list[str]:
     Raises:
         ValueError: the row has neither.
     """
-    given = aliases if aliases else [answer]
-    if isinstance(given, str):
-        given = [given]
+    given = aliases or [answer]
+    given = [given] if isinstance(given, str) else given
     found = [normalise(str(a)) for a in given if a is not None and str(a).strip()]
     if not found:
         raise ValueError("answer: got a row without answer and aliases, expected one of them")
@@ -156,10 +155,7 @@ def repetition(text: str, size: int = 6) -> float:
 
 
 def copied(text: str, document: str | None) -> float:
-    """Share of `text` that stands in runs of 24 or more words of `document` within one line.
-
-    Single copied sentences on lines of their own are shorter and do not count.
-    """
+    """Share of `text` that stands in runs of 24 or more words of `document` within one line."""
     if not document:
         return 0.0
     total = taken = 0

@@ -2,13 +2,13 @@
 
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ class WorkerProcess:
             start_new_session=True,  # own process group: killed with its children, spared by Ctrl-C
         )
         self.buffer = bytearray()
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.process.stdout, selectors.EVENT_READ)
         try:
             self.send(start)
             reply = self.receive(_START)
@@ -62,7 +60,7 @@ class WorkerProcess:
         while (newline := self.buffer.find(b"\n", scanned)) < 0:
             scanned = len(self.buffer)
             until = min(limit, told)
-            if not self.selector.select(max(0.0, start + until - time.monotonic())):
+            if not wait([self.process.stdout], max(0.0, start + until - time.monotonic())):
                 if until == limit:
                     raise Lost(f"no reply in {limit:.3g} s")
                 tell(told)
@@ -81,7 +79,6 @@ class WorkerProcess:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.selector.close()
         for pipe in (self.process.stdin, self.process.stdout):
             with suppress(OSError):
                 pipe.close()

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class RewardResult(NamedTuple):
     errors: list[RewardError]
 
 
-class Scorer:
+class Scorer(AbstractContextManager):
     """Call rewards in a worker process.
 
     Args:
@@ -81,9 +82,6 @@ class Scorer:
             self._functions = [worker.load(reward.path) for reward in rewards]
         else:
             self._restart()
-
-    def __enter__(self) -> "Scorer":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -180,8 +178,8 @@ class Scorer:
             return worker.answer(self._functions[i], reward.options, self._data, row)
 
         def tell(seconds: float) -> None:
-            title = reward.title
-            logger.warning("reward %s: no reply for %g s (limit %g s)", title, seconds, limit)
+            text = "reward %s: no reply for %g s (limit %g s)"
+            logger.warning(text, reward.title, seconds, limit)
 
         start = time.monotonic()
         try:

@@ -82,11 +82,9 @@ def invoke(function: Callable, options: dict, data: dict, row: int | None = None
     n = len(completions)  # before a reward changes the list
     found = columns_of(function(prompts, completions, **{**given, **options}), n)
     values = {name: [_number(value) for value in part] for name, part in found.items()}
-    errors = [
-        [place if row is None else row, f"got {_shown(value)}, expected a number"]
-        for place, value in enumerate(found["reward"])
-        if values["reward"][place] is None
-    ]
+    rows = range(n) if row is None else [row]
+    scores = zip(rows, values["reward"], found["reward"], strict=True)
+    errors = [[r, f"got {_shown(x)}, expected a number"] for r, y, x in scores if y is None]
     return {"values": values, "errors": errors}
 
 
@@ -105,8 +103,7 @@ def answer(function: Callable, options: dict, data: dict, row: int | None) -> di
 def columns_of(result: Any, n: int) -> dict[str, list]:
     """What a reward returned for n completions as {part: n values}, "reward" among them.
 
-    Raises:
-        WrongResult: it is neither n values nor a dict of them.
+    Raises `WrongResult` where it is neither n values nor a dict of them.
     """
     parts = dict(result) if isinstance(result, dict) else {"reward": result}
     if "reward" not in parts:
