@@ -20,7 +20,7 @@ _CITED = re.compile(r"\[([A-Za-z]*\d+)\]")
 _QUOTE = re.compile(
     r'^[ \t*>-]*quote[ \t]*:[ \t]*["“](.+)["”][ \t]*\[([A-Za-z]*\d+)\][ \t.]*$', re.I | re.M
 )
-_QUOTE_LINE = re.compile(r"^[ \t*>-]*quote[ \t]*:.*$", re.I | re.M)
+_QUOTE_LINE = re.compile(r"^[ \t*>-]*quote[ \t]*:.*$", re.I | re.M)  # may follow the answer
 _BLOCK = re.compile(r"</?RETRIEVAL>", re.I)
 _ENTRY = re.compile(r"^[ \t]*\[([A-Za-z]*\d+)\](.*?)(?=^[ \t]*\[[A-Za-z]*\d+\]|\Z)", re.S | re.M)
 _ABSTENTIONS = (
@@ -44,9 +44,10 @@ def abstention(
 
     Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
-    silent = _abstains(completion, phrases)
+    plain = _QUOTE_LINE.sub("", completion)
+    silent = _abstains(plain, phrases)
     if answerable and not silent:
-        return _right(completion, answer, aliases), 0.0
+        return is_right(plain, answer, aliases), 0.0
     return float(silent and not answerable), float(silent)
 
 
@@ -89,18 +90,17 @@ def grounded(
     Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
     `document` (str) with passages labelled "[P12]" at line starts.
     """
-    silent = _abstains(completion, phrases)
-    quotes = _QUOTE.findall(without_thinking(completion))
-    lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
+    plain, text = _QUOTE_LINE.sub("", completion), without_thinking(completion)
+    silent = _abstains(plain, phrases)
+    quotes, lines = _QUOTE.findall(text), len(_QUOTE_LINE.findall(text))
     if answerable is False:
         right = float(silent)
         return float(silent and not lines), right, None, None, None, right
-    right = 0.0 if silent else _right(completion, answer, aliases)
+    right = 0.0 if silent else is_right(plain, answer, aliases)
     ids = [str(label) for label in passage_ids or []]
     precision, recall = overlap([label for _, label in quotes], ids)
     known = dict(zip(ids, passages or [], strict=False))
-    if document:
-        known |= passages_of(document, {label for _, label in quotes})
+    known |= passages_of(document or "", {label for _, label in quotes})
     known = {label: squeeze(text) for label, text in known.items()}
     exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
     exact = exact / lines if lines else 0.0
@@ -134,20 +134,14 @@ def retrieval(completion, passage_ids, passages, answer=None, aliases=None) -> t
     }
     precision = len(hits) / len(entries) if entries else 0.0
     recall = len(hits) / len(gold) if gold else 0.0
-    right = _right(pieces[-1], answer, aliases)
+    right = is_right(_QUOTE_LINE.sub("", pieces[-1]), answer, aliases)
     value = right * (0.5 + 0.5 * guarded(precision, recall))
     return value, right, precision, recall
 
 
 def _abstains(completion: str, phrases: Sequence[str]) -> bool:
     """Whether the final answer says that the document has none, and nothing else."""
-    given = normalise(final_answer(_QUOTE_LINE.sub("", completion)))
-    return given in {normalise(phrase) for phrase in phrases}
-
-
-def _right(completion: str, answer, aliases) -> float:
-    """Whether the final answer is right; quotations may follow it."""
-    return is_right(_QUOTE_LINE.sub("", completion), answer, aliases)
+    return normalise(final_answer(completion)) in map(normalise, phrases)
 
 
 def _is_exact(quote: str, passage: str | None) -> bool:

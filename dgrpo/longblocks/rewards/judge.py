@@ -37,9 +37,9 @@ def judge(
 ) -> list[float | str]:
     """The score that a model gives, from 0 to 1.
 
-    A sample whose request fails for good, or whose judge gives no score, has the reason in place of
-    a number. Marks of the template inside the answer are defused, and only a score on the last line
-    of the judge's reply counts. An empty completion has 0.
+    A sample without a reply or a score has the reason in place of a number. Marks of the template
+    inside the answer are defused, and only a score on the last line of the reply counts. An empty
+    completion has 0.
 
     `rewards.timeout` covers a whole batch: raise it to allow for all requests.
 
