@@ -13,7 +13,7 @@ from dgrpo.data.survey import Survey
 from dgrpo.distributed import ranks
 from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.seeds import seeded
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
+from dgrpo.trainer.teachers import SelfTeacher, ServedTeacher, Teacher
 
 COUNT, GLANCE = 3.0, 1.0  # seconds of reading rows: where they end the run, and where not
 

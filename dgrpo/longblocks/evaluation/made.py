@@ -19,16 +19,9 @@ def made(
 ) -> Iterator[dict | BadRow]:
     """Rows of tasks at lengths, deterministic by seed: those of the split "test".
 
-    Args:
-        tokenizer: measures lengths; `"bytes"`: one token a byte.
-        tasks: names in `dgrpo.longblocks.tasks.catalog.TASKS`; empty or "all": all.
-        lengths: tokens of document and question.
-        count: rows of each task and length.
-        seed: of everything.
-        haystack: folder of text or code; None: the standard library.
-
-    Raises:
-        ValueError: an unknown task, or a length under 500 tokens.
+    `tasks` are names in `dgrpo.longblocks.tasks.catalog.TASKS`, empty or "all" for all; the other
+    arguments are those of `ruler`. Raises ValueError for an unknown task, or a length under 500
+    tokens.
     """
     settings = MakeSettings("", tuple(tasks) or ("all",), count, tuple(lengths), split="test")
     settings = replace(settings, count=count * len(settings.named) * len(lengths), seed=seed)

@@ -8,6 +8,8 @@ distractors. Documents come from text that `dgrpo data make` keeps for tests.
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -30,7 +32,7 @@ def ruler(
     """Rows of tasks at lengths, deterministic by seed.
 
     Args:
-        tokenizer: measures lengths; `"bytes"`: one token a byte.
+        tokenizer: measures lengths; `"bytes"`: one token per byte.
         tasks: names in `TASKS`; empty: all.
         lengths: tokens of document and question.
         count: rows of each task and length. The depths of a single needle go through ten equal
@@ -46,43 +48,28 @@ def ruler(
         raise ValueError(f"tasks: got {unknown}, expected some of {', '.join(TASKS)}")
     if not lengths or min(lengths) < 1000:
         raise ValueError(f"lengths: got {lengths}, expected at least 1000 tokens")
-    return _rows(tokenizer, tasks or list(TASKS), lengths, count, seed, haystack)
+
+    def rows() -> Iterator[dict]:
+        ground = Ground(build_corpus(tokenizer, haystack).part("test"), tokenizer)
+        for length, task, i in product(lengths, tasks or TASKS, range(count)):
+            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, i])
+            depth = (i % 10 + rng.random()) / 10
+            made = TASKS[task](ground, rng, length, depth)
+            made |= {"id": f"{task}-{length}-{seed}-{i}", "family": "ruler", "task": task}
+            yield made | {"length": length, "max_tokens": 256}
+
+    return rows()
 
 
-def _rows(tokenizer, tasks, lengths, count, seed, haystack) -> Iterator[dict]:
-    ground = Ground(build_corpus(tokenizer, haystack).part("test"), tokenizer)
-    for length in lengths:
-        for task in tasks:
-            for i in range(count):
-                rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, i])
-                depth = (i % 10 + rng.random()) / 10
-                made = TASKS[task](ground, rng, length, depth)
-                made |= {"id": f"{task}-{length}-{seed}-{i}", "family": "ruler", "task": task}
-                yield made | {"length": length, "max_tokens": 256}
+def needles(
+    ground: Ground, rng, tokens: int, depth: float, *, keys=1, values=1, others: int | None = 0
+) -> dict:
+    """Several values of a key, or several keys, among other needles (None: as many as fit well).
 
-
-def single_needle(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """One needle."""
-    return _needles(ground, rng, tokens, [depth], keys=1, values=1, others=0)
-
-
-def multi_key(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """One needle among others like it."""
-    return _needles(ground, rng, tokens, [depth], keys=1, values=1, others=None)
-
-
-def multi_value(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """All four values of one key."""
-    return _needles(ground, rng, tokens, None, keys=1, values=4, others=4)
-
-
-def multi_query(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """The values of four keys."""
-    return _needles(ground, rng, tokens, None, keys=4, values=1, others=4)
-
-
-def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int | None) -> dict:
+    A single needle lies at `depth`.
+    """
     names = Draft(ground, rng, tokens)
+    depths = [depth] if keys == values == 1 else None
     asked = [(names.place(), names.number(100_000, 999_999)) for _ in range(keys)]
     asked += [(asked[0][0], names.number(100_000, 999_999)) for _ in range(values - 1)]
     cost = ground.count(NEEDLE.format("Velmar", 123456))
@@ -124,30 +111,26 @@ def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
     return _row(woven, question, variables, wrong, texts)
 
 
-def common_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """The ten words that a numbered list has thirty times each, the others three times."""
-    return _word_list(ground, rng, tokens, 10, [30] * 10, 3, "common")
+def word_list(ground: Ground, rng, tokens: int, depth: float, *, kind: str) -> dict:
+    """The most "common" or "frequent" words of a list.
 
-
-def frequent_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """The three most frequent words of a text whose words follow a power law."""
-    return _word_list(ground, rng, tokens, 3, None, 0, "frequent")
-
-
-def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str) -> dict:
+    "common": a numbered list has ten words thirty times each, the others three times. "frequent":
+    the three most frequent words of a text whose words follow a power law.
+    """
     names = Draft(ground, rng, tokens)
+    top, rest = (10, 3) if kind == "common" else (3, 0)
     question = (
         f"The document is a list of words. Which {top} words are the most {kind} in it? {ANSWER}"
         f"the {top} words, separated by commas."
     )
     cost = ground.count(" velmar") + (ground.count(" 1000.") if kind == "common" else 0)
     room = (tokens - ground.count(question) - 16) // max(1, cost)
-    if counts is None:  # zeta law: the k-th word is about k^-2 of the text, far enough apart
+    if kind == "common":
+        scale = min(1.0, room / (2 * 30 * top))  # short documents: fewer repetitions
+        counts = [max(rest + 2, int(30 * scale))] * top
+    else:  # zeta law: the k-th word is about k^-2 of the text, far enough apart
         shares = 1 / np.arange(1, 200) ** 2.0
         counts = [int(n) for n in np.round(room * shares / shares.sum()) if n]
-    else:
-        scale = min(1.0, room / (2 * sum(counts)))  # short documents: fewer repetitions
-        counts = [max(rest + 2, int(n * scale)) for n in counts]
     words = [names.place().lower() for _ in counts]
     pool = [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
     while rest and len(pool) + rest <= room:
@@ -181,13 +164,11 @@ def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
 def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """One question over labelled passages with distractors, answered without quotes."""
     made = grounding.quoting(Draft(ground, rng, tokens))
-    question = made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone."
-    right = made["aliases"]
+    right = made["aliases"][0]
+    made |= dict.fromkeys(("response_reference", "privileged"), f"Answer: {right}")
     return made | {
-        "question": question,
-        "answer": right[0],
-        "response_reference": f"Answer: {right[0]}",
-        "privileged": f"Answer: {right[0]}",
+        "question": made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone.",
+        "answer": right,
         "reward": "dgrpo.rewards:exact_match",
         "passage_ids": [],
         "passages": [],
@@ -213,12 +194,12 @@ def _row(woven: Woven, question, right, wrong, gold: list[str]) -> dict:
 
 
 TASKS: dict[str, Callable[[Ground, np.random.Generator, int, float], dict]] = {
-    "single_needle": single_needle,
-    "multi_key": multi_key,
-    "multi_value": multi_value,
-    "multi_query": multi_query,
+    "single_needle": needles,
+    "multi_key": partial(needles, others=None),
+    "multi_value": partial(needles, values=4, others=4),
+    "multi_query": partial(needles, keys=4, others=4),
     "variable_tracing": variable_tracing,
-    "common_words": common_words,
-    "frequent_words": frequent_words,
+    "common_words": partial(word_list, kind="common"),
+    "frequent_words": partial(word_list, kind="frequent"),
     "question_answering": question_answering,
 }
