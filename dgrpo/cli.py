@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgrpo.extras import MissingExtra
+from dgrpo.extras import MissingExtra, load_function
 
 if TYPE_CHECKING:
     from dgrpo.trainer.signals import Interruption
@@ -202,10 +202,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from dgrpo.longblocks.evaluation import evaluate as score
     from dgrpo.longblocks.evaluation.arguments import rows_of, task_names
     from dgrpo.longblocks.evaluation.results import percent
-    from dgrpo.longblocks.rewards.worker import load as load_reward
+    from dgrpo.longblocks.rewards.worker import HOME
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
-    reward = load_reward(options.reward) if options.reward else None
+    reward = load_function("--reward", options.reward, HOME) if options.reward else None
     before = Results.from_json(options.against) if options.against else None
     if options.lm_eval:
         names = options.lm_eval.split(",")

@@ -7,7 +7,6 @@ pass in bounded memory. In both a row or a file that cannot be read is a `BadRow
 import bisect
 import glob
 import hashlib
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.data.tables import DELIMITERS, Table, open_table, unreadable
+from dgrpo.extras import load_function
 from dgrpo.text import BadRow, Report
 
 ENDS = 2**20  # bytes of each end of a file that its fingerprint reads
@@ -46,7 +46,8 @@ def load_rows(
     report = report or Report()
     path = str(path)
     if is_function(path):
-        tables = [Table(_call(path, options or {}), path)]
+        rows = load_function("path", path)(**options or {})
+        tables = [Table(rows if hasattr(rows, "__getitem__") else list(rows), path)]
     elif files := row_files(path):
         tables = _open_all(files, report)
     elif os.path.isdir(path):
@@ -101,16 +102,6 @@ def is_function(path: str) -> bool:
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as a file, not as a hub dataset."""
     return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
-
-
-def _call(path: str, options: dict) -> Sequence[dict]:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"path: got {path!r}, which cannot be imported: {error}") from error
-    rows = function(**options)
-    return rows if hasattr(rows, "__getitem__") else list(rows)
 
 
 def _saved(path: str, split: str):

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from dgrpo import objectives
 from dgrpo.distributed import ranks, start
-from dgrpo.trainer.attempts import load_function
+from dgrpo.extras import load_function
 from dgrpo.trainer.config import Model, RunSettings
 from dgrpo.trainer.config import Teacher as TeacherSettings
 from dgrpo.trainer.config.settings import Lora
@@ -164,5 +164,5 @@ def load_objective(name: str) -> tuple[Callable | None, bool]:
         raise ValueError(
             f'method.objective: got {name!r}, expected one of {[*known]} or "module:function"'
         )
-    function = known.get(name) or load_function(name, "method.objective")
+    function = known.get(name) or load_function("method.objective", name)
     return function, "sequence_ids" in inspect.signature(function).parameters
