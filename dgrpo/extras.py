@@ -1,4 +1,4 @@
-"""Imports by name: packages of an extra, and functions that settings name."""
+"""Imports by name, whole files and printed lines, for every part. Standard library alone."""
 
 import importlib
 import importlib.util
@@ -6,7 +6,8 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,18 @@ def _from_file(path: Path) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give the path to write to, which then takes the place of `path`: a kill leaves no half."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def say(text: str) -> None:
+    """Print a line at once, on rank 0. A terminal or a pipe that is gone is no error."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            print(text, flush=True)

@@ -23,11 +23,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from dgrpo.extras import whole_file
 from dgrpo.trainer.checkpoint import files
 from dgrpo.trainer.config import RunSettings, dump, parse_file, validate
+from dgrpo.trainer.config.run import DONE, EVALUATION, METRICS, SETTINGS
 
-LOCK, METRICS, CHECKPOINTS = "run.lock", "metrics.jsonl", "checkpoints"
-SETTINGS, HISTORY, DONE = "settings.yaml", "history", "done.yaml"
+LOCK, CHECKPOINTS, HISTORY = "run.lock", "checkpoints", "history"
 # What flock answers where the file system has no locks (such as Lustre mounted without `flock`).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 # What is trained. A change of these makes the metrics of a folder those of two different runs.
@@ -263,7 +264,7 @@ class History:
         if self.changes and self.settings.resume:
             # Scores from before the first step are of other settings, and all there is.
             (self.folder / METRICS).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "evaluation", ignore_errors=True)
+            shutil.rmtree(self.folder / EVALUATION, ignore_errors=True)
         self.changes = []
         write(self.folder / SETTINGS, dump(self.settings))
 
@@ -293,6 +294,5 @@ def _name(date: datetime, step: int) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text)

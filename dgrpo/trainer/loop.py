@@ -20,7 +20,8 @@ from dgrpo.trainer.build import build
 from dgrpo.trainer.checkpoint import export
 from dgrpo.trainer.collect import collect
 from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.folder import DONE, History, finished, last_step
+from dgrpo.trainer.config.run import DONE, EXPORT
+from dgrpo.trainer.folder import History, finished, last_step
 from dgrpo.trainer.record import evaluate, evaluated, profiled, record
 from dgrpo.trainer.run import Run, pack_pending
 from dgrpo.trainer.signals import ENDING, Interrupted, listening
@@ -210,14 +211,14 @@ def finish(run: Run) -> Outcome:
         return Outcome("stopped", run.state.step, run.folder, asked_by(run))
     # On the folder of a finished run, of which nothing was left to train.
     done = run.history is not None and (run.folder / DONE).exists()
-    kept = done and (run.folder / "export").exists()
+    kept = done and (run.folder / EXPORT).exists()
     done, kept = (total > 0 for total in ranks().totals([done, kept]))
     if run.stream.report.dropped and not done:
         run.log.message(f"data: {run.stream.report.summary()}")
     if run.settings.checkpoint.export and not kept:
         name = run.settings.checkpoint.export_dtype
         dtype = getattr(torch, name) if name else None
-        export(run.model, run.folder / "export", tokenizer=run.tokenizer, dtype=dtype)
+        export(run.model, run.folder / EXPORT, tokenizer=run.tokenizer, dtype=dtype)
         if run.settings.model.lora is not None:
             export(run.model, run.folder / "adapter", dtype=dtype, merge=False)
     if run.history is not None and not done:

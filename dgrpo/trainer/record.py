@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dgrpo.distributed import ranks
 from dgrpo.trainer.collect import decode, reward, sampling, timed
+from dgrpo.trainer.config.run import EVALUATION
 from dgrpo.trainer.folder import last_lines, write
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
 from dgrpo.trainer.run import IN_A_ROW, Batch, Learned, Run
@@ -204,7 +205,7 @@ def evaluate(run: Run) -> dict[str, float]:
         lines.append(json.dumps(row, ensure_ascii=False))
     means.mean("time/evaluation", seconds["evaluation"])
     run.clock += seconds["evaluation"]  # no part of the next step's time
-    path = run.folder / "evaluation" / f"step-{step:08d}-{ranks().rank:05d}.jsonl"
+    path = run.folder / EVALUATION / f"step-{step:08d}-{ranks().rank:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, "".join(line + "\n" for line in lines))
     found = means.reduce()

@@ -2,10 +2,10 @@
 
 import copy
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgrpo.extras import whole_file
 from dgrpo.text import Report
 
 META = ".make"  # hidden, so that reading the folder reads the rows alone
@@ -68,10 +68,9 @@ def write_part(folder: Path, number: int, rows: list[dict]) -> Path:
     import pyarrow.parquet
 
     file = part(folder, number)
-    partial = file.with_suffix(".partial")
     table = pyarrow.Table.from_pylist(rows, schema=_schema())
-    pyarrow.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
-    os.replace(partial, file)
+    with whole_file(file) as partial:
+        pyarrow.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
     return file
 
 

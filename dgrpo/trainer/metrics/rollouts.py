@@ -21,7 +21,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,9 +29,10 @@ from typing import Any
 import torch
 
 from dgrpo.distributed import ranks
+from dgrpo.extras import whole_file
 from dgrpo.trainer.batch import Sample
+from dgrpo.trainer.config.run import ROLLOUTS
 
-FOLDER = "rollouts"
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
 _PROMPT_CHARACTERS = 8000
 PER_TOKEN = (
@@ -132,21 +132,19 @@ def write_rollouts(
     """Writes this rank's rollouts of a step, atomically; nothing for none. Not collective."""
     if not records:
         return None
-    path = Path(folder) / FOLDER / f"step-{step:08d}-{ranks().rank:05d}.jsonl.gz"
+    path = Path(folder) / ROLLOUTS / f"step-{step:08d}-{ranks().rank:05d}.jsonl.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # No time stamp in the header: equal runs write equal files.
-    with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-            file.write(line.encode("utf-8", "replace") + b"\n")
-    os.replace(temporary, path)
+    lines = (json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in records)
+    with whole_file(path) as temporary, temporary.open("wb") as raw:
+        # No time stamp in the header: equal runs write equal files.
+        with gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+            file.writelines(line.encode("utf-8", "replace") for line in lines)
     return path
 
 
 def cut_rollouts(folder: Path, step: int) -> None:
     """Removes the rollouts of steps after `step`."""
-    for path in (folder / FOLDER).glob("step-*"):
+    for path in (folder / ROLLOUTS).glob("step-*"):
         match = _NAME.fullmatch(path.name)
         if match is None or int(match.group(1)) > step:
             path.unlink(missing_ok=True)

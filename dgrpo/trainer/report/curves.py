@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from pathlib import Path
 
+from dgrpo.extras import whole_file
 from dgrpo.trainer.report.panels import ceiling, panels, points, smooth
 from dgrpo.trainer.report.read import Stage
 
@@ -25,9 +25,8 @@ def draw(stages: list[Stage], path: Path) -> None:
     parts = figure.subfigures(len(stages), 1, height_ratios=rows, squeeze=False)[:, 0]
     for stage, part, count in zip(stages, parts, rows, strict=True):
         _draw_stage(stage, part, count)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def _draw_stage(stage: Stage, part, rows: int) -> None:

@@ -10,11 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgrpo.trainer.config import parse_file
-
-METRICS = "metrics.jsonl"
-ROLLOUTS = "rollouts"
-SETTINGS = "settings.yaml"
-DONE = "done.yaml"
+from dgrpo.trainer.config.run import DONE, METRICS, ROLLOUTS, SETTINGS
 
 
 @dataclass

@@ -54,7 +54,7 @@ def test_an_interrupted_run_goes_on(settings):
     files = sorted(path for path in whole.files)
     before = [pyarrow.parquet.read_table(f) for f in files]
     files[1].unlink()
-    (files[1].parent / "part-00001.partial").write_bytes(b"half a file")
+    (files[1].parent / "part-00001.parquet.tmp").write_bytes(b"half a file")
     kept = files[0].stat().st_mtime_ns
     again = quiet(settings("whole"))
     assert files[0].stat().st_mtime_ns == kept and again.rows == 12
