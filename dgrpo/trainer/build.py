@@ -11,6 +11,7 @@ import transformers
 
 from dgrpo.data import Prompt, PromptStream
 from dgrpo.distributed import ranks
+from dgrpo.extras import say
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.ops import DIVERGENCE_OPTIONS, Options
 from dgrpo.trainer.attempts import check_columns, gate, teacher_context
@@ -33,7 +34,7 @@ from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.run import Run, unpack_pending
 from dgrpo.trainer.seeds import seed_all
 from dgrpo.trainer.signals import Interruption
-from dgrpo.trainer.start import Length, loading_model, parameters, say, summary
+from dgrpo.trainer.start import Length, loading_model, parameters, summary
 
 log = logging.getLogger(__name__)
 

@@ -182,7 +182,7 @@ def test_the_first_line_comes_before_torch(tmp_path):
         "def tell(text):\n"
         "    print(text, *({'torch', 'transformers', 'numpy', 'datasets'} & {*sys.modules}))\n"
         "    sys.exit()\n"
-        "cli._tell = tell\n"
+        "cli.say = tell\n"
         "cli.main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, "train", str(tmp_path / "run.yaml"), "method.preset=sft"]
