@@ -149,13 +149,13 @@ class PromptStream:
                 f"got {self.names}, the saved position is of {state['names']}; "
                 "resume with the sources it was saved with"
             )
-        files, same = state.get("files", self.files), "resume with the same data"
+        same = "resume with the same data"
         for i, (name, cursor) in enumerate(zip(self.names, self.cursors, strict=True)):
             size = state["cursors"][i].get("size")
             if size != cursor.size:
                 had = f"{name!r} has {cursor.size} rows, had {size}"
                 return f"{had} when the position was saved; {same}"
-            if files[i] != self.files[i]:
+            if state["files"][i] != self.files[i]:
                 return f"{name!r} has other rows than when the position was saved; {same}"
         return ""
 

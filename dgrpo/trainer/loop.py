@@ -155,7 +155,7 @@ def save_if_due(run: Run) -> None:
     A skipped step leaves nothing to save, and parameters that are not finite must not push the
     last good checkpoint out.
     """
-    skipped, failed = run.state.counters["skipped_in_row"], run.failed_in_row
+    skipped, failed = run.state.skipped_in_row, run.failed_in_row
     if skipped >= run.settings.optimizer.max_skipped:
         good, where = save_if_finite(run)
         raise Diverged(

@@ -46,7 +46,7 @@ def record(run: Run, batch: Batch) -> None:
         "loss": batch.loss,
         "grad_norm": batch.norm,
         "lr": batch.lr,
-        "skipped": state.counters["skipped"],
+        "skipped": state.skipped,
         **means.reduce(),
     }
     metrics["time/tokens_per_second"] = metrics["tokens"] / max(seconds, 1e-9)
@@ -138,7 +138,7 @@ def standstill(recent: Sequence[Learned]) -> Iterator[str]:
 
 def watch(run: Run, metrics: dict[str, float]) -> None:
     """Move the average that `until` looks at."""
-    until, counters = run.settings.until, run.state.counters
+    until, state = run.settings.until, run.state
     if until is None:
         return
     if until.metric not in metrics:
@@ -146,8 +146,8 @@ def watch(run: Run, metrics: dict[str, float]) -> None:
             f"until.metric: got {until.metric!r}, expected a logged one: {sorted(metrics)}"
         )
     value = metrics[until.metric]
-    before = counters.get("average", value)
-    counters["average"] = before * until.smoothing + value * (1 - until.smoothing)
+    before = value if state.average is None else state.average
+    state.average = before * until.smoothing + value * (1 - until.smoothing)
 
 
 def write_samples(run: Run, batch: Batch) -> None:

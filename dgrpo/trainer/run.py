@@ -140,7 +140,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the run needs no further step."""
         steps, step, until = self.settings.steps, self.state.step, self.settings.until
-        average = self.state.counters.get("average")
+        average = self.state.average
         if until is not None and average is not None and step >= until.min_steps:
             if average >= until.above:
                 return True
@@ -180,14 +180,14 @@ def pack_pending(run: Run) -> RunState:
             samples = list(group)
             entry = {"batch": number, "prompt_ids": samples[0].prompt_ids}
             run.state.rollouts.append(entry | {"samples": [s.state() for s in samples]})
-    run.state.counters["pending"] = len(run.pending)
+    run.state.pending = len(run.pending)
     run.state.data = run.stream.state_dict()
     return run.state
 
 
 def unpack_pending(state: RunState) -> list[Batch]:
     """What `pack_pending` packed; as many batches on every rank, some perhaps empty here."""
-    batches = [Batch([]) for _ in range(state.counters.get("pending", 0))]
+    batches = [Batch([]) for _ in range(state.pending)]
     for entry in state.rollouts:
         samples = [Sample.restore(entry["prompt_ids"], state) for state in entry["samples"]]
         batches[entry["batch"]].samples += samples

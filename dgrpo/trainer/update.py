@@ -131,9 +131,8 @@ def update(run: Run, batch: Batch) -> None:
             optimizer.zero_grad(set_to_none=True)
     run.stopping = run.stopping or totals[2] > 0
     state.step += 1
-    counters = state.counters
-    counters["skipped"] = counters.get("skipped", 0) + (not finite)
-    counters["skipped_in_row"] = 0 if finite else counters.get("skipped_in_row", 0) + 1
+    state.skipped += not finite
+    state.skipped_in_row = 0 if finite else state.skipped_in_row + 1
     if not finite:
         run.log.message(f"step {state.step} skipped: loss {totals[0]}, gradient norm {float(norm)}")
     batch.loss, batch.norm, batch.lr = totals[0], float(norm), rate
