@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from dgrpo.head import HeadOutput
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.ops import Options
 from dgrpo.trainer.attempts import Gate, TeacherContext
-from dgrpo.trainer.batch import Micro, Sample
+from dgrpo.trainer.batch import Micro, Sample, pack
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.folder import History
@@ -109,11 +109,10 @@ class Run:
         """Whether the sequences are the policy's own."""
         return self.settings.method.sequences == "rollout"
 
-    @property
-    def packing(self) -> dict[str, Any]:
-        """How samples are packed: the same in training, scoring and the teacher's pass."""
+    def pack(self, samples: Sequence[Sample], **coefficients: Any) -> list[Micro]:
+        """Samples packed as the settings say, the same in training and scoring; see `pack`."""
         batch = self.settings.batch
-        return {"max_tokens": batch.tokens, "share_prompts": batch.share_prompts}
+        return pack(samples, batch.tokens, share_prompts=batch.share_prompts, **coefficients)
 
     @property
     def reads_rewards(self) -> bool:

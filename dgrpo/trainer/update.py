@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from dgrpo.distributed import ranks
 from dgrpo.objectives import BatchCounts, token_weights
-from dgrpo.trainer.batch import IGNORED, Micro, balanced_count, pack
+from dgrpo.trainer.batch import IGNORED, Micro, balanced_count
 from dgrpo.trainer.collect import timed
 from dgrpo.trainer.config import Schedule
 from dgrpo.trainer.optim import all_finite, lr_factor, set_lr
@@ -23,8 +23,9 @@ def attach_teacher(run: Run, batch: Batch) -> None:
     """The teacher reads the batch once; its last hidden states stay for the loss. COLLECTIVE."""
     if run.teacher is None:
         return
+    packing = run.settings.batch
     with timed(batch.seconds, "teacher"):
-        run.teacher.attach(batch.samples, **run.packing)
+        run.teacher.attach(batch.samples, packing.tokens, packing.share_prompts)
 
 
 def weigh(run: Run, batch: Batch) -> None:
@@ -32,7 +33,7 @@ def weigh(run: Run, batch: Batch) -> None:
     samples, kind = batch.samples, run.settings.method.normalizer
     masks = [sample.mask for sample in samples]
     local = kind == "local"  # the one normaliser that depends on the packing
-    packed = [m.indices for m in pack(samples, **run.packing)] if local else []
+    packed = [m.indices for m in run.pack(samples)] if local else []
     own = [int(mask.sum()) for mask in masks]
     totals = ranks().totals([sum(own), sum(n > 0 for n in own), len(packed)])
     counts = BatchCounts(*map(int, totals))
@@ -80,8 +81,7 @@ def micro_batches(run: Run, batch: Batch) -> Iterator[Micro]:
     }
     if run.teacher is None:
         constants["teacher_coef"] = 0.0
-    micros = pack(batch.samples, **run.packing, **constants)
-    micros = balanced_count(micros, **constants)
+    micros = balanced_count(run.pack(batch.samples, **constants), **constants)
     batch.tokens = sum(sum(micro.lengths) for micro in micros if micro.samples)
     for place, micro in enumerate(micros):
         last = place == len(micros) - 1

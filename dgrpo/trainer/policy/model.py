@@ -165,24 +165,32 @@ class PolicyModel(nn.Module):
         return self.head.fp32_logits(hidden[rows])
 
     @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Evaluation mode with all parameters gathered: forward passes need no communication.
 
         For sampling, which would otherwise gather them for every token. Under FSDP all ranks must
         enter together; inside they may run different numbers of passes.
         """
-        training = self.training
-        self.eval()
-        try:
-            for module, _ in self.sharded:
-                module.set_reshard_after_forward(False, recurse=False)
-                module.unshard()
-            yield
-        finally:
-            for module, reshards in self.sharded:
-                module.set_reshard_after_forward(reshards, recurse=False)
-                module.reshard()
-            self.train(training)
+        with self.evaluating():
+            try:
+                for module, _ in self.sharded:
+                    module.set_reshard_after_forward(False, recurse=False)
+                    module.unshard()
+                yield
+            finally:
+                for module, reshards in self.sharded:
+                    module.set_reshard_after_forward(reshards, recurse=False)
+                    module.reshard()
 
     def _run(self, tokens, positions, cu_seqlens, lengths, prefixes=None, cache=None) -> Tensor:
         lengths = None if lengths is None else tuple(lengths)

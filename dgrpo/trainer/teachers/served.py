@@ -92,7 +92,7 @@ class ServedTeacher:
         self.k = k
         self.missing = 0  # samples of the last batch that got no answer: they have no teacher
 
-    def attach(self, samples: Sequence[Sample], *_: Any, **__: Any) -> None:
+    def attach(self, samples: Sequence[Sample], *_: Any) -> None:
         """Ask for the batch and write `sample.topk`. Called as `Teacher.attach`; not collective."""
         answers = self.source.topk(samples, self.k)
         for sample, answer in zip(samples, answers, strict=True):
