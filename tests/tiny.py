@@ -178,7 +178,7 @@ def loss_with(policy, samples, teacher, max_tokens=25, share_prompts=True, **opt
     for micro in pack(samples, max_tokens, share_prompts=share_prompts, teacher_coef=0.5):
         head = teacher.head(micro)
         inputs = micro.head_inputs(teacher=head, options=Options(**options))
-        out = policy(**micro.model_args(), inputs=inputs)
+        out = policy(micro, inputs=inputs)
         out.loss.backward()
         total += float(out.loss.detach())
     return total

@@ -240,7 +240,7 @@ def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Te
         for micro in balanced_count(run.pack(bare)):
             micro = micro.to(run.device)
             inputs = micro.head_inputs("logprobs", options=run.options)
-            found |= dict(micro.per_sample(model(**micro.model_args(), inputs=inputs).logprobs))
+            found |= dict(micro.per_sample(model(micro, inputs=inputs).logprobs))
     return [found[i] for i in range(len(samples))]
 
 

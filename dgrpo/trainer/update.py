@@ -104,7 +104,7 @@ def backward(run: Run, batch: Batch, micro: Micro) -> None:
             **functions,
         )
         with record_function("step/forward"):
-            out = run.model(**micro.model_args(), inputs=inputs)
+            out = run.model(micro, inputs=inputs)
         with record_function("step/backward"):
             out.loss.backward()
     batch.outputs.append((micro, out._replace(loss=out.loss.detach())))

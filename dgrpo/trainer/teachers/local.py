@@ -59,7 +59,7 @@ class _ModelTeacher:
         self.hidden = torch.empty(0, model.hidden_size, dtype=dtype, device=model.device)
         with self._reading():
             for number, micro in enumerate(micros):
-                hidden = model.hidden_states(**micro.to(model.device).model_args())
+                hidden = model.hidden_states(micro.to(model.device))
                 if number == 0:
                     size = total * hidden.shape[1] * hidden.element_size()
                     pinned = hidden.is_cuda and size > self.offload_above

@@ -93,7 +93,7 @@ def inputs_arrive(mesh, cast):
 
     FusedHead.forward = spying
     try:
-        loss = policy(**micro.model_args(), inputs=micro.head_inputs()).loss
+        loss = policy(micro, inputs=micro.head_inputs()).loss
     finally:
         FusedHead.forward = forward
     if not cast:

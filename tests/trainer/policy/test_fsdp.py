@@ -161,7 +161,7 @@ def alone(monkeypatch):
 
 def loss_of(policy):
     (micro,) = pack(make_samples([(3, 5), (4, 8)]), 100)
-    loss = policy(**micro.model_args(), inputs=micro.head_inputs()).loss
+    loss = policy(micro, inputs=micro.head_inputs()).loss
     loss.backward()
     return loss.detach()
 

@@ -89,7 +89,7 @@ def test_few_tokens_served_bound_the_divergence_from_below(server):
         teacher.attach(samples, 100)
         (micro,) = pack(samples, 100)
         inputs = micro.head_inputs(teacher=teacher.head(micro))
-        divergence = policy(**micro.model_args(), inputs=inputs).divergence
+        divergence = policy(micro, inputs=inputs).divergence
         found.append(float(divergence.sum()))
         guided = torch.cat([s.guided for s in samples])
         picked = torch.cat([v for _, v in micro.per_sample(divergence)])
