@@ -159,8 +159,10 @@ def _stream(
     `context` is the most tokens of a prompt and its completion; None: no limit.
     """
     data, given = settings.data, settings.method.sequences == "given"
-    sources = settings.evaluate.sources if held_out else data.sources
-    if not sources:
+    if held_out:
+        other = {"sources": settings.evaluate.sources, "max_completion_tokens": None}
+        data = data.model_copy(update={**other, "shuffle": False})
+    if not data.sources:
         return None
     own = settings.evaluate.max_tokens if held_out else None
     reserve = (own or settings.rollout.max_tokens) if held_out or not given else None
@@ -172,20 +174,13 @@ def _stream(
         )
     epochs = settings.epochs if settings.steps is None else None  # rows come round again
     return PromptStream(
-        sources,
+        data,
         tokenizer,
         seed=settings.seed,
         epochs=1 if held_out else epochs,
-        chat=data.chat,
-        system=data.system,
-        chat_options=data.chat_options,
-        min_prompt_tokens=data.min_prompt_tokens,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_completion_tokens=None if held_out else data.max_completion_tokens,
         context=context,
         reserve=reserve,
         require_completion=given and not held_out,
-        shuffle=data.shuffle and not held_out,
         rank=ranks().data_rank,
         world=ranks().data_world,
     )
