@@ -25,7 +25,7 @@ from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.folder import History
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.policy import PolicyModel
-from dgrpo.trainer.rollout import Sampler
+from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.signals import Interruption
 from dgrpo.trainer.start import Length
 from dgrpo.trainer.teachers import SelfTeacher, ServedTeacher, Teacher
@@ -69,7 +69,7 @@ class Run:
     held_out: list[Prompt]
     teacher: Teacher | SelfTeacher | ServedTeacher | None
     reference: PolicyModel | None
-    sampler: Sampler
+    sampler: HFSampler
     scorer: Scorer | None
     context: TeacherContext | None
     gate: Gate | None
