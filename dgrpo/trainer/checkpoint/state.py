@@ -25,20 +25,14 @@ class RunState:
     `rollouts` are trees of dict, list, tuple, tensor, str, int, float, bool and None.
     """
 
-    step: int = 0
-    """Optimiser steps finished."""
-    data: dict = field(default_factory=dict)
-    """The position in the data."""
-    skipped: int = 0
-    """Steps in all whose loss or gradient was not finite."""
-    skipped_in_row: int = 0
-    """How many of them are the latest ones."""
-    average: float | None = None
-    """The moving average of the metric of `until`."""
-    pending: int = 0
-    """Batches that the rollouts in flight belong to."""
+    step: int = 0  # optimiser steps finished
+    data: dict = field(default_factory=dict)  # the position in the data
+    skipped: int = 0  # steps in all whose loss or gradient was not finite
+    skipped_in_row: int = 0  # how many of them are the latest ones
+    average: float | None = None  # the moving average of the metric of `until`
+    pending: int = 0  # batches that the rollouts in flight belong to
+    # Rollouts in flight on this rank. An entry (a group, say) stays whole and on one rank.
     rollouts: list = field(default_factory=list)
-    """Rollouts in flight on this rank. An entry stays whole and on one rank (a group, say)."""
 
     def shared(self) -> dict:
         """The fields that are the same on every rank."""

@@ -13,7 +13,6 @@ A line is a rollout, a JSON object. Always there:
 and, where the run has them: `rewards` (by name), `finish_reason`, `tags`, and per token,
 (C,) lists, null where not finite: `advantage`, `divergence` (KL to the teacher, nats), `clipped`
 (0 or 1), `ratio`, `entropy`, `logprob`, `teacher_logprob`, `loss` (0 where the token has no loss).
-A value that is the same for all tokens may be given once, as a number.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ PER_TOKEN = (
     *("advantage", "divergence", "clipped", "ratio"),
     *("entropy", "logprob", "teacher_logprob", "loss"),
 )
-PerToken = torch.Tensor | Sequence[float] | float | None
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[str]:
@@ -71,7 +69,7 @@ def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[st
 
 
 def rollout_record(
-    tokenizer: Any, step: int, sample: Sample, values: Mapping[str, PerToken]
+    tokenizer: Any, step: int, sample: Sample, values: Mapping[str, torch.Tensor | None]
 ) -> dict[str, Any]:
     """One rollout as a line of the file; `values` by their names in it."""
     prompt, tokens = sample.prompt_ids.tolist(), sample.completion_ids.tolist()
@@ -96,17 +94,14 @@ def rollout_record(
     }
 
 
-def _per_token(name: str, values: PerToken, count: int) -> list[float | None] | float | None:
+def _per_token(name: str, values: torch.Tensor | None, count: int) -> list | None:
     if values is None:
         return None
-    if isinstance(values, int | float):
-        return _number(values)
-    numbers = values.tolist() if isinstance(values, torch.Tensor) else list(values)
-    if len(numbers) != count:
+    if len(values) != count:
         raise ValueError(
-            f"{name}: got {len(numbers)} values, expected one for each of {count} tokens"
+            f"{name}: got {len(values)} values, expected one for each of {count} tokens"
         )
-    return [_number(number) for number in numbers]
+    return [_number(number) for number in values.tolist()]
 
 
 def _number(value: float) -> float | int | None:

@@ -15,10 +15,7 @@ _COLUMNS = 3
 
 def draw(stages: list[Stage], path: Path) -> None:
     """Draws every metric of every stage over its steps, of many also their moving mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot there is no display to ask for
 
     rows = [max(1, math.ceil(len(panels(stage.series)) / _COLUMNS)) for stage in stages]
     figure = Figure(figsize=(12, 2.5 * sum(rows) + 0.4 * len(stages)), layout="constrained")
