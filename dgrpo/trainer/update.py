@@ -14,7 +14,7 @@ from dgrpo.objectives import BatchCounts, token_weights
 from dgrpo.trainer.batch import IGNORED, Micro, balanced_count
 from dgrpo.trainer.collect import timed
 from dgrpo.trainer.config import Schedule
-from dgrpo.trainer.optim import all_finite, lr_factor, set_lr
+from dgrpo.trainer.optim import lr_factor, set_lr
 from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.run import Batch, Run
 
@@ -140,5 +140,6 @@ def update(run: Run, batch: Batch) -> None:
 
 def parameters_finite(run: Run) -> bool:
     """Whether all trained parameters are finite, on all ranks. COLLECTIVE."""
-    own = all_finite(p.detach() for p in run.model.parameters() if p.requires_grad)
-    return ranks().totals([not own])[0] == 0
+    trained = [fsdp.local(p.detach()) for p in run.model.parameters() if p.requires_grad]
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in trained]).all()  # one sync
+    return ranks().totals([not finite])[0] == 0
