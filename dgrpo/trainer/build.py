@@ -29,7 +29,6 @@ from dgrpo.trainer.models import (
     shard,
 )
 from dgrpo.trainer.optim import make_optimizers
-from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.run import Run, unpack_pending
 from dgrpo.trainer.seeds import seed_all
@@ -133,7 +132,6 @@ def _build(settings: RunSettings, device: torch.device, mesh: Any, asked: Interr
             asynchronous=settings.checkpoint.asynchronous,
             frozen=settings.model.lora is None,
         ),
-        gradient_scale=fsdp.gradient_scale(mesh),
         asked=asked,
     )
 

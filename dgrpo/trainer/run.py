@@ -78,7 +78,6 @@ class Run:
     options: Options  # of the loss head
     optimizers: list[torch.optim.Optimizer]
     checkpointer: Checkpointer
-    gradient_scale: int  # ranks over which gradients are averaged
     log: RunLog = field(init=False)  # made after the checkpoint: cuts the metrics back to it
     state: RunState = field(default_factory=RunState)
     pending: list[Batch] = field(default_factory=list)

@@ -47,7 +47,7 @@ def weigh(run: Run, batch: Batch) -> None:
             sequence_ids=torch.arange(len(members)).repeat_interleave(torch.tensor(lengths)),
             counts=counts,
             max_length=run.settings.rollout.max_tokens,
-            world_size=run.gradient_scale,
+            world_size=ranks().world,
         )
         for i, own_weights in zip(members, weights.split(lengths), strict=True):
             samples[i].token_weights = own_weights
@@ -118,7 +118,7 @@ def update(run: Run, batch: Batch) -> None:
     settings, state = run.settings.optimizer, run.state
     with timed(batch.seconds, "train"):  # on a GPU: waits for the backward passes
         own = torch.stack([out.loss for _, out in batch.outputs]).double().sum()
-        loss = float(own) / run.gradient_scale
+        loss = float(own) / ranks().world  # its weights count the ranks
     with timed(batch.seconds, "update"):
         limit = settings.clip_norm
         norm = fsdp.grad_norm(run.model) if limit is None else fsdp.clip_gradients(run.model, limit)

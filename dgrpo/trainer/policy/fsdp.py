@@ -5,7 +5,7 @@ of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the
 tied or has LoRA), which is the root. Mixed precision never casts the inputs of a forward: it would
 round the log-probabilities and weights of the loss to bf16, also inside dataclasses.
 
-FSDP averages gradients over the mesh, so token weights are multiplied by `gradient_scale(mesh)`.
+FSDP averages gradients over the mesh, so token weights are multiplied by its size.
 Everything here also takes a model that is not sharded.
 """
 
@@ -120,11 +120,6 @@ def reset_rotary(model: nn.Module) -> None:
                 setattr(module, name, buffer.to("cpu" if old.is_meta else old.device))
 
 
-def gradient_scale(mesh: DeviceMesh | None) -> int:
-    """The number of ranks over which gradients are averaged; token weights are multiplied by it."""
-    return 1 if mesh is None else mesh.size()
-
-
 def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> None:
     """Set, before a micro-batch's forward, whether its gradients are reduced over ranks.
 
@@ -166,13 +161,6 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def reshard(model: nn.Module) -> None:
-    """Free gathered parameters and put the shards in their place; no-op without FSDP."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 @torch.no_grad()
 def full_tensors(
     model: PolicyModel, merge: bool = True, dtype: torch.dtype | None = None
@@ -191,7 +179,9 @@ def full_tensors(
     Raises:
         ValueError: an adapter that is not LoRA on a linear layer.
     """
-    reshard(model)
+    for module in model.modules():  # the shards take the place of gathered parameters
+        if isinstance(module, FSDPModule):
+            module.reshard()
     root = model.causal if merge else model.model
     seen: set[int] = set()
     for name, value in root.state_dict(keep_vars=True).items():
