@@ -35,9 +35,8 @@ def load_rows(
         path: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a glob, a folder of
             such files, a folder written by `Dataset.save_to_disk`, `"module:function"` (called
             with `options`, returns a sequence of dicts), or a dataset's name on the hub.
-        split: the split of a hub dataset or of a saved `DatasetDict`.
+        split: of a hub dataset or of a saved `DatasetDict`.
         columns: `{our name: name in the file}`; the other columns keep their names.
-        options: keyword arguments of a function.
         report: files that cannot be opened are counted here.
 
     Raises:

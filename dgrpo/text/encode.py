@@ -32,10 +32,7 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a chat through the tokenizer's template; what the messages say is text.
 
-    Args:
-        messages: `[{"role": ..., "content": str}, ...]`.
-        add_generation_prompt: end with the opening of the assistant's turn.
-        options: passed to the template (`enable_thinking=False`, `tools=...`).
+    `options` are passed to the template (`enable_thinking=False`, `tools=...`).
 
     Raises:
         ValueError: the tokenizer has no template.

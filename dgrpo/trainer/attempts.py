@@ -48,9 +48,7 @@ Gate = Callable[[Sequence[Attempt]], Sequence[float]]
 def teacher_context(name: str, template: str) -> TeacherContext | None:
     """The hook of `method.teacher_context`; None for "same".
 
-    Args:
-        name: "same", "evidence", "correct_rollout", "privileged" or "module:function".
-        template: text with `{prompt}` and `{context}`, for the two that add a context.
+    `template` is a text with `{prompt}` and `{context}`, for the two hooks that add a context.
     """
     known = {
         "same": None,

@@ -43,11 +43,8 @@ def build(
 ) -> Run:
     """Everything of a run, continued from its folder's last checkpoint where it has one.
 
-    Holds the folder until `Run.close`. Starts torch.distributed under torchrun.
-
-    Args:
-        allow_changes: go on in a folder that was trained with another method, teacher or data.
-        asked: tells the run whether a signal asks for its end.
+    Holds the folder until `Run.close`. Starts torch.distributed under torchrun. `asked` tells
+    whether a signal asks for the end.
 
     Raises:
         ValueError: the folder is another run's, or settings do not fit it, the model or the data.

@@ -89,12 +89,7 @@ def train(settings: RunSettings, *, allow_changes: bool = False) -> Outcome:
     """One run, continued from its folder's last checkpoint where it has one.
 
     SIGINT, SIGTERM and SIGHUP end it after the step at hand with a checkpoint, or at once while it
-    still starts; the outcome is "stopped".
-
-    Args:
-        settings: of the run.
-        allow_changes: go on although the folder was trained with another method, teacher or data;
-            else that raises ValueError.
+    still starts; the outcome is "stopped". `allow_changes` as for `train_stages`.
 
     Raises:
         FolderInUse: another run is under way in the folder.

@@ -47,11 +47,9 @@ def evaluate(
             `task` and `length` (else `tokens`, rounded up to a power of two); `depths` say where
             its needles lie, and rows of one `document_id` are not independent.
         reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
-        batch_size: prompts per call.
         max_tokens: longest completion; None: the row's `max_tokens`, else 256.
         source: how a prompt is made from a row, as in training.
         tokenizer: measures rows that do not say how long they are.
-        log: receives a line for each failure.
     """
     source = source or Source()
     items: list[Item] = []

@@ -35,12 +35,8 @@ class WrongResult(Exception):
 def invoke(function: Callable, options: dict, data: dict, row: int | None = None) -> dict:
     """Call a reward on a row (None: all): `{"values": ..., "errors": ...}`, JSON-able.
 
-    Args:
-        data: a list per column, "prompts" and "completions" among them.
-
-    Raises:
-        WrongResult: a result that is not one value per sample.
-        Exception: whatever the reward raises.
+    `data` has a list per column, "prompts" and "completions" among them. Raises `WrongResult` for
+    a result that is not one value per sample, and whatever the reward raises.
     """
     given = {k: list(values) if row is None else [values[row]] for k, values in data.items()}
     prompts, completions = given.pop("prompts"), given.pop("completions")

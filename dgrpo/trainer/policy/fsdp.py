@@ -49,7 +49,6 @@ def shard(
     given `compute_dtype=torch.bfloat16` on GPUs. A frozen one is loaded in bf16 and needs none.
 
     Args:
-        model: on the CPU; its parameters become DTensors on the mesh's device.
         mesh: of one or two dimensions, see `dgrpo.distributed.make_mesh`.
         compute_dtype: of gathered parameters and activations; None = the parameters' own.
         reduce_dtype: in which gradients are summed over ranks; None = `compute_dtype`.
@@ -123,11 +122,8 @@ def reset_rotary(model: nn.Module) -> None:
 def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> None:
     """Set, before a micro-batch's forward, whether its gradients are reduced over ranks.
 
-    Args:
-        model: one that is not sharded is left as it is.
-        last: this is the last micro-batch of the optimiser step.
-        every_micro: reduce-scatter after each micro-batch (replicas of HSDP sum at the last alone).
-            False accumulates gradients of the full size on every rank and reduces them at the last.
+    With `every_micro` they are reduce-scattered after each micro-batch (replicas of HSDP sum at the
+    `last` of the optimiser step alone), else kept whole on every rank and reduced at the last.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or every_micro)
@@ -171,7 +167,6 @@ def full_tensors(
     with LoRA comes as well, since merging unties it.
 
     Args:
-        model: sharded or not.
         merge: add LoRA's products to the weights that they adapt and leave its own matrices out, as
             a sampler or `from_pretrained` wants it. False yields peft's own names and tensors.
         dtype: convert before gathering; None = as stored.
