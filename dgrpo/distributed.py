@@ -3,19 +3,16 @@
 `ranks()` is the only place in the trainer that asks `torch.distributed` for rank or world. Without
 a process group it is one rank, and every collective returns its input.
 
-Two pairs of numbers, equal as long as every mesh dimension reads data of its own:
+Two pairs of numbers, equal as long as every rank reads data of its own (along a sequence-parallel
+dimension it would not, and `totals` would need a group without that dimension):
 
     rank, world             processes: who writes files; `first` speaks for all
     data_rank, data_world   readers of data: for the data stream and the normalisers
-
-A sequence-parallel dimension would stay out of `DATA`: its ranks share one `data_rank`, and
-`totals` then needs the group of the dimensions in `DATA`.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-DATA = ("replicate", "shard")  # mesh dimensions whose ranks read different rows
 
 _mesh: DeviceMesh | None = None  # of this process, made by `start`
 
@@ -52,25 +47,15 @@ class Ranks:
         """Whether this rank speaks for all: prints, and writes what there is once."""
         return self.rank == 0
 
-    def size(self, dimension: str) -> int:
-        """Ranks along a dimension of the mesh, 1 where it has none of that name."""
-        names = () if self.mesh is None else self.mesh.mesh_dim_names
-        return self.mesh.size(names.index(dimension)) if dimension in names else 1
-
     @property
     def data_world(self) -> int:
         """Number of ranks that read different rows."""
-        return self.world if self.mesh is None else math.prod(map(self.size, DATA))
+        return self.world
 
     @property
     def data_rank(self) -> int:
         """The place of this rank among them."""
-        if self.mesh is None:
-            return self.rank
-        place = 0
-        for name, at in zip(self.mesh.mesh_dim_names, self.mesh.get_coordinate(), strict=True):
-            place = place * self.size(name) + at if name in DATA else place
-        return place
+        return self.rank
 
     def totals(self, values: Sequence[float]) -> list[float]:
         """Sum each value over the ranks, in fp64. COLLECTIVE; a sync. NaN and infinity spread."""

@@ -69,10 +69,7 @@ class Endpoint:
     def post(self, path: str, body: dict, parse: Callable[[Any], Any] = lambda answer: answer):
         """Send `body` and the model's name to `path` below the url; `parse` the answer's JSON.
 
-        An exception of `parse` is a failure that may pass.
-
-        Raises:
-            EndpointError: no usable answer in all tries.
+        An exception of `parse` is a failure that may pass. Raises `EndpointError` after all tries.
         """
         content = json.dumps({"model": self.model, **body})
         for attempt in range(self.retries + 1):

@@ -69,7 +69,8 @@ LAYERS = """
     trainer.loop longblocks.evaluation longblocks.dataset
     trainer
     trainer.rollout trainer.teachers trainer.checkpoint trainer.metrics trainer.report
-    trainer.policy trainer.batch data longblocks.tasks longblocks.rewards
+    trainer.policy
+    trainer.batch data longblocks.tasks longblocks.rewards
     trainer.attention trainer.config endpoint text
     head
     ops

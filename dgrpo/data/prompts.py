@@ -17,7 +17,7 @@ from dgrpo.data.render import Prompt, PromptEncoder
 from dgrpo.data.rows import fingerprint
 from dgrpo.data.survey import Survey
 from dgrpo.text import BadRow, Report
-from dgrpo.trainer.config import DataSource
+from dgrpo.trainer.config import Data
 
 OTHERWISE = "set another out, or read the new rows from their beginning by --allow-changes"
 
@@ -31,14 +31,11 @@ class PromptStream:
 
     Args:
         tokenizer: a tokenizer of transformers; its lengths are the ones that count.
-        chat, system, chat_options: see `PromptEncoder`.
-        min_prompt_tokens, max_prompt_tokens, max_completion_tokens: rows outside are dropped.
         context, reserve: rows whose prompt and completion (`reserve` tokens; None: its own) are
             longer than `context` tokens together are dropped.
         require_completion: drop rows without a target (SFT, distillation on given texts).
-        shuffle: off, rows come in the order of the files.
         rank, world: this process and how many share the stream.
-        log, report_path: see `Report`.
+        log: see `Report`.
 
     Raises:
         ValueError: no source, or a source of which no row is usable.
@@ -46,38 +43,33 @@ class PromptStream:
 
     def __init__(
         self,
-        sources: Sequence[DataSource],
+        data: Data,
         tokenizer,
         *,
         seed: int = 0,
         epochs: int | None = 1,
-        chat: bool | None = None,
-        system: str | None = None,
-        chat_options: dict | None = None,
-        min_prompt_tokens: int = 0,
-        max_prompt_tokens: int | None = None,
-        max_completion_tokens: int | None = None,
         context: int | None = None,
         reserve: int | None = None,
         require_completion: bool = False,
-        shuffle: bool = True,
         rank: int = 0,
         world: int = 1,
         log: Callable[[str], None] | None = None,
-        report_path: str | None = None,
     ):
+        sources = data.sources
         if not sources:
             raise ValueError("sources: got none, expected at least one Source")
         if not 0 <= rank < world:
             raise ValueError(f"rank: got {rank}, expected 0 <= rank < world = {world}")
-        self.report = Report(log if rank == 0 else lambda line: None, report_path)
-        self.sources, self.rank, self.world, self.epochs = list(sources), rank, world, epochs
-        self.encoder = PromptEncoder(tokenizer, chat=chat, system=system, chat_options=chat_options)
-        self.lengths = (min_prompt_tokens, max_prompt_tokens, max_completion_tokens)
+        self.report = Report(log if rank == 0 else lambda line: None)
+        self.data, self.sources, self.epochs = data, sources, epochs
+        self.rank, self.world = rank, world
+        self.encoder = PromptEncoder(
+            tokenizer, chat=data.chat, system=data.system, chat_options=data.chat_options
+        )
         self.context, self.reserve = context, reserve
         self.require_completion = require_completion
         self.cursors = [
-            (Pass if source.streaming else Shuffled)(source, [seed, i], shuffle, self.report)
+            (Pass if source.streaming else Shuffled)(source, [seed, i], data.shuffle, self.report)
             for i, source in enumerate(sources)
         ]
         self.books = [Books(s.books, self.report) if s.books else None for s in sources]
@@ -85,11 +77,6 @@ class PromptStream:
         self.files = [fingerprint(source.path) for source in sources]
         self.index = 0
         self.taken = [0] * len(sources)
-
-    @property
-    def size(self) -> int | None:
-        """Rows of the first source before any filter; None while streaming."""
-        return self.cursors[0].size
 
     def batch(self, n: int) -> list[Prompt]:
         """The next `n` prompts of the global stream; of these, those that are this rank's.
@@ -149,13 +136,13 @@ class PromptStream:
                 f"got {self.names}, the saved position is of {state['names']}; "
                 "resume with the sources it was saved with"
             )
-        files, same = state.get("files", self.files), "resume with the same data"
+        same = "resume with the same data"
         for i, (name, cursor) in enumerate(zip(self.names, self.cursors, strict=True)):
             size = state["cursors"][i].get("size")
             if size != cursor.size:
                 had = f"{name!r} has {cursor.size} rows, had {size}"
                 return f"{had} when the position was saved; {same}"
-            if files[i] != self.files[i]:
+            if state["files"][i] != self.files[i]:
                 return f"{name!r} has other rows than when the position was saved; {same}"
         return ""
 
@@ -217,10 +204,10 @@ class PromptStream:
         return prompt
 
     def _check(self, prompt: Prompt) -> None:
-        shortest, longest, longest_target = self.lengths
-        n = len(prompt.ids)
-        if n < shortest:
-            raise BadRow("too short", f"{n} tokens, at least {shortest} wanted")
+        data, n = self.data, len(prompt.ids)
+        longest, longest_target = data.max_prompt_tokens, data.max_completion_tokens
+        if n < data.min_prompt_tokens:
+            raise BadRow("too short", f"{n} tokens, at least {data.min_prompt_tokens} wanted")
         if longest is not None and n > longest:
             raise BadRow("too long", f"{n} tokens, at most {longest} wanted")
         own = 0 if prompt.completion_ids is None else len(prompt.completion_ids)

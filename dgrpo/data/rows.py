@@ -7,7 +7,6 @@ pass in bounded memory. In both a row or a file that cannot be read is a `BadRow
 import bisect
 import glob
 import hashlib
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.data.tables import DELIMITERS, Table, open_table, unreadable
+from dgrpo.extras import load_function
 from dgrpo.text import BadRow, Report
 
 ENDS = 2**20  # bytes of each end of a file that its fingerprint reads
@@ -35,9 +35,8 @@ def load_rows(
         path: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a glob, a folder of
             such files, a folder written by `Dataset.save_to_disk`, `"module:function"` (called
             with `options`, returns a sequence of dicts), or a dataset's name on the hub.
-        split: the split of a hub dataset or of a saved `DatasetDict`.
+        split: of a hub dataset or of a saved `DatasetDict`.
         columns: `{our name: name in the file}`; the other columns keep their names.
-        options: keyword arguments of a function.
         report: files that cannot be opened are counted here.
 
     Raises:
@@ -46,7 +45,8 @@ def load_rows(
     report = report or Report()
     path = str(path)
     if is_function(path):
-        tables = [Table(_call(path, options or {}), path)]
+        rows = load_function("path", path)(**options or {})
+        tables = [Table(rows if hasattr(rows, "__getitem__") else list(rows), path)]
     elif files := row_files(path):
         tables = _open_all(files, report)
     elif os.path.isdir(path):
@@ -101,16 +101,6 @@ def is_function(path: str) -> bool:
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as a file, not as a hub dataset."""
     return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
-
-
-def _call(path: str, options: dict) -> Sequence[dict]:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"path: got {path!r}, which cannot be imported: {error}") from error
-    rows = function(**options)
-    return rows if hasattr(rows, "__getitem__") else list(rows)
 
 
 def _saved(path: str, split: str):

@@ -5,6 +5,7 @@ quotation into the control token. Text is encoded as usual, unless it contains t
 token; then by a copy of the tokenizer that does not know those tokens.
 """
 
+import json
 import re
 from functools import lru_cache
 
@@ -31,10 +32,7 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a chat through the tokenizer's template; what the messages say is text.
 
-    Args:
-        messages: `[{"role": ..., "content": str}, ...]`.
-        add_generation_prompt: end with the opening of the assistant's turn.
-        options: passed to the template (`enable_thinking=False`, `tools=...`).
+    `options` are passed to the template (`enable_thinking=False`, `tools=...`).
 
     Raises:
         ValueError: the tokenizer has no template.
@@ -57,11 +55,6 @@ def count_tokens(tokenizer, text: str) -> int:
     if tokenizer == "bytes":
         return len(text.encode("utf-8", errors="replace"))
     return len(encode_text(tokenizer, text))
-
-
-@lru_cache(maxsize=16)
-def _encoder(tokenizer) -> "_Encoder":
-    return _Encoder(tokenizer)
 
 
 class _Encoder:
@@ -134,6 +127,9 @@ class _Encoder:
         return self.plain("".join(lines)) == [i for line in lines for i in self.plain(line)]
 
 
+_encoder = lru_cache(maxsize=16)(_Encoder)  # one per tokenizer
+
+
 def chunks(text: str, size: int):
     """Cut `text` into pieces of at most `size` characters, after line ends where it has any.
 
@@ -154,8 +150,6 @@ def _any_of(texts: set[str]) -> re.Pattern | None:
 
 def _without(backend, hidden: set[str]):
     """A copy of a fast tokenizer that reads the text of `hidden` tokens as text."""
-    import json
-
     from tokenizers import Tokenizer
 
     state = json.loads(backend.to_str())

@@ -1,6 +1,5 @@
 """Score a model's completions of rows, whatever generates them."""
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -8,11 +7,12 @@ from typing import Any, NamedTuple
 
 from dgrpo.data import Source, render_row
 from dgrpo.longblocks.evaluation.results import Item, Results
-from dgrpo.longblocks.rewards.worker import invoke
+from dgrpo.longblocks.rewards.by_row import function_of_row
+from dgrpo.longblocks.rewards.worker import HOME, invoke
 from dgrpo.text import BadRow, count_tokens
 
 Generate = Callable[[list, int], Sequence[str]]
-MODULES = ("dgrpo.rewards", "dgrpo.longblocks.evaluation.scores")
+MODULES = (HOME, "dgrpo.longblocks.evaluation.scores")
 MAX_TOKENS = 256
 
 
@@ -47,11 +47,9 @@ def evaluate(
             `task` and `length` (else `tokens`, rounded up to a power of two); `depths` say where
             its needles lie, and rows of one `document_id` are not independent.
         reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
-        batch_size: prompts per call.
         max_tokens: longest completion; None: the row's `max_tokens`, else 256.
         source: how a prompt is made from a row, as in training.
         tokenizer: measures rows that do not say how long they are.
-        log: receives a line for each failure.
     """
     source = source or Source()
     items: list[Item] = []
@@ -124,15 +122,12 @@ def _complete(generate: Generate, entries: list[_Entry], limit: int) -> list[str
 
 
 def _reward(row: dict) -> Callable:
-    path = row.get("reward")
-    if not path:
+    if not row.get("reward"):
         raise BadRow("no reward", "the row has no column reward, and no other reward was given")
-    module, _, name = str(path).rpartition(":")
-    module = module or MODULES[0]
-    found = getattr(importlib.import_module(module), name, None) if module in MODULES else None
-    if not callable(found):
-        raise BadRow("unknown reward", f"{path!r}; expected a function of {' or '.join(MODULES)}")
-    return found
+    try:
+        return function_of_row(str(row["reward"]), homes=MODULES)
+    except ValueError as error:
+        raise BadRow("unknown reward", str(error)) from None
 
 
 def _scored(entry: _Entry, text: str, tokenizer) -> Item:

@@ -11,14 +11,8 @@ import re
 def follows(name: str, arguments: dict | None, text: str, prompt: str = "") -> bool | None:
     """Whether `text` follows the instruction `name`; None where it cannot be checked.
 
-    Args:
-        name: such as `"length_constraints:number_words"`.
-        arguments: such as `{"relation": "at least", "num_words": 300}`; None values are absent.
-        text: the response.
-        prompt: the whole prompt, for instructions that repeat it.
-
-    Raises:
-        ValueError: an instruction that is not known.
+    `arguments` are such as `{"relation": "at least", "num_words": 300}`, None values being absent;
+    some instructions ask to repeat the `prompt`. Raises ValueError for an unknown instruction.
     """
     given = {k: v for k, v in (arguments or {}).items() if v is not None}
     if name == "combination:repeat_prompt":

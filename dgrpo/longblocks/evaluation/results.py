@@ -128,13 +128,11 @@ class Results:
 
     def heatmap(self, path: str | Path, task: str | None = None) -> None:
         """Draw the accuracy by depth and length as a PNG; an empty map where no depth is known."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         grid = self.grid(task)  # grey where it is NaN
         rows, columns = grid.shape
         figure = Figure(figsize=(2.4 + 0.8 * columns, 1.6 + 0.36 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.set_facecolor("0.85")
         image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="RdYlGn")

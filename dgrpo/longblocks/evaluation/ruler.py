@@ -34,14 +34,10 @@ def ruler(
     Args:
         tokenizer: measures lengths; `"bytes"`: one token per byte.
         tasks: names in `TASKS`; empty: all.
-        lengths: tokens of document and question.
+        lengths: tokens of document and question, at least 1000.
         count: rows of each task and length. The depths of a single needle go through ten equal
             parts of the document in turn.
-        seed: of everything.
         haystack: folder of text; None: the standard library.
-
-    Raises:
-        ValueError: an unknown task, or a length under 1000 tokens.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:

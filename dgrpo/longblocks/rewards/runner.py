@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dgrpo.extras import load_function
 from dgrpo.longblocks.rewards import worker
 from dgrpo.longblocks.rewards.process import Lost, WorkerProcess
 from dgrpo.trainer.config import Reward
@@ -79,7 +80,7 @@ class Scorer(AbstractContextManager):
         self._worker: WorkerProcess | None = None
         self._data: dict[str, Sequence] = {}  # of the batch at hand
         if timeout is None:
-            self._functions = [worker.load(reward.path) for reward in rewards]
+            self._functions = [load_function("rewards", r.path, worker.HOME) for r in rewards]
         else:
             self._restart()
 

@@ -11,9 +11,6 @@ are imported. Then, any number of times, `{"data": ..., "seed": ...}` (no reply)
 What rewards print goes to the standard error of the host. The process ends with its host.
 """
 
-import importlib
-import importlib.util
-import inspect
 import json
 import math
 import os
@@ -35,47 +32,11 @@ class WrongResult(Exception):
     """A reward returned something else than one value per sample."""
 
 
-def load(path: str) -> Callable:
-    """The function that a path names.
-
-    Args:
-        path: "name" of `dgrpo.rewards`, "package.module:name" (installed, or in the current folder)
-            or "folder/file.py:name".
-
-    Raises:
-        ValueError: no such module, file or function; an error during its import.
-    """
-    where, _, name = path.rpartition(":")
-    where = where or HOME
-    try:
-        if where.endswith(".py"):
-            module = _from_file(Path(where))
-        else:
-            if os.getcwd() not in sys.path:  # absent where the program is an installed command
-                sys.path.append(os.getcwd())
-            module = importlib.import_module(where)
-    except Exception as error:
-        text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
-        raise ValueError(f"reward {path!r}: importing {where} failed: {error}{text}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
-        known = sorted(getattr(module, "__all__", known))
-        raise ValueError(
-            f"reward {path!r}: {where} has no function {name!r}, expected one of {known}"
-        )
-    return function
-
-
 def invoke(function: Callable, options: dict, data: dict, row: int | None = None) -> dict:
     """Call a reward on a row (None: all): `{"values": ..., "errors": ...}`, JSON-able.
 
-    Args:
-        data: a list per column, "prompts" and "completions" among them.
-
-    Raises:
-        WrongResult: a result that is not one value per sample.
-        Exception: whatever the reward raises.
+    `data` has a list per column, "prompts" and "completions" among them. Raises `WrongResult` for
+    a result that is not one value per sample, and whatever the reward raises.
     """
     given = {k: list(values) if row is None else [values[row]] for k, values in data.items()}
     prompts, completions = given.pop("prompts"), given.pop("completions")
@@ -151,21 +112,6 @@ def _shown(value: Any) -> str:
     return f"the {kind} {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"
 
 
-def _absent(error: Exception, where: str) -> bool:
-    """Whether the module or file itself does not exist, so that no traceback is needed."""
-    if where.endswith(".py"):
-        return isinstance(error, OSError) and Path(error.filename or "") == Path(where).resolve()
-    return isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
-
-
-def _from_file(path: Path):
-    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def seed(number: int | None) -> None:
     """Seed Python's generator and NumPy's, which rewards may draw from; None leaves them."""
     if number is None:
@@ -200,7 +146,11 @@ def main() -> None:
     sys.path[:] = start["sys_path"]
     seed(start["seed"])
     try:
-        functions = [(load(r["path"]), r["options"]) for r in start["rewards"]]
+        from dgrpo.extras import load_function  # found on the host's path
+
+        functions = [
+            (load_function("rewards", r["path"], HOME), r["options"]) for r in start["rewards"]
+        ]
     except ValueError as error:
         reply({"error": str(error)})
         return

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dgrpo.extras import whole_file
 from dgrpo.longblocks.tasks.haystack import source_lines
-from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer, train_tokenizer
+from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer
 from dgrpo.text import count_tokens
-
-__all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
 
 SPLITS = {"train": 0, "test": 1, "validation": 2}
 
@@ -199,13 +198,10 @@ class ChainRows(Sequence):
 def rows(
     tokenizer, count: int = 1000, start: int = 0, segments: bool = False, **options
 ) -> ChainRows:
-    """Rows of a `ChainTask`, as a data source `dgrpo.longblocks.tasks.chains:rows`.
+    """`count` rows of a `ChainTask` from number `start` on, also as a data source of this name.
 
-    Args:
-        tokenizer: a tokenizer, or the folder of one.
-        count, start: number of rows, and of the first one.
-        segments: one row per document, with loss on all its answers, in place of one per query.
-        options: of `ChainTask`.
+    `tokenizer` may be a folder. With `segments` there is one row per document, with loss on all its
+    answers, in place of one per query; `options` are those of `ChainTask`.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
@@ -213,14 +209,7 @@ def rows(
 
 
 def write(path: str | Path, rows: Sequence[dict]) -> None:
-    """Write rows as JSONL or, by the file's name, parquet."""
-    path = Path(path)
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
-        return
-    with path.open("w", encoding="utf-8") as file:
+    """Write rows as JSONL, all or none."""
+    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -2,10 +2,10 @@
 
 import copy
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgrpo.extras import whole_file
 from dgrpo.text import Report
 
 META = ".make"  # hidden, so that reading the folder reads the rows alone
@@ -32,12 +32,9 @@ class MakeResult:
 def row(*, answer: str, reward: str, reference: str = "", **columns) -> dict:
     """A row of the published form, without id and seed.
 
-    Args:
-        reward: name of a function of `dgrpo.rewards`.
-        reference: a completion that earns the whole reward; empty: the answer.
-        columns: others of `COLUMNS`. `evidence` is the text that proves the answer, `depths` are
-            its places in the document, in [0, 1], and `tokens` is the length of document and
-            question, 0 where it was not measured.
+    `reward` is a name in `dgrpo.rewards`, `reference` a completion that earns all of it (empty: the
+    answer). Of the other columns `evidence` is the text that proves the answer, `depths` are its
+    places in the document, in [0, 1], and `tokens` measures document and question, 0 if unknown.
     """
     shown = dict.fromkeys(("response_reference", "privileged"), reference or answer)
     columns |= {"answer": answer, "reward": f"dgrpo.rewards:{reward}", **shown}
@@ -68,10 +65,9 @@ def write_part(folder: Path, number: int, rows: list[dict]) -> Path:
     import pyarrow.parquet
 
     file = part(folder, number)
-    partial = file.with_suffix(".partial")
     table = pyarrow.Table.from_pylist(rows, schema=_schema())
-    pyarrow.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
-    os.replace(partial, file)
+    with whole_file(file) as partial:
+        pyarrow.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
     return file
 
 

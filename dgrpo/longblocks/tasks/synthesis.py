@@ -1,9 +1,9 @@
 """Questions about a user's documents, asked and judged by a language model behind an endpoint.
 
 A model reads a stretch of a document and asks a question, with the answer and word-for-word
-evidence. What is checked: the evidence must stand in the document, and a second pass (the same or
-another model) must find that the document alone supports the answer and no other. What fails a
-check, or the endpoint, is dropped with its reason and counted; the rest becomes rows like those of
+evidence. What is checked: the evidence must stand in the document, and a second pass must find
+that the document alone supports the answer and no other. What fails a check, or the endpoint, is
+dropped with its reason and counted; the rest becomes rows like those of
 `dgrpo.longblocks.tasks.make`.
 """
 
@@ -26,6 +26,7 @@ from dgrpo.text.problems import append_json
 
 UNREACHABLE = "endpoint unreachable"
 FILE_ROWS = 64
+TEMPERATURE = 0.7  # of the questions; they are judged at 0
 GIVE_UP = 20  # requests in a row that reach nothing, after which the rest is not tried
 
 
@@ -39,17 +40,11 @@ class SynthesisSettings:
     count: int = 100  # questions to ask (rows that pass are fewer)
     tokens: int = 32_768  # longest stretch of a document
     tokenizer: str = "bytes"  # folder or hub name that measures it; "bytes": one token per byte
-    judge: Endpoint | None = None  # None: the model that asks
-    kinds: tuple[str, ...] = tuple(questions.KINDS)  # of questions, asked for in turn
     seed: int = 0  # of the stretches, and sent along
-    temperature: float = 0.7  # of the questions; the judge has 0
 
     def __post_init__(self):
         if not self.documents:
             raise ValueError("documents: got nothing, expected a folder of text files")
-        if not self.kinds or set(self.kinds) - set(questions.KINDS):
-            wanted = ", ".join(questions.KINDS)
-            raise ValueError(f"kinds: got {list(self.kinds)}, expected some of {wanted}")
 
 
 def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = print) -> MakeResult:
@@ -58,11 +53,8 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
     Raises:
         ValueError: no readable document, or a folder with data of other settings.
     """
-    out, judge = Path(settings.out), settings.judge
-    where, who = (judge.url, judge.model) if judge else ("", "")
-    about = asdict(settings) | {"model": settings.endpoint.model}
-    about |= {"judge_endpoint": where, "judge_model": who}
-    claim(out, {n: v for n, v in about.items() if n not in ("out", "endpoint", "judge")})
+    out, about = Path(settings.out), asdict(settings) | {"model": settings.endpoint.model}
+    claim(out, {name: v for name, v in about.items() if name not in ("out", "endpoint")})
     report = Report(log, out / META / "problems.jsonl")
     stretches = _Stretches(settings, report)
     journal = out / META / "asked.jsonl"
@@ -72,18 +64,18 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
     def ask(number: int) -> dict | BadRow:
         if silent >= GIVE_UP:
             return BadRow(UNREACHABLE, "not tried after many failures in a row")
-        kind = settings.kinds[number % len(settings.kinds)]
+        kind = list(questions.KINDS)[number % len(questions.KINDS)]
         seed = settings.seed * 1_000_003 + number
         try:
             text = stretches.text(number)
             reply = settings.endpoint.chat(
                 questions.chat(questions.KINDS[kind], text),
-                temperature=settings.temperature,
+                temperature=TEMPERATURE,
                 max_tokens=questions.MAX_TOKENS,
                 seed=seed,
             )
             asked = questions.checked(kind, reply, text)
-            questions.judged(judge or settings.endpoint, asked, text, seed)
+            questions.judged(settings.endpoint, asked, text, seed)
         except BadRow as problem:
             return problem
         except EndpointError as error:

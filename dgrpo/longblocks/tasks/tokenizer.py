@@ -45,9 +45,6 @@ def train_tokenizer(
         folder: text to train on, but for the last tenth of its lines (the held-out ones); None: the
             standard library's sources.
         seed: of the sample of lines that is used (about 1 MB).
-
-    Returns:
-        PreTrainedTokenizerFast with `eos_token` and `pad_token`.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dgrpo.distributed import ranks
+from dgrpo.extras import whole_file
+from dgrpo.trainer.config.run import METRICS
 from dgrpo.trainer.metrics.display import Display
 from dgrpo.trainer.metrics.rollouts import cut_rollouts
-
-METRICS = "metrics.jsonl"
 
 
 class RunLog:
@@ -157,12 +157,10 @@ def cut(path: Path, step: int) -> None:
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) == len(lines):
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _step(line: bytes) -> float:

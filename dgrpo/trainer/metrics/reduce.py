@@ -109,16 +109,7 @@ def _scalar(value: Value, fold: Callable[[Tensor], Tensor]) -> Value:
 
 
 def _numbers(values: list[Value]) -> list[float]:
-    """Plain floats, with one transfer for each device that values lie on."""
-    numbers: list[float] = [0.0] * len(values)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(values):
-        if isinstance(value, Tensor):
-            by_device.setdefault(value.device, []).append(i)
-        else:
-            numbers[i] = float(value)
-    for places in by_device.values():
-        moved = torch.stack([values[i].double() for i in places]).tolist()
-        for i, number in zip(places, moved, strict=True):
-            numbers[i] = number
-    return numbers
+    """Plain floats, with one transfer for all that lie on the GPU."""
+    far = {i: v for i, v in enumerate(values) if isinstance(v, Tensor) and v.device.type != "cpu"}
+    moved = dict(zip(far, torch.stack([*far.values()]).tolist(), strict=True)) if far else {}
+    return [moved[i] if i in moved else float(value) for i, value in enumerate(values)]

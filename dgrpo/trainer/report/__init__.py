@@ -8,10 +8,10 @@ else was recorded of it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
+from dgrpo.extras import whole_file
 from dgrpo.trainer.report.curves import draw
 from dgrpo.trainer.report.page import make_page
 from dgrpo.trainer.report.read import Stage, read_run
@@ -56,10 +56,9 @@ def write_report(
     target.mkdir(parents=True, exist_ok=True)
     curves, page = target / "curves.png", target / "report.html"
     draw(stages, curves)
-    temporary = page.with_name(page.name + ".tmp")
     title = " · ".join(names) if len(names) < 5 else f"{len(names)} runs"
-    temporary.write_text(make_page(title, stages, page_bytes), encoding="utf-8")
-    os.replace(temporary, page)
+    with whole_file(page) as temporary:
+        temporary.write_text(make_page(title, stages, page_bytes), encoding="utf-8")
     return Report(curves, page)
 
 

@@ -30,8 +30,7 @@ class Change(NamedTuple):
     title: str
     start: float
     end: float
-    over: int
-    """Start and end are each the mean of this many recorded values."""
+    over: int  # start and end are each the mean of this many recorded values
 
 
 def changes(stage: Stage) -> list[Change]:

@@ -8,7 +8,6 @@ import pytest
 from dgrpo.longblocks import rewards
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
 from dgrpo.longblocks.tasks.facts import Draft, Names
-from dgrpo.longblocks.tasks.retrieval import from_passages
 from dgrpo.text import count_tokens
 
 LENGTHS = (1500, 6000)
@@ -167,14 +166,3 @@ def test_too_short_a_document_says_so(ground):
     with pytest.raises(ValueError, match="ask for longer documents"):
         for i in range(20):
             make_row(ground, settings, i)
-
-
-def test_retrieve_then_generate_from_passages_of_other_data():
-    rng = np.random.default_rng(0)
-    row = from_passages("Who?", ["Ann", "Anna"], ["Ann did\nit."], ["Bob did not.", "Rain."], rng)
-    assert score(row, row["response_reference"]) == 1.0
-    assert row["passages"] == ["Ann did it."] and len(re.findall(r"\[P\d\]", row["document"])) == 3
-    with pytest.raises(ValueError, match="no answer"):
-        from_passages("Who?", [], ["a"], [], rng)
-    with pytest.raises(ValueError, match="among the others"):
-        from_passages("Who?", ["a"], ["a b"], ["a  b"], rng)
