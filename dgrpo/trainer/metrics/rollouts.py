@@ -35,10 +35,7 @@ from dgrpo.trainer.config.run import ROLLOUTS
 
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
 _PROMPT_CHARACTERS = 8000
-PER_TOKEN = (
-    *("advantage", "divergence", "clipped", "ratio"),
-    *("entropy", "logprob", "teacher_logprob", "loss"),
-)
+PER_TOKEN = "advantage divergence clipped ratio entropy logprob teacher_logprob loss".split()
 PerToken = torch.Tensor | Sequence[float] | float | None
 
 
@@ -99,13 +96,12 @@ def rollout_record(
 def _per_token(name: str, values: PerToken, count: int) -> list[float | None] | float | None:
     if values is None:
         return None
-    if isinstance(values, int | float):
-        return _number(values)
-    numbers = values.tolist() if isinstance(values, torch.Tensor) else list(values)
+    numbers = torch.as_tensor(values, dtype=torch.float64).tolist()
+    if isinstance(numbers, float):
+        return _number(numbers)
     if len(numbers) != count:
-        raise ValueError(
-            f"{name}: got {len(numbers)} values, expected one for each of {count} tokens"
-        )
+        got = f"got {len(numbers)} values"
+        raise ValueError(f"{name}: {got}, expected one for each of {count} tokens")
     return [_number(number) for number in numbers]
 
 
