@@ -12,6 +12,7 @@ const MODES = [
   ["teacher_logprob", "teacher’s log-probability", negative, negative],
 ];
 
+const SHOWN = 6000;
 let tokens = [], scales = {}, touched = false; // touched: since the page was opened
 
 // How strong the colour of a token is, in [-1, 1]: blue below 0; 0 where it has no value.
@@ -58,14 +59,21 @@ function drawFacts({ rollout, index }) {
   $("facts").replaceChildren(terms(facts));
 }
 
-function drawText({ rollout }) {
-  tokens = rollout.text.map((piece, i) => {
-    const span = element("span", { "data-i": i, class: piece === "" ? "part" : "" });
+// SHOWN tokens at a time: a browser lays out a million spans in minutes.
+function drawText({ rollout }, from = 0) {
+  const more = rollout.text.slice(from, from + SHOWN).map((piece, k) => {
+    const i = from + k, span = element("span", { "data-i": i, class: piece === "" ? "part" : "" });
     piece.split("\n").forEach((line, k) => span.append(...(k ? [element("span", { class: "newline" }, "↵"), "\n"] : []), line));
     span.classList.toggle("mute", valueOf(rollout, "loss", i) === 0);
     return span;
   });
-  $("text").replaceChildren(...(tokens.length ? tokens : ["The completion is empty."]));
+  tokens = [...tokens.slice(0, from), ...more];
+  if (!from) $("text").replaceChildren(tokens.length ? "" : "The completion is empty.");
+  for (const span of more) $("text").append(span);
+  const left = rollout.text.length - tokens.length;
+  $("more").hidden = !left;
+  $("more").textContent = `show more tokens (${left} left)`;
+  $("more").onclick = () => { drawText(at.row, tokens.length); paint(); };
 }
 
 // The colours by the chosen mode, of which the address tells too.
@@ -73,13 +81,13 @@ function paint() {
   drawModes();
   const { step, group, index } = at.row;
   if (touched) history.replaceState(null, "", `#${[$("run").value, step, group, index, at.mode].join("/")}`);
-  const strengths = tokens.map((_, i) => strength(i));
+  const strengths = at.row.rollout.text.map((_, i) => strength(i)), count = strengths.length;
   tokens.forEach((span, i) => { span.style.background = strengths[i] ? color(strengths[i]) : ""; });
-  const { width, height } = $("strip"), pen = $("strip").getContext("2d"), wide = Math.max(1, width / tokens.length);
+  const { width, height } = $("strip"), pen = $("strip").getContext("2d"), wide = Math.max(1, width / count);
   pen.clearRect(0, 0, width, height);
   // The strongest last: it is what is seen where several tokens share a pixel.
   for (const i of [...strengths.keys()].sort((a, b) => Math.abs(strengths[a]) - Math.abs(strengths[b]))) {
-    const place = [Math.floor(i * width / tokens.length), 0, Math.ceil(wide), height];
+    const place = [Math.floor(i * width / count), 0, Math.ceil(wide), height];
     pen.fillStyle = color(strengths[i]);
     pen.clearRect(...place);
     pen.fillRect(...place);
@@ -88,7 +96,10 @@ function paint() {
 
 function goTo(fraction) {
   $("text").querySelector(".here")?.classList.remove("here");
-  const token = tokens[Math.floor(fraction * tokens.length)];
+  const i = Math.floor(fraction * at.row.rollout.text.length);
+  while (tokens.length <= i && !$("more").hidden) drawText(at.row, tokens.length);
+  paint();
+  const token = tokens[i];
   token?.classList.add("here");
   token?.scrollIntoView({ block: "center" });
 }
