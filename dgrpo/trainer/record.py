@@ -60,7 +60,7 @@ def record(run: Run, batch: Batch) -> None:
     every = settings.evaluate.every
     if every and state.step % every == 0:
         metrics |= evaluate(run)
-    run.log.expect(run.expected_steps())
+    run.log.total_steps = run.expected_steps()
     run.log.log(state.step, metrics)
     if settings.log.samples and (state.step - 1) % settings.log.samples_every == 0:
         write_samples(run, batch)

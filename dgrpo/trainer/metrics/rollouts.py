@@ -34,10 +34,7 @@ from dgrpo.trainer.config.run import ROLLOUTS
 
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
 _PROMPT_CHARACTERS = 8000
-PER_TOKEN = (
-    *("advantage", "divergence", "clipped", "ratio"),
-    *("entropy", "logprob", "teacher_logprob", "loss"),
-)
+PER_TOKEN = "advantage divergence clipped ratio entropy logprob teacher_logprob loss".split()
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[str]:

@@ -44,14 +44,12 @@ def read_run(folder: Path) -> list[Stage]:
         raise ValueError(
             f"run_dir: got {folder}, expected a run's folder: it, or a folder in it, has {METRICS}"
         )
-    return [
-        _stage(path, path.name if path != folder else folder.resolve().name) for path in folders
-    ]
+    return [_stage(path) for path in folders]
 
 
-def _stage(folder: Path, name: str) -> Stage:
+def _stage(folder: Path) -> Stage:
     rollouts = sorted((folder / ROLLOUTS).glob("step-*.jsonl.gz"))
-    stage = Stage(name, rollouts, (folder / DONE).exists())
+    stage = Stage(folder.name, rollouts, (folder / DONE).exists())
     path = folder / SETTINGS
     try:
         if path.exists():
@@ -104,11 +102,11 @@ def read_lines(data: bytes) -> tuple[list[dict], int]:
 
 def read_rollouts(path: Path) -> tuple[list[dict], int]:
     """The rollouts of one file, up to where it is cut off; and how many are unreadable."""
-    lines, cut = [], 0
+    lines: list[bytes] = []
+    cut = 0
     try:
         with gzip.open(path) as file:
-            for line in file:
-                lines.append(line)
+            lines.extend(file)  # keeps what came before an error
     except (EOFError, zlib.error, OSError):
         cut = 1
     records, bad = read_lines(b"".join(lines))
