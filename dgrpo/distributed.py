@@ -7,7 +7,6 @@ rows. Without a process group there is one rank, and every collective returns it
 from __future__ import annotations
 
 import gc
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-DATA = ("replicate", "shard")  # mesh dimensions whose ranks read different rows
 
 _mesh: dist.DeviceMesh | None = None  # of this process, made by `start`
 
@@ -43,25 +40,15 @@ class Ranks:
         """Whether this rank speaks for all: prints, and writes what there is once."""
         return self.rank == 0
 
-    def size(self, dimension: str) -> int:
-        """Ranks along a dimension of the mesh, 1 where it has none of that name."""
-        names = () if self.mesh is None else self.mesh.mesh_dim_names
-        return self.mesh.size(names.index(dimension)) if dimension in names else 1
-
     @property
     def data_world(self) -> int:
-        """Number of ranks that read different rows."""
-        return self.world if self.mesh is None else math.prod(map(self.size, DATA))
+        """Number of ranks that read different rows: all, as no mesh dimension shares rows."""
+        return self.world
 
     @property
     def data_rank(self) -> int:
         """The place of this rank among them."""
-        if self.mesh is None:
-            return self.rank
-        place = 0
-        for name, at in zip(self.mesh.mesh_dim_names, self.mesh.get_coordinate(), strict=True):
-            place = place * self.size(name) + at if name in DATA else place
-        return place
+        return self.rank
 
     def totals(self, values: Sequence[float]) -> list[float]:
         """Sum each value over the ranks, in fp64. COLLECTIVE; a sync. NaN and infinity spread."""
@@ -160,8 +147,10 @@ def make_mesh(device: torch.device | str, replicas: int = 1) -> dist.DeviceMesh:
     world, kind = dist.get_world_size(), torch.device(device).type
     if replicas < 1 or world % replicas:
         raise ValueError(f"replicas: got {replicas}, expected a divisor of the {world} ranks")
-    shape = (world,) if replicas == 1 else (replicas, world // replicas)
-    return dist.init_device_mesh(kind, shape, mesh_dim_names=DATA[-len(shape) :])
+    if replicas == 1:
+        return dist.init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    shape = (replicas, world // replicas)
+    return dist.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def sum_shards(tensor: Tensor, mesh: dist.DeviceMesh) -> Tensor:

@@ -15,7 +15,6 @@ def made(
     lengths: Sequence[int] = (4096,),
     count: int = 100,
     seed: int = 0,
-    haystack: str | None = None,
 ) -> Iterator[dict | BadRow]:
     """Rows of tasks at lengths, deterministic by seed: those of the split "test".
 
@@ -25,16 +24,14 @@ def made(
     """
     settings = MakeSettings("", tuple(tasks) or ("all",), count, tuple(lengths), split="test")
     settings = replace(settings, count=count * len(settings.named) * len(lengths), seed=seed)
-    return _rows(tokenizer, settings, haystack)
 
+    def rows() -> Iterator[dict | BadRow]:
+        ground = Ground(build_corpus(tokenizer).part(settings.split), tokenizer)
+        for number in range(settings.count):
+            length = settings.tokens[number // len(settings.named) % len(settings.tokens)]
+            try:
+                yield make_row(ground, settings, number) | {"length": length}
+            except Exception as error:  # whatever goes wrong costs this row alone
+                yield BadRow("cannot be made", str(error))
 
-def _rows(tokenizer, settings: MakeSettings, haystack: str | None) -> Iterator[dict | BadRow]:
-    ground = Ground(build_corpus(tokenizer, haystack).part(settings.split), tokenizer)
-    for number in range(settings.count):
-        try:
-            row = make_row(ground, settings, number)
-        except Exception as error:  # whatever goes wrong costs this row alone
-            yield BadRow("cannot be made", str(error))
-            continue
-        length = settings.tokens[number // len(settings.named) % len(settings.tokens)]
-        yield row | {"length": length}
+    return rows()

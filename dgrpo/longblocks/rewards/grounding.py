@@ -39,8 +39,7 @@ def abstention(
 ) -> tuple:
     """1 for the right answer to what is answerable, and for abstaining from what is not.
 
-    To abstain is to give one of the phrases as the final answer, without an answer beside it. The
-    part `abstained` is its rate.
+    To abstain is to give one of the phrases as the final answer, without an answer beside it.
 
     Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
@@ -53,9 +52,7 @@ def abstention(
 
 @per_sample("precision", "recall")
 def citation(completion, passage_ids) -> tuple:
-    """F1 of the cited labels ("[P12]") against the supporting ones, times their precision.
-
-    Each label counts once. Parts: `precision`, `recall`.
+    """F1 of the cited labels ("[P12]", each once) against the supporting ones, times precision.
 
     Columns: `passage_ids` (list of str).
     """
@@ -80,12 +77,9 @@ def grounded(
 
     The completion is `Answer: value` and lines `Quote: "sentence" [P12]`. The reward is 0 for a
     wrong answer, else half of it for the answer and half for the evidence: F1 of the cited labels
-    times their precision (a label that is cited twice counts twice) times the share of quotations
-    that are exact, that is, stand in the passage of their label but for white space and have five
-    words or are the whole passage. What the document does not answer is to be answered by an
-    abstention without quotations.
-
-    Parts: `answer`, `citation_precision`, `citation_recall`, `quote`, `abstained`.
+    times their precision times the share of quotations that are exact: that stand in the passage of
+    their label but for white space and have five words or are the whole passage. What the document
+    does not answer is to be answered by an abstention without quotations.
 
     Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
     `document` (str) with passages labelled "[P12]" at line starts.
@@ -118,8 +112,6 @@ def retrieval(completion, passage_ids, passages, answer=None, aliases=None) -> t
     not given before, and its words have F1 of at least 0.9 with the passage's. More than one block,
     or none, is an empty one.
 
-    Parts: `answer`, `retrieval_precision`, `retrieval_recall`.
-
     Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
     text = without_thinking(completion)
@@ -145,7 +137,6 @@ def _abstains(completion: str, phrases: Sequence[str]) -> bool:
 
 
 def _is_exact(quote: str, passage: str | None) -> bool:
-    quote = squeeze(quote)
-    if passage is None or quote not in passage:
-        return False
-    return len(quote.split()) >= _MIN_QUOTE or quote == passage
+    words = quote.split()
+    quote = " ".join(words)
+    return quote in (passage or "") and (len(words) >= _MIN_QUOTE or quote == passage)

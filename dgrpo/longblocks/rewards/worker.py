@@ -57,10 +57,7 @@ def answer(function: Callable, options: dict, data: dict, row: int | None) -> di
 
 
 def columns_of(result: Any, n: int) -> dict[str, list]:
-    """What a reward returned for n completions as {part: n values}, "reward" among them.
-
-    Raises `WrongResult` where it is neither n values nor a dict of them.
-    """
+    """What a reward returned as {part: n values}, "reward" among them; else `WrongResult`."""
     parts = dict(result) if isinstance(result, dict) else {"reward": result}
     if "reward" not in parts:
         names = sorted(map(str, parts))
