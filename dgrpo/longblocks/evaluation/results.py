@@ -110,26 +110,26 @@ class Results:
         items = [Item(**item | {"depths": tuple(item["depths"])}) for item in content["items"]]
         return cls(items, content["failures"], content["counts"])
 
-    def grid(self, task: str | None = None) -> np.ndarray:
+    def grid(self) -> np.ndarray:
         """Mean score by depth and length, (DEPTHS, lengths); NaN where there is no item.
 
         An item that needs several places counts at each of them.
         """
         lengths = self.lengths
         total, count = np.zeros((2, DEPTHS, max(1, len(lengths))))
-        for item in self._of(task):
+        for item in self.items:
             for depth in item.depths:
                 cell = min(int(depth * DEPTHS), DEPTHS - 1), lengths.index(item.length)
                 total[cell] += item.score
                 count[cell] += 1
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-    def heatmap(self, path: str | Path, task: str | None = None) -> None:
+    def heatmap(self, path: str | Path) -> None:
         """Draw the accuracy by depth and length as a PNG; an empty map where no depth is known."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        grid = self.grid(task)  # grey where it is NaN
+        grid = self.grid()  # grey where it is NaN
         rows, columns = grid.shape
         figure = Figure(figsize=(2.4 + 0.8 * columns, 1.6 + 0.36 * rows), layout="constrained")
         FigureCanvasAgg(figure)
@@ -142,7 +142,7 @@ class Results:
         axes.set_xticks(range(columns), [_short(length) for length in self.lengths])
         axes.set_yticks(np.arange(rows + 1) - 0.5, [f"{k / rows:.0%}" for k in range(rows + 1)])
         axes.set(xlabel="length in tokens", ylabel="depth of the needle")
-        title = task or ", ".join(self.tasks[:4]) + (", …" if len(self.tasks) > 4 else "")
+        title = ", ".join(self.tasks[:4]) + (", …" if len(self.tasks) > 4 else "")
         axes.set_title(title, fontsize=9)
         figure.colorbar(image, ax=axes, label="score")
         figure.savefig(path, dpi=120)

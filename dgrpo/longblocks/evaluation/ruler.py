@@ -1,19 +1,22 @@
-"""Long-context tasks in the manner of RULER (arXiv 2404.06654), made here at any length.
+"""Long-context tasks made here at any length, from text that `dgrpo data make` keeps for tests.
 
-Documents come from text that `dgrpo data make` keeps for tests.
+`made` has the tasks of `dgrpo data make`, `ruler` those of RULER (arXiv 2404.06654).
 """
 
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import numpy as np
 
 from dgrpo.longblocks.tasks import grounding
+from dgrpo.longblocks.tasks.catalog import MakeSettings, make_row
 from dgrpo.longblocks.tasks.corpus import build_corpus
 from dgrpo.longblocks.tasks.facts import Draft, Ground, Woven, row
+from dgrpo.text import BadRow
 
 ANSWER = 'End with a line that says "Answer: " and then '
 NEEDLE = "The special number of {} is {}."
@@ -51,6 +54,34 @@ def ruler(
             made = TASKS[task](Draft(ground, rng, length), depth)
             made |= {"id": f"{task}-{length}-{seed}-{i}", "family": "ruler", "task": task}
             yield made | {"length": length, "max_tokens": 256}
+
+    return rows()
+
+
+def made(
+    tokenizer,
+    tasks: Sequence[str] = (),
+    lengths: Sequence[int] = (4096,),
+    count: int = 100,
+    seed: int = 0,
+) -> Iterator[dict | BadRow]:
+    """Rows of tasks at lengths, deterministic by seed: those of the split "test".
+
+    `tasks` are names in `dgrpo.longblocks.tasks.catalog.TASKS`, empty or "all" for all; the other
+    arguments are those of `ruler`. Raises ValueError for an unknown task, or a length under 500
+    tokens.
+    """
+    settings = MakeSettings("", tuple(tasks) or ("all",), count, tuple(lengths), split="test")
+    settings = replace(settings, count=count * len(settings.named) * len(lengths), seed=seed)
+
+    def rows() -> Iterator[dict | BadRow]:
+        ground = Ground(build_corpus(tokenizer).part(settings.split), tokenizer)
+        for number in range(settings.count):
+            length = settings.tokens[number // len(settings.named) % len(settings.tokens)]
+            try:
+                yield make_row(ground, settings, number) | {"length": length}
+            except Exception as error:  # whatever goes wrong costs this row alone
+                yield BadRow("cannot be made", str(error))
 
     return rows()
 

@@ -1,7 +1,6 @@
 """Answers that must rest on passages of the document, or say that it has none."""
 
 import re
-from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
     f1,
@@ -34,17 +33,15 @@ _MIN_QUOTE = 5  # words
 
 
 @per_sample("abstained")
-def abstention(
-    completion, answerable, answer=None, aliases=None, *, phrases: Sequence[str] = _ABSTENTIONS
-) -> tuple:
+def abstention(completion, answerable, answer=None, aliases=None) -> tuple:
     """1 for the right answer to what is answerable, and for abstaining from what is not.
 
-    To abstain is to give one of the phrases as the final answer, without an answer beside it.
+    To abstain is to say so in the final answer ("not answerable"), without an answer beside it.
 
     Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
     plain = _QUOTE_LINE.sub("", completion)
-    silent = _abstains(plain, phrases)
+    silent = _abstains(plain)
     if answerable and not silent:
         return is_right(plain, answer, aliases), 0.0
     return float(silent and not answerable), float(silent)
@@ -70,8 +67,6 @@ def grounded(
     aliases=None,
     passages=None,
     document=None,
-    *,
-    phrases: Sequence[str] = _ABSTENTIONS,
 ) -> tuple:
     """A right answer with exact quotations of the supporting passages.
 
@@ -85,7 +80,7 @@ def grounded(
     `document` (str) with passages labelled "[P12]" at line starts.
     """
     plain, text = _QUOTE_LINE.sub("", completion), without_thinking(completion)
-    silent = _abstains(plain, phrases)
+    silent = _abstains(plain)
     quotes, lines = _QUOTE.findall(text), len(_QUOTE_LINE.findall(text))
     if answerable is False:
         right = float(silent)
@@ -131,9 +126,9 @@ def retrieval(completion, passage_ids, passages, answer=None, aliases=None) -> t
     return value, right, precision, recall
 
 
-def _abstains(completion: str, phrases: Sequence[str]) -> bool:
+def _abstains(completion: str) -> bool:
     """Whether the final answer says that the document has none, and nothing else."""
-    return normalise(final_answer(completion)) in map(normalise, phrases)
+    return normalise(final_answer(completion)) in _ABSTENTIONS
 
 
 def _is_exact(quote: str, passage: str | None) -> bool:

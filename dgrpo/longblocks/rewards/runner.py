@@ -67,7 +67,6 @@ class Scorer(AbstractContextManager):
                 f"rewards: got {titles}, expected one or more with different names; set Reward.name"
             )
         self.rewards, self.seed = list(rewards), seed
-        self.failures: Counter[str] = Counter()  # samples lost so far, by reward
         self.last_error: str | None = None  # why the last one was lost, and the reward's name
         self._limit = math.inf if timeout is None else timeout
         self._waited = 0.0  # seconds for the reward at hand on this batch, in the worker
@@ -196,10 +195,9 @@ class Scorer(AbstractContextManager):
             self._worker.send(message)
 
     def _report(self, title: str, messages: dict[int, str], n: int) -> None:
-        """Count and log the samples that a reward lost, the same reason once."""
+        """Log the samples that a reward lost, the same reason once."""
         if not messages:
             return
-        self.failures[title] += len(messages)
         self.last_error = f"reward {title}: {messages[min(messages)]}"
         counts = Counter(messages[row] for row in sorted(messages))
         for message, count in list(counts.items())[:_LOGGED]:
