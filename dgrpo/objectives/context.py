@@ -69,4 +69,5 @@ class Context:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Context:
         """The same context with its tensors on `device`."""
-        return replace(self, **{n: x.to(device, non_blocking) for n, x in self._tensors().items()})
+        options = {"device": device, "non_blocking": non_blocking}
+        return replace(self, **{name: x.to(**options) for name, x in self._tensors().items()})
