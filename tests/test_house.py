@@ -86,9 +86,7 @@ SHARED = {"cli", "text", "endpoint", "extras"}  # counted with the trainer, but 
 INSTALLS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "tokenizers": "transformers"}
 OPTIONAL = {"liger_kernel", "lm_eval", "langdetect", "wandb", "flash_attn", "vllm"}
 # Modules that ask torch.distributed for rank or world although dgrpo.distributed knows them.
-ASK_FOR_RANKS = {
-    "dgrpo.ops.vocab_parallel",
-}
+ASK_FOR_RANKS = set()
 UNPACK = set()  # modules of the loss that take a dataclass apart with vars()
 
 

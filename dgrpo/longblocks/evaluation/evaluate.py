@@ -22,6 +22,7 @@ class _Entry(NamedTuple):
     where: str
     row: dict
     prompt: Any
+    limit: int  # tokens of the completion
     reward: Callable
 
 
@@ -32,7 +33,6 @@ def evaluate(
     reward: Callable | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
-    source: Source | None = None,
     tokenizer=None,
     log: Callable[[str], None] | None = None,
 ) -> Results:
@@ -48,10 +48,8 @@ def evaluate(
             its needles lie, and rows of one `document_id` are not independent.
         reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
         max_tokens: longest completion; None: the row's `max_tokens`, else 256.
-        source: how a prompt is made from a row, as in training.
         tokenizer: measures rows that do not say how long they are.
     """
-    source = source or Source()
     items: list[Item] = []
     lines: list[str] = []
     counts: Counter[str] = Counter()
@@ -62,29 +60,29 @@ def evaluate(
         if log:
             log(lines[-1])
 
-    def readable() -> Iterator[tuple[int, dict]]:
+    def entries() -> Iterator[_Entry]:
         for number, row in each(rows):
-            if isinstance(row, BadRow):
-                fail(row.where or f"row {number}", row.reason, row.detail)
-            else:
-                yield number, row
-
-    numbered = readable()
-    while batch := list(islice(numbered, batch_size)):
-        limits: dict[int, list[_Entry]] = {}  # entries of one limit go together
-        for number, row in batch:
-            where = str(row.get("id") or f"row {number}")
+            where = f"row {number}"
             try:
-                prompt, _ = render_row(row, source)
+                if isinstance(row, BadRow):
+                    where = row.where or where
+                    raise row
+                where = str(row.get("id") or where)
+                prompt, _ = render_row(row, Source())
                 limit = int(max_tokens or row.get("max_tokens") or MAX_TOKENS)
-                entry = _Entry(where, row, prompt, reward or _reward(row))
-                limits.setdefault(limit, []).append(entry)
+                entry = _Entry(where, row, prompt, limit, reward or _reward(row))
             except BadRow as problem:
                 fail(where, problem.reason, problem.detail)
             except (AttributeError, TypeError, ValueError) as error:
                 fail(where, "malformed row", error)
-        for limit, entries in limits.items():
-            for entry, text in zip(entries, _complete(generate, entries, limit), strict=True):
+            else:
+                yield entry
+
+    ready = entries()
+    while batch := list(islice(ready, batch_size)):
+        for limit in dict.fromkeys(entry.limit for entry in batch):
+            some = [entry for entry in batch if entry.limit == limit]
+            for entry, text in zip(some, _complete(generate, some), strict=True):
                 if isinstance(text, Exception):
                     fail(entry.where, "generation failed", f"{type(text).__name__}: {text}")
                     continue
@@ -107,10 +105,10 @@ def each(rows: Iterable[dict]) -> Iterator[tuple[int, dict | BadRow]]:
             yield number, problem
 
 
-def _complete(generate: Generate, entries: list[_Entry], limit: int) -> list[str | Exception]:
-    """A completion or an error per entry; where the batch fails, one by one."""
+def _complete(generate: Generate, entries: list[_Entry]) -> list[str | Exception]:
+    """A completion or an error per entry, all of one limit; one by one where the batch fails."""
     try:
-        texts = list(generate([entry.prompt for entry in entries], limit))
+        texts = list(generate([entry.prompt for entry in entries], entries[0].limit))
         if len(texts) != len(entries) or not all(isinstance(text, str) for text in texts):
             wanted = f"expected {len(entries)} texts"
             raise ValueError(f"generate: got {len(texts)} completions, {wanted}")
@@ -118,7 +116,7 @@ def _complete(generate: Generate, entries: list[_Entry], limit: int) -> list[str
     except Exception as error:  # out of memory, an endpoint, a prompt that is too long
         if len(entries) == 1:
             return [error]
-        return [text for entry in entries for text in _complete(generate, [entry], limit)]
+        return [text for entry in entries for text in _complete(generate, [entry])]
 
 
 def _reward(row: dict) -> Callable:
@@ -131,23 +129,25 @@ def _reward(row: dict) -> Callable:
 
 
 def _scored(entry: _Entry, text: str, tokenizer) -> Item:
-    where, row, prompt, reward = entry
+    row, prompt = entry.row, entry.prompt
     columns = {name: [value] for name, value in row.items() if name != "reward"}
-    found = invoke(reward, {}, columns | {"prompts": [prompt], "completions": [text]})
+    found = invoke(entry.reward, {}, columns | {"prompts": [prompt], "completions": [text]})
     for _, message in found["errors"]:
         raise ValueError(message)
     parts = {name: values[0] for name, values in found["values"].items() if values[0] is not None}
-    length = row.get("length") if isinstance(row.get("length"), int) else 0
-    tokens = 0 if length else row.get("tokens") or 0
-    if tokenizer is not None and not (length or tokens):
-        tokens = count_tokens(tokenizer, prompt if isinstance(prompt, str) else str(prompt))
+    length = row.get("length")
+    if not (isinstance(length, int) and length):
+        tokens = row.get("tokens") or 0
+        if tokenizer is not None and not tokens:
+            tokens = count_tokens(tokenizer, str(prompt))
+        length = 1 << (tokens - 1).bit_length() if tokens else 0
     return Item(
-        id=where,
+        id=entry.where,
         task=str(row.get("task") or row.get("family") or row.get("source") or "all"),
-        length=length or (1 << (tokens - 1).bit_length() if tokens else 0),
+        length=length,
         score=parts.pop("reward"),
         depths=tuple(row.get("depths") or ()),
-        cluster=str(row.get("document_id") or where),
+        cluster=str(row.get("document_id") or entry.where),
         chance=row.get("chance"),
         parts=parts,
         completion=text,

@@ -38,10 +38,8 @@ def interval(
     """The mean of scores (n,) with a 95 % interval.
 
     Independent scores of 0 and 1 get the Wilson interval, which does not shrink to nothing where
-    all are right; others the percentile bootstrap, which draws whole clusters.
-
-    `clusters` (n,) say what an item belongs to (several queries of one document); None: nothing.
-    Raises ValueError for no scores, or another number of clusters.
+    all are right; others the percentile bootstrap, which draws whole clusters: `clusters` (n,) say
+    what an item belongs to. Raises ValueError for no scores or another number of clusters.
     """
     values = _checked(scores, clusters)
     mean, n = float(values.mean()), len(values)

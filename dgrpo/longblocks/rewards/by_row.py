@@ -39,11 +39,7 @@ def by_row(prompts, completions, *, reward, allow: Sequence[str] = (), **columns
 def function_of_row(
     path: str, allow: Sequence[str] = (), homes: Sequence[str] = (HOME,)
 ) -> Callable:
-    """The function that a row names: one in the modules `homes`, or in the list `allow`.
-
-    Raises:
-        ValueError: any other name.
-    """
+    """The function that a row names, of a module in `homes` or in `allow`; else ValueError."""
     if path in allow:
         return load_function("reward", path)
     where, _, name = path.rpartition(":")
