@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dgrpo.longblocks.tasks import grounding, longform, multihop, retrieval, tracing
+from dgrpo.longblocks.tasks import grounding, longform, multihop, tracing
 from dgrpo.longblocks.tasks.corpus import SPLITS
 from dgrpo.longblocks.tasks.facts import Draft, Ground
 
@@ -23,7 +23,7 @@ TASKS: dict[str, tuple[str, Callable[[Draft], dict]]] = {
     "report": ("long_form", longform.report),
     "definition": ("code", tracing.definition),
     "call_chain": ("code", tracing.call_chain),
-    "retrieval": ("retrieval", retrieval.retrieval),
+    "retrieval": ("retrieval", multihop.retrieval),
 }
 
 
