@@ -55,13 +55,13 @@ class MakeSettings:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The tasks by name."""
+        """`tasks` without "all"."""
         return tuple(TASKS) if "all" in self.tasks else self.tasks
 
     @property
     def file_rows(self) -> int:
         """Rows per file."""
-        return int(np.clip(self.file_tokens // max(self.tokens), 1, 256))
+        return min(max(1, self.file_tokens // max(self.tokens)), 256)
 
 
 def make_row(ground: Ground, settings: MakeSettings, number: int) -> dict:

@@ -43,19 +43,22 @@ REWARDS = {"multi_hop": "token_f1", "grounding": "token_f1", "long_form": "cover
 MAX_TOKENS = 2048  # of a reply
 
 
-def chat(rules: str, document: str, task: str = "") -> list[dict]:
-    """Messages that ask a model for something about a document."""
-    return [
-        {"role": "system", "content": rules},
-        {"role": "user", "content": f"<document>\n{document}\n</document>{task}"},
-    ]
+def ask(endpoint: Endpoint, kind: str, document: str, seed: int) -> dict:
+    """Have a model ask; see `checked`. Raises BadRow, EndpointError."""
+    chat = _chat(KINDS[kind], document)
+    reply = endpoint.chat(chat, temperature=0.7, max_tokens=MAX_TOKENS, seed=seed)
+    return checked(kind, reply, document)
+
+
+def _chat(rules: str, document: str, task: str = "") -> list[dict]:
+    content = f"<document>\n{document}\n</document>{task}"
+    return [{"role": "system", "content": rules}, {"role": "user", "content": content}]
 
 
 def checked(kind: str, reply: str, document: str) -> dict:
     """Question, answer, aliases, evidence and points of a model's reply.
 
-    Raises:
-        BadRow: something is missing, or what should stand in the document does not.
+    Raises BadRow where something is missing, or the document lacks what should stand in it.
     """
     found = parse_object(reply)
     question, answer = (_text(found, name) for name in ("question", "answer"))
@@ -90,10 +93,10 @@ def _points(found: dict, answer: str, document: str) -> list[list[str]]:
     return points
 
 
-def judged(judge: Endpoint, asked: dict, document: str, seed: int) -> None:
+def judge(endpoint: Endpoint, asked: dict, document: str, seed: int) -> None:
     """Have a question judged. Raises BadRow unless the verdict is "supported"."""
     task = f"\n\nQuestion: {asked['question']}\nProposed answer: {asked['answer']}"
-    reply = judge.chat(chat(JUDGE, document, task), max_tokens=MAX_TOKENS, seed=seed)
+    reply = endpoint.chat(_chat(JUDGE, document, task), max_tokens=MAX_TOKENS, seed=seed)
     found = parse_object(reply)
     verdict = found.get("verdict")
     if verdict not in ("supported", "unsupported", "ambiguous"):
@@ -119,6 +122,8 @@ def row_of(entry: dict, document: str) -> dict:
         reference = "\n".join([*evidence, shown])
     made = row(
         document=document,
+        source=entry["name"],
+        language="",
         question=f"{entry['question']} {rule}",
         answer=answer,
         family=kind,
@@ -132,20 +137,16 @@ def row_of(entry: dict, document: str) -> dict:
         hops=len(evidence),
         **wanted,
     )
-    own = {"id": f"asked-{kind}-{entry['number']}", "source": entry["name"], "seed": 0}
-    return made | own | {"language": "", "privileged": shown}
+    return made | {"id": f"asked-{kind}-{entry['number']}", "seed": 0, "privileged": shown}
 
 
 def parse_object(text: str) -> dict:
     """Read the JSON object in a model's answer, also inside a code fence; BadRow without one."""
     start, end = text.find("{"), text.rfind("}")
     try:
-        found = json.loads(text[start : end + 1])
+        return json.loads(text[start : end + 1])
     except ValueError as error:
         raise BadRow("no JSON in the answer", f"{error}; got {text[:120]!r}") from None
-    if not isinstance(found, dict):
-        raise BadRow("no JSON in the answer", f"got {text[:120]!r}")
-    return found
 
 
 def _text(found: dict, name: str) -> str:

@@ -16,6 +16,8 @@ COLUMNS = {
     **{"aliases": [], "items": [], "distractors": [], "passages": [], "passage_ids": []},
     **{"answerable": True, "points": [], "form": "", "headings": []},
     **{"min_words": 0, "max_words": 0, "hops": 1},
+    # the text that proves the answer, its places in the document in [0, 1], tokens of document and
+    # question (0: not measured)
     **{"evidence": "", "privileged": "", "depths": [], "tokens": 0},
 }
 
@@ -35,9 +37,7 @@ def row(*, answer: str, reward: str, reference: str = "", **columns) -> dict:
     Args:
         reward: name of a function of `dgrpo.rewards`.
         reference: a completion that earns the whole reward; empty: the answer.
-        columns: others of `COLUMNS`. `evidence` is the text that proves the answer, `depths` are
-            its places in the document, in [0, 1], and `tokens` is the length of document and
-            question, 0 where it was not measured.
+        columns: others of `COLUMNS`.
     """
     shown = dict.fromkeys(("response_reference", "privileged"), reference or answer)
     columns |= {"answer": answer, "reward": f"dgrpo.rewards:{reward}", **shown}
