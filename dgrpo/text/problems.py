@@ -1,8 +1,4 @@
-"""What went wrong with the data: every bad row is reported, counted and skipped, never fatal.
-
-The first rows of each reason are logged as they happen, later ones whenever their number reaches
-a power of ten, and all of them go into a file where one was named.
-"""
+"""What went wrong with the data: every bad row is reported, counted and skipped, never fatal."""
 
 import json
 import logging
@@ -26,7 +22,8 @@ class Report:
     """Counts of what was kept and of what was dropped, by reason, with the first examples.
 
     Args:
-        log: receives one line per logged problem; the default warns through `logging`.
+        log: receives a line for the first rows of each reason, and for those whose number is a
+            power of ten; the default warns through `logging`.
         path: a JSONL file that gets every dropped row's place, reason and detail.
     """
 
