@@ -53,9 +53,8 @@ def load_function(setting: str, path: str, home: str = "") -> Callable[..., Any]
             module = importlib.import_module(where)
     except Exception as error:
         text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
-        raise ValueError(
-            f"{setting}: got {path!r}, but importing {where} failed: {error}{text}"
-        ) from error
+        what = f"but importing {where} failed: {error}{text}"
+        raise ValueError(f"{setting}: got {path!r}, {what}") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]

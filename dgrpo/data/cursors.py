@@ -1,13 +1,11 @@
 """Positions in a source of rows: random access with a full shuffle, or a pass over files."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from dgrpo.data.render import Source
 from dgrpo.data.row_stream import RowStream
 from dgrpo.data.rows import load_rows
-from dgrpo.data.tables import caught
+from dgrpo.data.tables import Table, caught
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
 
@@ -18,8 +16,10 @@ class Shuffled:
     """Random access: every epoch another permutation of all rows."""
 
     def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
-        self.rows: Sequence[dict] = source.rows if isinstance(source, Source) else None
-        if self.rows is None:
+        if isinstance(source, Source) and source.rows is not None:
+            name = source.name or source.path or "rows"
+            self.rows = source.rows if hasattr(source.rows, "where") else Table(source.rows, name)
+        else:
             self.rows = load_rows(
                 source.path,
                 split=source.split,
@@ -27,9 +27,7 @@ class Shuffled:
                 options=source.options,
                 report=report,
             )
-        self.seed, self.shuffle, self.size = seed, shuffle, len(self.rows)
-        self.name = source.name or source.path or "rows"
-        self.kept = 0
+        self.seed, self.shuffle, self.size, self.kept = seed, shuffle, len(self.rows), 0
         self._start(0, 0)
 
     def _start(self, epoch: int, offset: int) -> None:
@@ -48,7 +46,7 @@ class Shuffled:
 
     def at(self, index: int) -> tuple[str, dict | BadRow]:
         """A row by its number, and its place."""
-        where = self.rows.where(index) if hasattr(self.rows, "where") else f"{self.name}:{index}"
+        where = self.rows.where(index)
         try:
             return where, caught(self.rows.__getitem__, index)
         except Exception as error:  # of the user's own reader
@@ -69,7 +67,7 @@ class Pass:
 
     def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
         self.source, self.seed, self.shuffle, self.report = source, seed, shuffle, report
-        self.name, self.kept = source.name or source.path, 0
+        self.kept = 0
         self._start(0, None)
 
     def _start(self, epoch: int, state: dict | None) -> None:
