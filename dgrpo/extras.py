@@ -17,11 +17,7 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, *packages: str) -> None:
-    """Check that `packages`, which the extra `train` installs, are there. Loads none of them.
-
-    Raises:
-        MissingExtra: what `module` lacks, and the command that installs it, in one line.
-    """
+    """Raise MissingExtra where packages of the extra `train` are not there; load none of them."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise MissingExtra(

@@ -113,11 +113,6 @@ class PromptStream:
         self.index = 0
         self.taken = [0] * len(sources)
 
-    @property
-    def size(self) -> int | None:
-        """Rows of the first source before any filter; None while streaming."""
-        return self.cursors[0].size
-
     def batch(self, n: int) -> list[Prompt]:
         """The next `n` prompts of the global stream; of these, those that are this rank's.
 
@@ -128,14 +123,13 @@ class PromptStream:
 
     def survey(self, seconds: float) -> list[Survey]:
         """Read random rows of the sources that are not streamed; the stream stays where it is."""
-        found = []
-        for number, cursor in enumerate(self.cursors):
-            part, end = Survey(cursor.size), time.monotonic() + seconds / len(self.cursors)
+        found = [Survey(cursor.size) for cursor in self.cursors]
+        for number, (part, cursor) in enumerate(zip(found, self.cursors, strict=True)):
+            end = time.monotonic() + seconds / len(found)
             for index in np.random.default_rng(0).permutation(cursor.size or 0):
                 if time.monotonic() > end:
                     break
                 part.add(self._prepare(number, *cursor.at(int(index)), part.report))
-            found.append(part)
         return found
 
     def state_dict(self) -> dict:
@@ -154,11 +148,7 @@ class PromptStream:
         return not self._difference(state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`.
-
-        Raises:
-            ValueError: the sources are others, have another number of rows or other files.
-        """
+        """Go on from `state_dict`. Raises ValueError where the sources or their rows are others."""
         if difference := self._difference(state):
             raise ValueError(f"sources: {difference}, {OTHERWISE}")
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):

@@ -48,16 +48,14 @@ class RowStream:
         return {"file": self.file, "row": self.row, "hub": hub}
 
     def __iter__(self) -> Iterator[tuple[str, dict | BadRow]]:
-        for where, row in self._hub_rows() if self.hub is not None else self._file_rows():
+        for where, row in self._rows():
             bad = isinstance(row, BadRow)
             yield where, row if bad else caught(renamed, row, self.columns, where)
 
-    def _hub_rows(self):
-        for row in self.hub:
+    def _rows(self):
+        for row in () if self.hub is None else self.hub:
             self.row += 1
             yield f"{self.path}:{self.row - 1}", row
-
-    def _file_rows(self):
         while self.file < len(self.files):
             file = self.files[self.file]
             reader = READERS.get(os.path.splitext(file)[1], _read_table)

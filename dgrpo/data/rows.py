@@ -45,7 +45,14 @@ def load_rows(
         rows = load_function("path", path)(**options or {})
         tables = [Table(rows if hasattr(rows, "__getitem__") else list(rows), path)]
     elif files := row_files(path):
-        tables = _open_all(files, report)
+        tables = []
+        for file in files:
+            try:
+                tables.append(open_table(file))
+            except Exception as error:  # whatever a reader raises on a broken file
+                report.drop(unreadable(file, error))
+        if not tables:
+            raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
     elif os.path.isdir(path):
         import datasets
 
@@ -100,18 +107,6 @@ def is_function(path: str) -> bool:
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as a file, not as a hub dataset."""
     return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
-
-
-def _open_all(files: list[str], report: Report) -> list:
-    tables = []
-    for file in files:
-        try:
-            tables.append(open_table(file))
-        except Exception as error:  # whatever a reader raises on a broken file
-            report.drop(unreadable(file, error))
-    if not tables:
-        raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
-    return tables
 
 
 class _Rows(Sequence):

@@ -63,10 +63,9 @@ def _checked(row: dict, library: Books | None, response: str | None) -> dict:
     missing = [name for name in COLUMNS if name not in row]
     if missing:
         raise BadRow("missing column", ", ".join(missing))
+    row = library.join(row) if library else row
     if row["document"] is None:
-        if library is None:
-            raise no_document(row)
-        row = library.join(row)
+        raise no_document(row)
     for name in ("document", "question", "answer"):
         if not isinstance(row[name], str) or not row[name]:
             raise BadRow(f"{name} is empty or not text", repr(row[name])[:80])

@@ -98,7 +98,7 @@ def test_an_end_that_is_estimated_is_counted_to_as_the_rows_are_read(
     from dgrpo.data.prompts import Survey
 
     def some(stream, seconds):
-        found = Survey(stream.size)
+        found = Survey(stream.cursors[0].size)
         for index in range(6):
             found.add(stream._prepare(0, *stream.cursors[0].at(index), found.report))
         return [found]

@@ -70,10 +70,9 @@ class ChainTask:
         if self.chains > 9 * 10 ** (self.digits - 1):
             raise ValueError(f"digits: got {self.digits}, too few for {self.chains} numbers")
         self.queries = self.chains if self.queries is None else min(self.queries, self.chains)
-        self.lines, self.lengths = [], {}  # of the split, and the tokens of those measured so far
+        self.lines = _lines(self.split, self.names) if self.tokens else []
         if self.tokens:
-            self.lines = _lines(self.split, self.names)
-            longest = max(self._cost(s) for s in invented_names(self.names))
+            longest = max(_cost(self.tokenizer, name) for name in invented_names(self.names))
             needed = self.chains * self.hops * 2 * longest
             if needed > self.tokens:
                 raise ValueError(f"tokens: got {self.tokens}, the chains alone may take {needed}")
@@ -87,7 +86,9 @@ class ChainTask:
         paths = names.reshape(self.chains, self.hops).tolist()
         chains = [[*path, str(number)] for path, number in zip(paths, numbers, strict=True)]
         facts = [fact for chain in chains for fact in _facts(chain)]
-        lines = self._text(rng, self.tokens - sum(map(self._cost, facts))) if self.tokens else []
+        lines = []
+        if self.tokens:
+            lines = self._text(rng, self.tokens - sum(_cost(self.tokenizer, f) for f in facts))
         total = len(lines) + len(facts)
         slots = np.sort(rng.choice(total, len(facts), replace=False))
         places = rng.permutation(slots)  # the hops of a chain come in any order
@@ -148,16 +149,16 @@ class ChainTask:
         """Consecutive lines, from a random one on, of at most `room` tokens."""
         index, used, lines = int(rng.integers(len(self.lines))), 0, []
         while True:
-            if index not in self.lengths:
-                self.lengths[index] = self._cost(self.lines[index])
-            used += self.lengths[index]
+            used += _cost(self.tokenizer, self.lines[index])
             if used > room:
                 return lines
             lines.append(self.lines[index])
             index = (index + 1) % len(self.lines)
 
-    def _cost(self, line: str) -> int:
-        return count_tokens(self.tokenizer, line + "\n")
+
+@lru_cache(maxsize=2**18)
+def _cost(tokenizer, line: str) -> int:
+    return count_tokens(tokenizer, line + "\n")
 
 
 def _facts(chain: list[str]) -> list[str]:

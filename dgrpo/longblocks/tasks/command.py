@@ -1,8 +1,4 @@
-"""`dgrpo data make`: long-context tasks with verifiable answers, made from any text.
-
-A row depends on the seed, its number and the settings alone: any number of processes makes the same
-files, and a run that was interrupted makes those that are missing.
-"""
+"""`dgrpo data make`: long-context tasks with verifiable answers, made from any text."""
 
 import argparse
 import os
@@ -27,7 +23,7 @@ def length(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see `dgrpo data make --help`. Returns the exit status."""
-    parser = argparse.ArgumentParser("dgrpo data make", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("dgrpo data make", description=__doc__)
     add = parser.add_argument
     add("out", help="folder for the parquet files; a run that was interrupted goes on there")
     add("--count", type=int, default=1000, help="rows in all (%(default)s)")

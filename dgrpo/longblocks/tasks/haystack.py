@@ -18,11 +18,7 @@ LARGEST = 64 * 2**20  # bytes of one file
 
 
 def text_files(folder: str | Path | None = None) -> list[Path]:
-    """All files of a folder, or the standard library's sources, sorted by their relative path.
-
-    Raises:
-        ValueError: the folder does not exist.
-    """
+    """All files of a folder, or the standard library's sources, sorted by their relative path."""
     root = Path(folder or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         raise ValueError(f"haystack: got {str(folder)!r}, expected a folder of text files")

@@ -75,7 +75,7 @@ def _corpus(folder: Path, settings: MakeSettings, haystack, report: Report, log)
 
 def _run(settings: MakeSettings, todo: list[int]) -> Iterator[list[BadRow]]:
     """Make the files; yield for each the rows that could not be made."""
-    _ground.cache_clear()  # the folder may hold other text than in an earlier call
+    _ground.cache_clear()  # an earlier call may have left other text in the folder
     if settings.processes == 1:
         yield from (_write_file(settings, n) for n in todo)
         return
@@ -91,19 +91,16 @@ def _run(settings: MakeSettings, todo: list[int]) -> Iterator[list[BadRow]]:
 
 
 @lru_cache(maxsize=1)  # once per process
-def _ground(settings: MakeSettings) -> Ground:
-    folder = Path(settings.out)
-    corpus, code = (
-        Corpus.load(folder / name).part(settings.split) if (folder / name).exists() else None
-        for name in (HAYSTACK, CODE_HAYSTACK)
-    )
-    return Ground(corpus, load_tokenizer(settings.tokenizer), code)
+def _ground(out: str, split: str, tokenizer: str) -> Ground:
+    folders = [Path(out, name) for name in (HAYSTACK, CODE_HAYSTACK)]
+    corpus, code = (Corpus.load(f).part(split) if f.exists() else None for f in folders)
+    return Ground(corpus, load_tokenizer(tokenizer), code)
 
 
 def _write_file(settings: MakeSettings, number: int) -> list[BadRow]:
     """Make the file `number`; return the rows that could not be made."""
-    ground, first = _ground(settings), number * settings.file_rows
-    rows, problems = [], []
+    ground = _ground(settings.out, settings.split, settings.tokenizer)
+    first, rows, problems = number * settings.file_rows, [], []
     for i in range(first, min(first + settings.file_rows, settings.count)):
         try:
             rows.append(make_row(ground, settings, i))

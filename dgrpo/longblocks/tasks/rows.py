@@ -64,21 +64,15 @@ def part(folder: Path, number: int) -> Path:
 
 def write_part(folder: Path, number: int, rows: list[dict]) -> Path:
     """Write a file, whole or not at all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    file = part(folder, number)
-    table = pyarrow.Table.from_pylist(rows, schema=_schema())
-    with whole_file(file) as partial:
-        pyarrow.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
-    return file
-
-
-def _schema():
     import pyarrow as pa
+    import pyarrow.parquet
 
     text, whole = pa.string(), pa.int64()
     kinds = {str: text, list: pa.list_(text), bool: pa.bool_(), int: whole}
     fields = {name: kinds[type(value)] for name, value in COLUMNS.items()}
     fields |= {"points": pa.list_(pa.list_(text)), "depths": pa.list_(pa.float64())}
-    return pa.schema([("id", text), *fields.items(), ("seed", whole)])
+    schema = pa.schema([("id", text), *fields.items(), ("seed", whole)])
+    file, table = part(folder, number), pa.Table.from_pylist(rows, schema=schema)
+    with whole_file(file) as partial:
+        pa.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
+    return file

@@ -46,8 +46,7 @@ class SynthesisSettings:
 def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = print) -> MakeResult:
     """Ask all questions that have not been asked yet, and write those that pass.
 
-    Raises:
-        ValueError: no readable document, or a folder with data of other settings.
+    Raises ValueError without a readable document, or for a folder with data of other settings.
     """
     out, endpoint = Path(settings.out), settings.endpoint
     about = {n: v for n, v in vars(settings).items() if n not in ("out", "endpoint")}
@@ -87,14 +86,15 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
             found = {"number": number, "dropped": found.reason}
         done[number] = found
         append_json(journal, found)
-    for reason in (entry["dropped"] for entry in earlier if "dropped" in entry):
-        report.counts[reason] = report.counts.get(reason, 0) + 1
+    for entry in earlier:
+        if "dropped" in entry:
+            report.counts[entry["dropped"]] += 1
     passed = [entry for _, entry in sorted(done.items()) if "dropped" not in entry]
     files = []
-    for number, start in enumerate(range(0, len(passed), FILE_ROWS)):
+    for start in range(0, len(passed), FILE_ROWS):
         some = passed[start : start + FILE_ROWS]
         rows = [questions.row_of(entry, stretches.text(entry["number"])) for entry in some]
-        files.append(write_part(out, number, rows))
+        files.append(write_part(out, len(files), rows))
     report.kept = len(passed)
     log(f"{report.summary()}; {len(files)} files in {out}")
     return MakeResult(report.kept, report, files)

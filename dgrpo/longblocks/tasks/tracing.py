@@ -120,7 +120,9 @@ def _code_row(draft: Draft, task: str, ask) -> dict:
         if room < tokens // 8:
             continue
         woven = _surrounded(draft, corpus, name, text, room)
-        if _told_once(woven.text, text, chain):
+        names = "|".join(re.escape(f.name) for f in chain)
+        rest = woven.text.replace(text.rstrip("\n"), "", 1)
+        if not re.search(rf"\b(?:def|class) +(?:{names})\b", rest):  # none is defined elsewhere
             steps = [f"{a.name} refers to {b.name}" for a, b in pairwise(chain)]
             steps = steps or [f"{chain[0].name}({', '.join(chain[0].parameters)})"]
             return row(
@@ -162,10 +164,3 @@ def _surrounded(draft, corpus: Corpus, own: str, text: str, room: int) -> Woven:
     total = sum(lengths) or 1
     document = (pieces[0] + text + pieces[1]).rstrip("\n")
     return Woven(document, draft.tokens - room + sum(lengths), [lengths[0] / total], [])
-
-
-def _told_once(document: str, text: str, chain: list[_Function]) -> bool:
-    """Whether the rest of the document defines none of the functions."""
-    names = "|".join(re.escape(f.name) for f in chain)
-    rest = document.replace(text.rstrip("\n"), "", 1)
-    return not re.search(rf"\b(?:def|class) +(?:{names})\b", rest)
