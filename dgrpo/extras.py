@@ -20,10 +20,8 @@ def require(module: str, *packages: str) -> None:
     """Raise MissingExtra where packages of the extra `train` are not there; load none of them."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingExtra(
-            f"{module}: got no {', '.join(missing)}, expected the extra `train`; "
-            "pip install 'dgrpo[train]'"
-        )
+        lacks = f"got no {', '.join(missing)}, expected the extra `train`"
+        raise MissingExtra(f"{module}: {lacks}; pip install 'dgrpo[train]'")
 
 
 def load_function(setting: str, path: str, home: str = "") -> Callable[..., Any]:

@@ -34,10 +34,8 @@ class Books:
             elif file.suffix == ".parquet":
                 self._index(file, report or Report())
         if not self.places:
-            raise ValueError(
-                f"books: got {str(folder)!r}, which holds no book; expected <identifier>.txt files "
-                f"or parquet files with a column {' or '.join(self.KEYS)}"
-            )
+            wanted = f"<identifier>.txt or parquet files with a column {' or '.join(self.KEYS)}"
+            raise ValueError(f"books: got {str(folder)!r}, which holds no book; expected {wanted}")
 
     def _index(self, file: Path, report: Report) -> None:
         import pyarrow.parquet

@@ -12,8 +12,8 @@ from itertools import islice
 import numpy as np
 
 from dgrpo.data.books import Books
-from dgrpo.data.cursors import Pass, Shuffled
 from dgrpo.data.render import Prompt, PromptEncoder
+from dgrpo.data.row_stream import Pass, Shuffled
 from dgrpo.data.rows import fingerprint
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
@@ -114,10 +114,7 @@ class PromptStream:
         self.taken = [0] * len(sources)
 
     def batch(self, n: int) -> list[Prompt]:
-        """The next `n` prompts of the global stream; of these, those that are this rank's.
-
-        Position i belongs to rank `i % world`. Fewer at the end of the data, then none.
-        """
+        """This rank's (`index % world`) of the next `n` prompts; fewer, then none, at the end."""
         prompts = islice(iter(self._next, None), n)
         return [prompt for prompt in prompts if prompt.index % self.world == self.rank]
 
@@ -193,10 +190,8 @@ class PromptStream:
             found = cursor.next()
             if found is None:  # the end of an epoch
                 if cursor.kept == 0:
-                    raise ValueError(
-                        f"sources: no usable row in {self.sources[number].path!r}; "
-                        + "\n".join(self.report.lines())
-                    )
+                    path, told = self.sources[number].path, "\n".join(self.report.lines())
+                    raise ValueError(f"sources: no usable row in {path!r}; {told}")
                 cursor.kept = 0
                 continue
             prompt = self._prepare(number, *found, self.report)
@@ -226,8 +221,7 @@ class PromptStream:
         return prompt
 
     def _check(self, prompt: Prompt) -> None:
-        shortest, longest, longest_target = self.lengths
-        n = len(prompt.ids)
+        n, (shortest, longest, longest_target) = len(prompt.ids), self.lengths
         if n < shortest:
             raise BadRow("too short", f"{n} tokens, at least {shortest} wanted")
         if longest is not None and n > longest:

@@ -40,11 +40,7 @@ class Prompt:
 
 
 def render_row(row: dict, source: DataSource) -> tuple[str | list, str | None]:
-    """Prompt (text or messages) and target of a row.
-
-    Raises:
-        BadRow: a column that the prompt needs is missing or null.
-    """
+    """Prompt (text or messages) and target of a row. Raises BadRow where it cannot be used."""
     column = source.prompt or next((name for name in PROMPTS if row.get(name)), "")
     prompt = _given(row, column) if column else _filled(row, source.template)
     if not isinstance(prompt, str | list):

@@ -33,11 +33,7 @@ def load_rows(
             with `options`, returns a sequence of dicts), or a dataset's name on the hub.
         split: the split of a hub dataset or of a saved `DatasetDict`.
         columns: `{our name: name in the file}`; the other columns keep their names.
-        options: keyword arguments of a function.
-        report: files that cannot be opened are counted here.
-
-    Raises:
-        ValueError: nothing readable at `path`.
+        report: counts files that cannot be opened; ValueError where all are.
     """
     report = report or Report()
     path = str(path)
@@ -59,10 +55,10 @@ def load_rows(
         saved = datasets.load_from_disk(path)
         tables = [Table(saved[split] if isinstance(saved, datasets.DatasetDict) else saved, path)]
     elif looks_local(path):
-        raise ValueError(
-            f"path: got {path!r}, which does not exist; expected a file ({', '.join(SUFFIXES)}), "
-            "a folder of them, module:function or a dataset on the hub"
+        kinds = (
+            f"a file ({', '.join(SUFFIXES)}), a folder of them, module:function or a hub dataset"
         )
+        raise ValueError(f"path: got {path!r}, which does not exist; expected {kinds}")
     else:
         import datasets
 

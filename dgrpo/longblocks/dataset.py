@@ -4,7 +4,7 @@ It has the columns `COLUMNS` and one `response_<model>` per generator. The `docu
 Institutional Books (56 %) is null: they are dropped and counted, or joined with the user's books.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from dgrpo.data.books import Books, no_document
@@ -24,7 +24,6 @@ def load_longblocks(
     min_tokens: int = 0,
     max_tokens: int | None = None,
     report: Report | None = None,
-    log: Callable[[str], None] | None = None,
 ) -> Iterator[dict]:
     """Yield the rows of LongBlocks that can be used, in bounded memory.
 
@@ -33,14 +32,13 @@ def load_longblocks(
         response: which generator's answer becomes `completion` (`"Qwen3.5-27B"`); None: none.
         books: a folder to take the documents from that the dataset does not ship.
         tokenizer, min_tokens, max_tokens: length limits of the document, by this tokenizer.
-        report, log: where dropped rows are counted and logged; see `Report`.
+        report: where dropped rows are counted and logged.
 
-    Raises:
-        ValueError: limits without a tokenizer, or a response column that the data does not have.
+    Raises ValueError for limits without a tokenizer, and a response that the data does not have.
     """
     if (min_tokens or max_tokens) and tokenizer is None:
         raise ValueError("tokenizer: got None, expected one to measure min_tokens and max_tokens")
-    report = report or Report(log)
+    report = report or Report()
     library = Books(books, report) if books else None
     for where, row in RowStream(path, report=report):
         try:
@@ -71,7 +69,7 @@ def _checked(row: dict, library: Books | None, response: str | None) -> dict:
             raise BadRow(f"{name} is empty or not text", repr(row[name])[:80])
     if response is None:
         return row
-    column = response if response.startswith("response_") else f"response_{response}"
+    column = f"response_{response}"
     if column not in row:
         found = ", ".join(sorted(name for name in row if name.startswith("response_")))
         raise ValueError(f"response: got {response!r}, the data has {found or 'no responses'}")

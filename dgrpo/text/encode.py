@@ -1,8 +1,7 @@
 """Text and chats to token ids, with the special-token text inside documents kept as text.
 
-A document that quotes `<|endoftext|>` must not end there: a tokenizer left alone would turn the
-quotation into the control token. Text is encoded as usual, unless it contains the text of a control
-token; then by a copy of the tokenizer that does not know those tokens.
+A document that quotes `<|endoftext|>` must not end there: text that contains a control token's text
+is encoded by a copy of the tokenizer that does not know those tokens.
 """
 
 import json
@@ -41,10 +40,8 @@ def encode_chat(tokenizer, messages: list[dict], **options) -> list[int]:
             render contents verbatim.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "tokenizer: got one without a chat template, expected one with it; "
-            "set tokenizer.chat_template or use encode_text"
-        )
+        way_out = "set tokenizer.chat_template or use encode_text"
+        raise ValueError(f"tokenizer: got one without a chat template, expected one; {way_out}")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise BadRow("a chat message without text content", repr(message)[:80])

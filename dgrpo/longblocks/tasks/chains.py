@@ -39,12 +39,7 @@ class ChainDocument:
 
 @dataclass
 class ChainTask:
-    """Documents with chains, deterministic in (seed, split, number).
-
-    Raises:
-        ValueError: an unknown split or way of steps, more names or numbers needed than exist, or
-            chains that do not fit into `tokens`.
-    """
+    """Documents with chains, deterministic in (seed, split, number)."""
 
     tokenizer: object  # measures the length
     tokens: int | None = 256  # most of a document, without the query; None: the chains alone
@@ -63,10 +58,8 @@ class ChainTask:
         if self.steps not in ("path", "links", "answer"):
             raise ValueError(f'steps: got {self.steps!r}, expected "path", "links" or "answer"')
         if self.chains < 1 or self.hops < 1 or self.chains * self.hops > self.names:
-            raise ValueError(
-                f"names: got {self.names}, expected at least chains x hops = "
-                f"{self.chains} x {self.hops}, both at least 1"
-            )
+            least = f"chains x hops = {self.chains} x {self.hops}, both at least 1"
+            raise ValueError(f"names: got {self.names}, expected at least {least}")
         if self.chains > 9 * 10 ** (self.digits - 1):
             raise ValueError(f"digits: got {self.digits}, too few for {self.chains} numbers")
         self.queries = self.chains if self.queries is None else min(self.queries, self.chains)

@@ -16,9 +16,8 @@ def length(text: str) -> int:
     try:
         return int(float(digits) * factor)
     except ValueError:
-        raise ValueError(
-            f"tokens: got {text!r}, expected a number such as 4096, 32k or 1M"
-        ) from None
+        expected = "expected a number such as 4096, 32k or 1M"
+        raise ValueError(f"tokens: got {text!r}, {expected}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,30 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--documents", default="", help="folder of the documents to ask about")
     add("--key-variable", default="OPENAI_API_KEY", help="variable with its key (%(default)s)")
     args = parser.parse_args(argv)
+    out, count, tokenizer, seed = args.out, args.count, args.tokenizer, args.seed
     try:
         tokens = tuple(map(length, args.tokens.split(",")))
         if args.endpoint:
             endpoint = Endpoint(args.endpoint, args.model, args.key_variable, pause=1.0)
-            settings = SynthesisSettings(
-                args.out,
-                endpoint,
-                args.documents,
-                count=args.count,
-                tokens=max(tokens),
-                tokenizer=args.tokenizer,
-                seed=args.seed,
-            )
-            return 0 if synthesize(settings).rows else 1
+            documents, longest = args.documents, max(tokens)
+            asked = SynthesisSettings(out, endpoint, documents, count, longest, tokenizer, seed)
+            return 0 if synthesize(asked).rows else 1
+        names, split, processes = tuple(args.tasks.split(",")), args.split, args.processes
         settings = MakeSettings(
-            args.out,
-            tuple(args.tasks.split(",")),
-            args.count,
-            tokens,
-            tokenizer=args.tokenizer,
-            haystack=args.haystack,
-            split=args.split,
-            seed=args.seed,
-            processes=args.processes,
+            out, names, count, tokens, tokenizer, args.haystack, split, seed, processes
         )
         return 0 if make(settings).rows else 1
     except ValueError as error:

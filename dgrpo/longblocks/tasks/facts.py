@@ -157,10 +157,8 @@ class Draft:
             if (end := corpus.reach(first, max(room, 0))) > first:
                 return first, end
             first = self.pick(0, len(corpus) - 1)
-        raise ValueError(
-            f"tokens: the task's facts leave {room} tokens for text, too few for one line; "
-            "ask for longer documents"
-        )
+        left = f"the task's facts leave {room} tokens for text, too few for one line"
+        raise ValueError(f"tokens: {left}; ask for longer documents")
 
     def _places(
         self, bounds: np.ndarray, depths: np.ndarray

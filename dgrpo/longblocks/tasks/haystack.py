@@ -1,7 +1,6 @@
-"""Real text to hide things in: any folder, or by default what every Python installation carries.
+"""Real text to hide things in: any folder, or Python's standard library and language reference.
 
-The default is the standard library: its sources and its language reference. It differs between
-Python versions, so data made from it is the same only on the same version.
+These differ between Python versions, so data made from them is the same only on the same version.
 """
 
 import contextlib

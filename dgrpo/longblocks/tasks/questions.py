@@ -61,8 +61,8 @@ def checked(kind: str, reply: str, document: str) -> dict:
     Raises BadRow where something is missing, or the document lacks what should stand in it.
     """
     found = parse_object(reply)
-    question, answer = (_text(found, name) for name in ("question", "answer"))
-    evidence = _texts(found, "evidence")
+    question, answer = (_text(found.get(name), name) for name in ("question", "answer"))
+    evidence = _texts(found.get("evidence"), "evidence")
     squeezed = _squeeze(document)
     for sentence in evidence:
         if len(sentence.split()) < 3 or _squeeze(sentence) not in squeezed:
@@ -85,7 +85,7 @@ def _points(found: dict, answer: str, document: str) -> list[list[str]]:
     if len(points) != len(lines) or not all(line.startswith("- ") for line in lines):
         raise BadRow("not one line per point", f"{len(points)} points, {len(lines)} lines")
     for point, line in zip(points, lines, strict=True):
-        phrases = _texts({"point": point}, "point")
+        phrases = _texts(point, "point")
         if not all(_contains(document, phrase) for phrase in phrases):
             raise BadRow("point not in the document", repr(phrases)[:80])
         if not all(_contains(line, phrase) for phrase in phrases):
@@ -149,19 +149,17 @@ def parse_object(text: str) -> dict:
         raise BadRow("no JSON in the answer", f"{error}; got {text[:120]!r}") from None
 
 
-def _text(found: dict, name: str) -> str:
-    value = found.get(name)
+def _text(value, name: str) -> str:
     value = str(value) if isinstance(value, int | float) else value
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"no {name}", repr(value)[:80])
     return value.strip()
 
 
-def _texts(found: dict, name: str) -> list[str]:
-    values = found.get(name)
+def _texts(values, name: str) -> list[str]:
     if not isinstance(values, list) or not values:
         raise BadRow(f"no {name}", repr(values)[:80])
-    return [_text({name: value}, name) for value in values]
+    return [_text(value, name) for value in values]
 
 
 def _contains(text: str, phrase: str) -> bool:

@@ -51,9 +51,8 @@ def claim(folder: Path, settings: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(json.dumps(settings))
     if file.exists() and json.loads(file.read_text()) != known:
-        raise ValueError(
-            f"out: {folder} holds data of other settings ({file}); name another folder or empty it"
-        )
+        others = f"holds data of other settings ({file})"
+        raise ValueError(f"out: {folder} {others}; name another folder or empty it")
     file.write_text(json.dumps(known, indent=1))
 
 

@@ -7,6 +7,7 @@ document supports this answer and no other. What fails is dropped with its reaso
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,9 +132,7 @@ def _asked(journal: Path) -> dict[int, dict]:
     """What was asked so far, by number: one line per question."""
     done = {}
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
-        try:
+        with suppress(ValueError, KeyError, TypeError):  # cut off: the question is asked again
             entry = json.loads(line)
             done[entry["number"]] = entry
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was cut off: the question is asked again
     return done

@@ -136,10 +136,9 @@ def _code_row(draft: Draft, task: str, ask) -> dict:
                 distractors=[w for w in wrong if w and w != answer][:8],
                 hops=len(chain),
             )
-    raise ValueError(
-        f"haystack: no {task} task of {tokens} tokens found in {ATTEMPTS} tries over "
-        f"{len(files)} Python files; give more code, or ask for longer documents"
-    )
+    tried = f"{ATTEMPTS} tries over {len(files)} Python files"
+    way_out = "give more code, or ask for longer documents"
+    raise ValueError(f"haystack: no {task} task of {tokens} tokens found in {tried}; {way_out}")
 
 
 def _surrounded(draft, corpus: Corpus, own: str, text: str, room: int) -> Woven:
