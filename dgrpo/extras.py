@@ -17,17 +17,11 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, *packages: str) -> None:
-    """Check that `packages`, which the extra `train` installs, are there. Loads none of them.
-
-    Raises:
-        MissingExtra: what `module` lacks, and the command that installs it, in one line.
-    """
+    """Raise MissingExtra where packages of the extra `train` are not there; load none of them."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingExtra(
-            f"{module}: got no {', '.join(missing)}, expected the extra `train`; "
-            "pip install 'dgrpo[train]'"
-        )
+        lacks = f"got no {', '.join(missing)}, expected the extra `train`"
+        raise MissingExtra(f"{module}: {lacks}; pip install 'dgrpo[train]'")
 
 
 def load_function(setting: str, path: str, home: str = "") -> Callable[..., Any]:
@@ -53,9 +47,8 @@ def load_function(setting: str, path: str, home: str = "") -> Callable[..., Any]
             module = importlib.import_module(where)
     except Exception as error:
         text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
-        raise ValueError(
-            f"{setting}: got {path!r}, but importing {where} failed: {error}{text}"
-        ) from error
+        what = f"but importing {where} failed: {error}{text}"
+        raise ValueError(f"{setting}: got {path!r}, {what}") from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]

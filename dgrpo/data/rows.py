@@ -1,8 +1,4 @@
-"""Rows: JSONL, JSON, parquet, CSV, folders of them, saved datasets, the hub, or a function.
-
-`load_rows` gives random access, as a full shuffle needs; `dgrpo.data.row_stream.RowStream` is one
-pass in bounded memory. In both a row or a file that cannot be read is a `BadRow`, not the end.
-"""
+"""Random access to rows: JSONL, JSON, parquet, CSV, saved datasets, the hub, or a function."""
 
 import bisect
 import glob
@@ -37,10 +33,7 @@ def load_rows(
             with `options`, returns a sequence of dicts), or a dataset's name on the hub.
         split: of a hub dataset or of a saved `DatasetDict`.
         columns: `{our name: name in the file}`; the other columns keep their names.
-        report: files that cannot be opened are counted here.
-
-    Raises:
-        ValueError: nothing readable at `path`.
+        report: counts files that cannot be opened; ValueError where all are.
     """
     report = report or Report()
     path = str(path)
@@ -48,14 +41,24 @@ def load_rows(
         rows = load_function("path", path)(**options or {})
         tables = [Table(rows if hasattr(rows, "__getitem__") else list(rows), path)]
     elif files := row_files(path):
-        tables = _open_all(files, report)
+        tables = []
+        for file in files:
+            try:
+                tables.append(open_table(file))
+            except Exception as error:  # whatever a reader raises on a broken file
+                report.drop(unreadable(file, error))
+        if not tables:
+            raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
     elif os.path.isdir(path):
-        tables = [Table(_saved(path, split), path)]
+        import datasets
+
+        saved = datasets.load_from_disk(path)
+        tables = [Table(saved[split] if isinstance(saved, datasets.DatasetDict) else saved, path)]
     elif looks_local(path):
-        raise ValueError(
-            f"path: got {path!r}, which does not exist; expected a file ({', '.join(SUFFIXES)}), "
-            "a folder of them, module:function or a dataset on the hub"
+        kinds = (
+            f"a file ({', '.join(SUFFIXES)}), a folder of them, module:function or a hub dataset"
         )
+        raise ValueError(f"path: got {path!r}, which does not exist; expected {kinds}")
     else:
         import datasets
 
@@ -77,12 +80,11 @@ def row_files(path: str | Path) -> list[str]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A short hash of the row files' sizes and of both ends of each; "" where there are none.
+    """A short hash of the row files' sizes and both ends; "" where there are none.
 
-    The middle of a large file is not read: files of many GB are told apart at once.
+    Large files are told apart at once, as their middle is not read.
     """
-    found = hashlib.sha256()
-    files = row_files(path) if str(path) else []
+    found, files = hashlib.sha256(), row_files(path) if str(path) else []
     for file in files:
         with open(file, "rb") as stream:
             size = os.path.getsize(file)
@@ -101,25 +103,6 @@ def is_function(path: str) -> bool:
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as a file, not as a hub dataset."""
     return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
-
-
-def _saved(path: str, split: str):
-    import datasets
-
-    saved = datasets.load_from_disk(path)
-    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-
-
-def _open_all(files: list[str], report: Report) -> list:
-    tables = []
-    for file in files:
-        try:
-            tables.append(open_table(file))
-        except Exception as error:  # whatever a reader raises on a broken file
-            report.drop(unreadable(file, error))
-    if not tables:
-        raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
-    return tables
 
 
 class _Rows(Sequence):

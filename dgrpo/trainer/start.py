@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dgrpo.data import PromptStream
-from dgrpo.data.survey import Survey
+from dgrpo.data.prompts import Survey
 from dgrpo.distributed import ranks
 from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.seeds import seeded

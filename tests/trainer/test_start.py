@@ -95,7 +95,7 @@ def test_an_end_that_is_estimated_is_counted_to_as_the_rows_are_read(
     home, tmp_path, rows, monkeypatch, capsys
 ):
     """Too many rows to read at the start: here only some are."""
-    from dgrpo.data.survey import Survey
+    from dgrpo.data.prompts import Survey
 
     def some(stream, seconds):
         found = Survey(stream.cursors[0].size)

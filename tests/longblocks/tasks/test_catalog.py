@@ -7,7 +7,7 @@ import pytest
 
 from dgrpo.longblocks import rewards
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
-from dgrpo.longblocks.tasks.facts import Draft, Names
+from dgrpo.longblocks.tasks.facts import Draft
 from dgrpo.text import count_tokens
 
 LENGTHS = (1500, 6000)
@@ -153,8 +153,8 @@ def test_passages_are_numbered_in_order_and_facts_have_theirs(ground):
         assert f"[{label}] {fact}\n\n" in woven.text + "\n\n"
 
 
-def test_names_do_not_repeat():
-    names = Names(np.random.default_rng(0))
+def test_names_do_not_repeat(ground):
+    names = Draft(ground, np.random.default_rng(0), 1000)
     assert len({names.place().lower() for _ in range(3000)}) == 3000
     assert len({names.number(10, 60) for _ in range(50)}) == 50
     with pytest.raises(ValueError, match="no unused number"):
