@@ -204,8 +204,12 @@ def finished(settings: RunSettings) -> bool:
 
 
 def _since(path: Path, settings: RunSettings) -> list[Change]:
-    """How settings differ from those of a file."""
-    return differences(load(path)[""].model_dump(), settings.model_dump())
+    """How settings differ from those of a file of the folder."""
+    try:
+        before = load(path)[""]
+    except ValueError as error:  # damaged, or of another version
+        raise ValueError(f"out: {path} cannot be read; set another out\n{error}") from error
+    return differences(before.model_dump(), settings.model_dump())
 
 
 class History:

@@ -232,6 +232,13 @@ def test_a_folder_in_which_nothing_was_trained_takes_any_settings(home, tmp_path
     assert "mark" not in metrics(tmp_path)[0] and metrics(tmp_path)[0]["step"] == 0
 
 
+def test_settings_of_another_version_name_their_file(home, tmp_path):
+    wanted = settings(home, tmp_path, "sft")
+    (tmp_path / "settings.yaml").write_text(dump(wanted) + "speed: 3\n")
+    with pytest.raises(ValueError, match=r"out: \S+settings.yaml cannot be read.*\nspeed: unknown"):
+        train(wanted)
+
+
 def test_an_end_that_was_interrupted_is_made_up_for(home, tmp_path):
     wanted = settings(home, tmp_path, "sft", checkpoint={"export": True})
     train(wanted)
