@@ -34,7 +34,7 @@ PRODUCTS = {
         ("dgrpo", "dgrpo.ops", "dgrpo.head", "dgrpo.objectives", "dgrpo.distributed"),
     ),
     "the trainer": Product(
-        11700,
+        10300,
         (
             "dgrpo/trainer",
             "dgrpo/data",
@@ -46,7 +46,7 @@ PRODUCTS = {
         ("dgrpo.trainer", "dgrpo.trainer.config", "dgrpo.data"),
     ),
     "LongBlocks": Product(
-        5900,
+        4700,
         ("dgrpo/longblocks", "dgrpo/rewards.py"),
         (
             "dgrpo.longblocks.tasks",
