@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def _write_weights(
 ) -> dict[str, str]:
     """Write `model-00001-of-00003.safetensors`, …, and their index; the file of each tensor."""
     written, total = [], 0
-    for held in _filled(tensors, limit):
+    for held in files.in_parts(tensors, limit):
         files.write_tensors(folder / f"part-{len(written)}", held, {"format": "pt"})
         written.append(list(held))
         total += sum(tensor.nbytes for tensor in held.values())
@@ -111,23 +112,8 @@ def _write_weights(
         places |= dict.fromkeys(names, final)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        files.write_json(folder / "model.safetensors.index.json", index)
+        files.write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     return places
-
-
-def _filled(
-    tensors: Iterable[tuple[str, torch.Tensor]], limit: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of one file after the other, copied to the host and freed before the next."""
-    held, size = {}, 0
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > limit:
-            yield held
-            held.clear()
-            size = 0
-        held[name] = tensor.detach().to("cpu", copy=True)
-        size += tensor.nbytes
-    yield held
 
 
 def _write_adapter(

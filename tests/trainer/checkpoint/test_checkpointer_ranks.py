@@ -67,24 +67,24 @@ def check_two_ranks(rank, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
     expect(
         lambda: (checkpointer.save(model, optimizer, RunState(step=6)), checkpointer.wait()),
-        "rank 1: .*step-00000006.tmp/rank-00001.safetensors",
+        "rank 1: .*step-00000006.tmp/rank-00001.json",
     )
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     broken = RunState(step=6, rollouts=[object()] if rank == 1 else [])
     expect(
         lambda: (checkpointer.save(model, optimizer, broken), checkpointer.wait()),
-        "rank 1: TypeError: state.rollouts.0: got object",
+        "rank 1: TypeError: state: got <object object at .*> of type object",
     )
     checkpointer.save(model, optimizer, RunState(step=6))
     checkpointer.wait()
     assert checkpointer.steps() == [4, 6]
 
     # A missing rank
-    missing = step_folder(folder / "two", 6) / "tensors-00001.safetensors"
+    missing = step_folder(folder / "two", 6) / "tensors-00001-00000.safetensors"
     if rank == 0:
         missing.unlink()
     dist.barrier()
-    expect(lambda: checkpointer.restore(other, its_optimizer, step=6), f"{missing}: missing")
+    expect(lambda: checkpointer.restore(other, its_optimizer, step=6), f"{missing}: No such file")
     assert checkpointer.restore(other, its_optimizer).step == 4
     if rank == 1:
         other.body = nn.Linear(6, 6)
