@@ -28,7 +28,6 @@ def export(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     merge: bool = True,
-    shard_bytes: int = 5 * 2**30,
 ) -> Path:
     """Writes the folder that `AutoModelForCausalLM.from_pretrained` loads, on rank 0. Collective.
 
@@ -41,7 +40,6 @@ def export(
         dtype: of the floating-point weights; None keeps that of the parameters.
         merge: with LoRA, merge it into the weights; False writes the adapter that
             `PeftModel.from_pretrained` puts on its base model.
-        shard_bytes: largest size of a weight file, and the host memory that rank 0 needs.
     """
     # Imports transformers, which a Checkpointer does not need.
     from dgrpo.trainer.policy.fsdp import full_tensors
@@ -60,7 +58,7 @@ def export(
                 if adapter:
                     _write_adapter(model, tensors, temporary)
                 else:
-                    _write_model(model, tensors, temporary, dtype, shard_bytes)
+                    _write_model(model, tensors, temporary, dtype)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
         finally:  # every rank takes part in gathering each tensor, also after an error on rank 0
@@ -81,9 +79,8 @@ def _write_model(
     tensors: Iterable[tuple[str, torch.Tensor]],
     folder: Path,
     dtype: torch.dtype | None,
-    shard_bytes: int,
 ) -> None:
-    places = _write_weights(tensors, folder, shard_bytes)
+    places = _write_weights(tensors, folder)
     causal = model.causal
     config = copy.deepcopy(causal.config)
     config.architectures = [type(causal).__name__]
@@ -95,12 +92,10 @@ def _write_model(
         causal.generation_config.save_pretrained(folder)
 
 
-def _write_weights(
-    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limit: int
-) -> dict[str, str]:
+def _write_weights(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[str, str]:
     """Write `model-00001-of-00003.safetensors`, …, and their index; the file of each tensor."""
     written, total = [], 0
-    for held in files.in_parts(tensors, limit):
+    for held in files.in_parts(tensors):
         files.write_tensors(folder / f"part-{len(written)}", held, {"format": "pt"})
         written.append(list(held))
         total += sum(tensor.nbytes for tensor in held.values())

@@ -26,7 +26,7 @@ from dgrpo.trainer.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 3
-PART = 2**30  # bytes of tensors in a file, and in host memory while it is written
+PART = 2**31  # most bytes of tensors in a file, and in host memory while it is written
 _STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 24
 
@@ -60,13 +60,11 @@ def _write(path: Path, save: Callable[[], object]) -> dict:
     return measured(path)
 
 
-def in_parts(
-    tensors: Iterable[tuple[str, torch.Tensor]], limit: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def in_parts(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of one file after the other, copied to the host and freed before the next."""
     held, size = {}, 0
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > limit:
+        if held and size + tensor.nbytes > PART:
             yield held
             held.clear()
             size = 0
@@ -87,7 +85,7 @@ def write_pieces(
     `offsets` say where in its tensor each piece begins.
     """
     listed = {}
-    for number, held in enumerate(in_parts(pieces, PART)):
+    for number, held in enumerate(in_parts(pieces)):
         places = {name: {"saved_offsets": offsets[name]} for name in held}
         path = folder / f"tensors-{rank:05d}-{number:05d}.safetensors"
         metadata = {"DCP_SHARDING_INFO": json.dumps(places)}

@@ -19,15 +19,6 @@ from torch.optim import Optimizer
 
 from dgrpo.trainer.checkpoint.errors import CheckpointError
 
-# What torch.compile and activation-checkpoint wrappers put into a parameter's name.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
 
 def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tensor]:
     """`{"model.<name>": tensor}`: parameters and saved buffers, a shared one once, not copied.
@@ -41,7 +32,7 @@ def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tens
             continue
         if frozen or value.requires_grad:
             seen.add(id(value))
-            tensors[f"model.{_clean(name)}"] = value.detach()
+            tensors[f"model.{name}"] = value.detach()
     return tensors
 
 
@@ -73,7 +64,7 @@ def optimizer_tensors(
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: _clean(name) for name, parameter in model.named_parameters()}
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def _name(names: dict[nn.Parameter, str], parameter: nn.Parameter) -> str:

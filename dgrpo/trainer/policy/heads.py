@@ -32,11 +32,7 @@ class LoraHead(FusedHead):
 
 
 def head_of(causal: PreTrainedModel) -> nn.Linear:
-    """The linear head of a causal model, below LoRA where the head has it.
-
-    Raises:
-        TypeError: the output embedding is neither.
-    """
+    """The linear head of a causal model, below LoRA where the head has it, or TypeError."""
     head = causal.get_output_embeddings()
     if isinstance(head, nn.Module) and hasattr(head, "lora_A"):
         head = head.base_layer
@@ -49,12 +45,7 @@ def head_of(causal: PreTrainedModel) -> nn.Linear:
 
 
 def install_head(causal: PreTrainedModel) -> None:
-    """Put a `FusedHead` (or `LoraHead`) in the place of the head, sharing its parameters.
-
-    Raises:
-        TypeError: see `head_of`.
-        ValueError: see `logit_transform`.
-    """
+    """Put a `FusedHead` (or `LoraHead`) in the place of the head, sharing its parameters."""
     linear, holder = head_of(causal), causal.get_output_embeddings()
     transform = logit_transform(causal)
     if holder is linear:

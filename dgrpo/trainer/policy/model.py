@@ -116,32 +116,30 @@ class PolicyModel(nn.Module):
         """Where inputs belong (parameters may be offloaded)."""
         return self.mesh_device or next(self.parameters()).device
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        lengths: Sequence[int],
-        inputs: HeadInputs,
-        prefixes: Prefixes | None = None,
-    ) -> HeadOutput:
+    def forward(self, *, inputs: HeadInputs, **packed: Any) -> HeadOutput:
         """One pass of training or scoring: `policy(**micro.model_args(), inputs=...)`.
 
-        The other arguments are fields of `Micro`. FSDP neither casts nor moves what is in `inputs`.
+        FSDP neither casts nor moves what is in `inputs`.
         """
-        # Not self.hidden_states: registered with FSDP, it would end the root's forward pass.
-        return self.head(self._run(input_ids, position_ids, cu_seqlens, lengths, prefixes), inputs)
+        return self.head(self._run(**packed), inputs)
 
-    def hidden_states(
+    def _run(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        cu_seqlens: Tensor,
-        lengths: Sequence[int],
+        cu_seqlens: Tensor | None,
+        lengths: Sequence[int] | None,
         prefixes: Prefixes | None = None,
+        cache: Any = None,
     ) -> Tensor:
-        """(T, H) last hidden states; arguments as for `forward`. Registered with FSDP."""
-        return self._run(input_ids, position_ids, cu_seqlens, lengths, prefixes)
+        """(T, H) last hidden states; arguments are fields of `Micro`, or as for `next_logits`."""
+        lengths = None if lengths is None else tuple(lengths)
+        packing = packed_arguments(cu_seqlens, lengths, cache, prefixes)
+        packing |= {"input_ids": input_ids, "position_ids": position_ids}
+        return self.body(use_cache=False, **packing).last_hidden_state[0]
+
+    # FSDP registers this name. Called within `forward`, it would end the root's forward pass.
+    hidden_states = _run
 
     @torch.no_grad()
     def next_logits(
@@ -191,9 +189,3 @@ class PolicyModel(nn.Module):
                 for module, reshards in self.sharded:
                     module.set_reshard_after_forward(reshards, recurse=False)
                     module.reshard()
-
-    def _run(self, tokens, positions, cu_seqlens, lengths, prefixes=None, cache=None) -> Tensor:
-        lengths = None if lengths is None else tuple(lengths)
-        packing = packed_arguments(cu_seqlens, lengths, cache, prefixes)
-        out = self.body(input_ids=tokens, position_ids=positions, use_cache=False, **packing)
-        return out.last_hidden_state[0]
