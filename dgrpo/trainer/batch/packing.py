@@ -26,15 +26,10 @@ def pack(
     own. The result depends on the samples' order and lengths, and on which share a prompt.
 
     Args:
-        samples: those of one call either all carry `token_weights` (`old_logprobs`, `ref_logprobs`,
-            `sampler_logprobs`, `policy_weights`) or none does.
+        samples: either all or none carry `token_weights`; so for the other fields in `SHARED`.
         max_tokens: tokens in a micro, at least 1; a shared prompt counts once.
         share_prompts: lay a prompt out once for all of its samples in a micro.
         coefficients: scalar fields of `Context`, e.g. `teacher_coef=0.5, clip_low=0.2`.
-
-    Raises:
-        ValueError: `max_tokens` below 1, or a field given for some samples only.
-        TypeError: a coefficient that `Context` does not have.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
@@ -71,11 +66,7 @@ def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Names of the optional per-token fields that these samples have.
-
-    Raises:
-        ValueError: some samples have a field and others lack it.
-    """
+    """Names of the optional per-token fields that these samples have: all of them, or none."""
     counts = {name: sum(getattr(s, name) is not None for s in samples) for name in SHARED}
     for name, have in counts.items():
         if 0 < have < len(samples):
@@ -131,7 +122,7 @@ def _micro(
 
     def column(name: str, default: float, dtype: torch.dtype, empty: float = 0) -> Tensor:
         given = zip([getattr(sample, name) for sample in chosen], counts, strict=True)
-        pieces = [torch.full((c,), default, dtype=dtype) if x is None else x for x, c in given]
+        pieces = [torch.full((c,), default) if x is None else x for x, c in given]
         return spread(pieces, dtype, empty)
 
     masked = [torch.where(s.mask, s.completion_ids, IGNORED) for s in chosen]

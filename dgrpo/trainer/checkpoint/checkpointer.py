@@ -121,12 +121,11 @@ class Checkpointer:
 
         def write() -> dict[str, dict]:
             own, _ = planner.create_global_plan(plans)  # without what another rank writes too
-            items = {item.index.fqn: item for item in own[self.ranks.rank].items}
-            pieces = ((name, planner.resolve_data(item)) for name, item in items.items())
-            offsets = {name: list(item.tensor_data.chunk.offsets) for name, item in items.items()}
-            name = files.rank_file(self.ranks.rank)
-            written = {name: files.write_text(temporary / name, state)}
-            return written | files.write_pieces(temporary, self.ranks.rank, pieces, offsets)
+            pieces = {
+                item.index.fqn: (planner.resolve_data(item), list(item.tensor_data.chunk.offsets))
+                for item in own[self.ranks.rank].items
+            }
+            return files.write_rank(temporary, self.ranks.rank, state, pieces)
 
         def publish() -> None:
             if self.ranks.first:

@@ -56,7 +56,9 @@ def export(
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 if adapter:
-                    _write_adapter(model, tensors, temporary)
+                    own = {name: tensor.cpu() for name, tensor in tensors if ".lora_" in name}
+                    options = {"state_dict": own, "save_embedding_layers": False}
+                    model.model.save_pretrained(temporary, **options)
                 else:
                     _write_model(model, tensors, temporary, dtype)
                 if tokenizer is not None:
@@ -109,16 +111,3 @@ def _write_weights(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) ->
         index = {"metadata": {"total_size": total}, "weight_map": places}
         files.write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     return places
-
-
-def _write_adapter(
-    model: PolicyModel, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path
-) -> None:
-    from peft import get_peft_model_state_dict
-
-    own = {name: tensor.cpu() for name, tensor in tensors if ".lora_" in name}
-    own = get_peft_model_state_dict(model.model, state_dict=own, save_embedding_layers=False)
-    files.write_tensors(folder / "adapter_model.safetensors", own, {"format": "pt"})
-    config = copy.copy(model.model.active_peft_config)
-    config.inference_mode = True  # as peft saves it
-    config.save_pretrained(folder)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,6 @@ from dgrpo.trainer.checkpoint.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT = 3
 PART = 2**31  # most bytes of tensors in a file, and in host memory while it is written
-_STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 24
 
 
@@ -74,22 +72,18 @@ def in_parts(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, 
         yield held
 
 
-def write_pieces(
-    folder: Path,
-    rank: int,
-    pieces: Iterable[tuple[str, torch.Tensor]],
-    offsets: dict[str, list[int]],
+def write_rank(
+    folder: Path, rank: int, state: str, pieces: dict[str, tuple[torch.Tensor, list[int]]]
 ) -> dict[str, dict]:
-    """Write this rank's pieces of tensors; returns the manifest's entry of each file.
+    """Write a rank's files; returns the manifest's entry of each.
 
-    `offsets` say where in its tensor each piece begins.
+    `pieces` are by the names of their tensors, with the offsets at which they begin in these.
     """
-    listed = {}
-    for number, held in enumerate(in_parts(pieces)):
-        places = {name: {"saved_offsets": offsets[name]} for name in held}
+    listed = {rank_file(rank): write_text(folder / rank_file(rank), state)}
+    for number, held in enumerate(in_parts((name, it) for name, (it, _) in pieces.items())):
+        places = {name: {"saved_offsets": pieces[name][1]} for name in held}
         path = folder / f"tensors-{rank:05d}-{number:05d}.safetensors"
-        metadata = {"DCP_SHARDING_INFO": json.dumps(places)}
-        listed[path.name] = write_tensors(path, held, metadata)
+        listed[path.name] = write_tensors(path, held, {"DCP_SHARDING_INFO": json.dumps(places)})
     return listed
 
 
@@ -167,8 +161,7 @@ def damages(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
 
 def complete_steps(folder: Path) -> list[int]:
     """The steps, ascending, whose folder is in place. Loading checks what is in it."""
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match.group(1)) for name in names if (match := _STEP.fullmatch(name)))
+    return sorted(int(path.name[5:]) for path in folder.glob("step-" + 8 * "[0-9]"))
 
 
 def recover(folder: Path) -> None:

@@ -12,6 +12,8 @@ import numpy
 import torch
 from safetensors import torch as safetensors
 
+from dgrpo.trainer.seeds import seed_all
+
 
 @dataclass
 class RunState:
@@ -21,20 +23,13 @@ class RunState:
     `rollouts` are trees as `encode` takes them.
     """
 
-    step: int = 0
-    """Optimiser steps finished."""
-    data: dict = field(default_factory=dict)
-    """The position in the data."""
-    skipped: int = 0
-    """Steps in all whose loss or gradient was not finite."""
-    skipped_in_row: int = 0
-    """How many of them are the latest ones."""
-    average: float | None = None
-    """The moving average of the metric of `until`."""
-    pending: int = 0
-    """Batches that the rollouts in flight belong to."""
-    rollouts: list = field(default_factory=list)
-    """Rollouts in flight on this rank. An entry stays whole and on one rank (a group, say)."""
+    step: int = 0  # optimiser steps finished
+    data: dict = field(default_factory=dict)  # the position in the data
+    skipped: int = 0  # steps in all whose loss or gradient was not finite
+    skipped_in_row: int = 0  # how many of them are the latest ones
+    average: float | None = None  # the moving average of the metric of `until`
+    pending: int = 0  # batches that the rollouts in flight belong to
+    rollouts: list = field(default_factory=list)  # in flight on this rank; an entry stays whole
 
 
 def encode(tree: object) -> str:
@@ -92,10 +87,7 @@ def set_random_state(state: dict) -> None:
 def fork_random_state(state: dict, rank: int) -> None:
     """Seed the generators of a rank that the saved run did not have, from another's state."""
     digest = hashlib.sha256(bytes(state["torch"].tolist()) + rank.to_bytes(8, "little")).digest()
-    seed = int.from_bytes(digest[:4], "little")
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_all(int.from_bytes(digest[:4], "little"))
 
 
 def share(entries: list, rank: int, size: int) -> list:
