@@ -63,7 +63,9 @@ class Checkpointer:
         self.ranks = ranks().apart(timedelta(hours=2))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._stager: DefaultStager | None = None
+        cuda = torch.cuda.is_available()
+        # Copies to the host into buffers that every save uses again.
+        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints in place, ascending."""
@@ -85,20 +87,13 @@ class Checkpointer:
             own = {"random": random_state(), "state": vars(state), "optimizers": rest}
             encoded = encode(own)
             if self.asynchronous:
-                tensors = self._stage(tensors)
+                tensors = self._stager.stage(tensors)
         except Exception as caught:
             error = caught
         if self.asynchronous:
             self._pending = self._thread.submit(self._write, state.step, tensors, encoded, error)
         else:
             self._write(state.step, tensors, encoded, error)
-
-    def _stage(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A copy on the host, in buffers that every save uses again."""
-        if self._stager is None:
-            cuda = torch.cuda.is_available()
-            self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
-        return self._stager.stage(tensors)
 
     def _write(
         self,
@@ -189,9 +184,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            if self._stager is not None:
-                self._stager.close()
-                self._stager = None
+            self._stager.close()
 
     def _choose(self, step: int | None) -> Path | None:
         """The folder to load: the newest whose files are whole, or `step`'s. All ranks agree."""

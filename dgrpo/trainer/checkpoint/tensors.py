@@ -41,25 +41,19 @@ def optimizer_tensors(
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
 
-    The rest, one dict per optimiser: `kind` (its class), `groups` (each group's rates, `params` as
-    names) and `values` (`{name: {key: value}}` of what is no tensor).
+    The rest, one dict per optimiser: `kind` (its class) and `groups` (each group's rates, `params`
+    as names).
     """
-    tensors, rest = {}, []
-    names = _names(model)
+    tensors, rest, names = {}, [], _names(model)
     for i, optimizer in enumerate(optimizers):
         groups = [
             _rates(group) | {"params": [_name(names, parameter) for parameter in group["params"]]}
             for group in optimizer.param_groups
         ]
-        plain: dict[str, dict] = {}
         for parameter, values in optimizer.state.items():
-            name = _name(names, parameter)
             for key, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{i}.{name}.{key}"] = value.detach()
-                else:
-                    plain.setdefault(name, {})[key] = value
-        rest.append({"kind": type(optimizer).__name__, "groups": groups, "values": plain})
+                tensors[f"optimizer.{i}.{_name(names, parameter)}.{key}"] = value.detach()
+        rest.append({"kind": type(optimizer).__name__, "groups": groups})
     return tensors, rest
 
 
@@ -142,7 +136,7 @@ def load_optimizers(
         if own != saved:
             raise CheckpointError(f"optimizer {i}: {_difference(own, saved)}")
         index = {name: n for n, name in enumerate(itertools.chain(*own))}
-        state = {index[name]: dict(values) for name, values in part["values"].items()}
+        state: dict[int, dict] = {}
         for full, tensor in tensors.items():
             number, name, key = _parts(full)
             if number == i:
