@@ -12,8 +12,6 @@ import numpy
 import torch
 from safetensors import torch as safetensors
 
-from dgrpo.trainer.seeds import seed_all
-
 
 @dataclass
 class RunState:
@@ -87,7 +85,10 @@ def set_random_state(state: dict) -> None:
 def fork_random_state(state: dict, rank: int) -> None:
     """Seed the generators of a rank that the saved run did not have, from another's state."""
     digest = hashlib.sha256(bytes(state["torch"].tolist()) + rank.to_bytes(8, "little")).digest()
-    seed_all(int.from_bytes(digest[:4], "little"))
+    seed = int.from_bytes(digest[:4], "little")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def share(entries: list, rank: int, size: int) -> list:
