@@ -62,11 +62,7 @@ class Micro:
         sequence_objective: Callable | None = None,
         options: Options | None = None,
     ) -> HeadInputs:
-        """What the loss head needs for this micro; `teacher` comes from `Teacher.head(micro)`.
-
-        Raises:
-            ValueError: a loss is asked for and the samples have no token weights.
-        """
+        """What the loss head needs for this micro; `teacher` comes from `Teacher.head(micro)`."""
         if self.context is None and mode != "logprobs":
             raise ValueError(
                 f"token_weights: got None in a sample, expected (C,) weights for mode {mode!r}; "

@@ -25,12 +25,10 @@ def pack(
     allows; a longer sample gets a micro of its own.
 
     Args:
-        max_tokens: tokens in a micro; a shared prompt counts once.
+        samples: either all or none carry `token_weights`; so for the other fields in `SHARED`.
+        max_tokens: tokens in a micro, at least 1; a shared prompt counts once.
         share_prompts: lay a prompt out once for all of its samples in a micro.
         coefficients: scalar fields of `Context`, e.g. `teacher_coef=0.5, clip_low=0.2`.
-
-    Raises:
-        ValueError: `max_tokens` below 1, or a field of `SHARED` given for some samples only.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
@@ -67,7 +65,7 @@ def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Names of the optional per-token fields that samples have; ValueError if only some do."""
+    """Names of the optional per-token fields that these samples have: all of them, or none."""
     counts = {name: sum(getattr(s, name) is not None for s in samples) for name in SHARED}
     for name, have in counts.items():
         if 0 < have < len(samples):
@@ -122,7 +120,7 @@ def _micro(
 
     def column(name: str, default: float, dtype: torch.dtype, empty: float = 0) -> Tensor:
         given = zip([getattr(sample, name) for sample in chosen], counts, strict=True)
-        pieces = [torch.full((c,), default, dtype=dtype) if x is None else x for x, c in given]
+        pieces = [torch.full((c,), default) if x is None else x for x, c in given]
         return spread(pieces, dtype, empty)
 
     masked = [torch.where(s.mask, s.completion_ids, IGNORED) for s in chosen]

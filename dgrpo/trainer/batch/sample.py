@@ -47,9 +47,6 @@ class Sample:
 
     The packed sequence is prompt + completion without its last token, which predicts nothing: the
     hidden state at position `P - 1 + i` predicts completion token i.
-
-    Raises:
-        ValueError: an empty prompt or completion, or a per-token tensor of another length.
     """
 
     prompt_ids: Tensor  # (P,) int64

@@ -1,8 +1,6 @@
 """Checkpoints a killed run continues from, and export to a Hugging Face folder.
 
-`Checkpointer` saves and restores model, optimiser, `RunState` and every rank's random numbers;
-`export` writes what `from_pretrained` loads. Nothing here is pickled: tensors are safetensors, the
-rest JSON.
+Nothing here is pickled: tensors are safetensors, the rest JSON.
 """
 
 from dgrpo.trainer.checkpoint.checkpointer import Checkpointer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +18,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from dgrpo.distributed import ranks
-from dgrpo.trainer.checkpoint import files, storage
-from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat, together
+from dgrpo.trainer.checkpoint import files
+from dgrpo.trainer.checkpoint.errors import CheckpointError, together
 from dgrpo.trainer.checkpoint.state import (
     RunState,
     decode,
@@ -30,8 +31,8 @@ from dgrpo.trainer.checkpoint.state import (
 )
 from dgrpo.trainer.checkpoint.tensors import (
     load_optimizers,
+    load_tensors,
     model_tensors,
-    optimizer_templates,
     optimizer_tensors,
 )
 
@@ -62,7 +63,9 @@ class Checkpointer:
         self.ranks = ranks().apart(timedelta(hours=2))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._stager: DefaultStager | None = None
+        cuda = torch.cuda.is_available()
+        # Copies to the host into buffers that every save uses again.
+        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints in place, ascending."""
@@ -77,17 +80,14 @@ class Checkpointer:
             CheckpointError: that one failed, or, if synchronous, this one.
         """
         self.wait()
-        tensors, encoded, error = {}, ("", {}), None
+        tensors, encoded, error = {}, "", None
         try:
-            tensors = model_tensors(model, self.frozen)
             optimizer_part, rest = optimizer_tensors(model, _sequence(optimizer))
-            tensors |= optimizer_part
-            own = {"random": random_state(), "rollouts": state.rollouts}
-            if self.ranks.first:
-                own |= {"shared": state.shared(), "optimizers": rest}
+            tensors = model_tensors(model, self.frozen) | optimizer_part
+            own = {"random": random_state(), "state": vars(state), "optimizers": rest}
             encoded = encode(own)
             if self.asynchronous:
-                tensors = self._stage(tensors)
+                tensors = self._stager.stage(tensors)
         except Exception as caught:
             error = caught
         if self.asynchronous:
@@ -95,18 +95,11 @@ class Checkpointer:
         else:
             self._write(state.step, tensors, encoded, error)
 
-    def _stage(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A copy on the host, in buffers that every save uses again."""
-        if self._stager is None:
-            cuda = torch.cuda.is_available()
-            self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
-        return self._stager.stage(tensors)
-
     def _write(
         self,
         step: int,
         tensors: dict[str, torch.Tensor],
-        state: tuple[str, dict[str, torch.Tensor]],
+        state: str,
         error: Exception | None,  # what went wrong on this rank so far: all ranks hear of it
     ) -> None:
         temporary = self.folder / f"{files.folder_name(step)}.tmp"
@@ -121,21 +114,22 @@ class Checkpointer:
             planner.set_up_planner(tensors, is_coordinator=self.ranks.first)
             return planner.create_local_plan()
 
-        def write() -> tuple[list[SavePlan], dict[str, dict]]:
+        def write() -> dict[str, dict]:
             own, _ = planner.create_global_plan(plans)  # without what another rank writes too
-            items = own[self.ranks.rank].items
-            pieces = {storage.piece_key(item): planner.resolve_data(item) for item in items}
-            return own, storage.write_rank(temporary, self.ranks.rank, state, pieces)
+            pieces = {
+                item.index.fqn: (planner.resolve_data(item), list(item.tensor_data.chunk.offsets))
+                for item in own[self.ranks.rank].items
+            }
+            return files.write_rank(temporary, self.ranks.rank, state, pieces)
 
         def publish() -> None:
             if self.ranks.first:
-                storage.publish(temporary, step, plans, listed)
+                files.publish(temporary, step, dict(collections.ChainMap(*listed)))
                 files.prune(self.folder, self.keep)
 
         try:
             plans = self.ranks.gather(together(self.ranks, what, plan))
-            plans, own = together(self.ranks, what, write)
-            listed = dict(collections.ChainMap(*self.ranks.gather(own)))
+            listed = self.ranks.gather(together(self.ranks, what, write))
             together(self.ranks, what, publish)
         except CheckpointError as failed:
             if self.ranks.first:
@@ -169,13 +163,9 @@ class Checkpointer:
             return None
 
         def load() -> RunState:
-            metadata = storage.read_index(folder)
-            first = decode(*storage.read_rank(folder, 0))
-            rest = first["optimizers"]
-            templates = optimizer_templates(model, rest, metadata.state_dict_metadata)
-            tensors = model_tensors(model, self.frozen) | templates
-            storage.read_tensors(folder, metadata, tensors)
-            load_optimizers(model, _sequence(optimizer), rest, templates)
+            first = _read(folder, 0)
+            tensors = load_tensors(folder, model, self.frozen)
+            load_optimizers(model, _sequence(optimizer), first["optimizers"], tensors)
             return self._own_state(folder, first)
 
         def set_later_aside() -> None:
@@ -194,9 +184,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            if self._stager is not None:
-                self._stager.close()
-                self._stager = None
+            self._stager.close()
 
     def _choose(self, step: int | None) -> Path | None:
         """The folder to load: the newest whose files are whole, or `step`'s. All ranks agree."""
@@ -226,33 +214,26 @@ class Checkpointer:
 
     def _damages(self, folder: Path) -> list[str]:
         """What is wrong with a checkpoint; every rank checks its share of the files."""
-        found, other = [], None
-        try:
-            listed = files.read_manifest(folder)["files"]
-            names = sorted(listed)[self.ranks.rank :: self.ranks.world]
-            found = files.damages(folder, names, listed)
-        except OtherFormat as error:
-            other = str(error)
-        except CheckpointError as error:
-            found = [str(error)]
-        answers = self.ranks.gather((found, other))
-        if others := [text for _, text in answers if text]:
-            raise OtherFormat(others[0])  # an older one in its place would cost its steps
-        return sorted({text for part, _ in answers for text in part})
+        found = self.ranks.gather(files.damages(folder, self.ranks.rank, self.ranks.world))
+        return sorted(set(itertools.chain(*found)))
 
     def _own_state(self, folder: Path, first: dict) -> RunState:
         """This rank's state out of the rank files of a run with any number of ranks."""
-        world, rank = files.read_manifest(folder)["world_size"], self.ranks.rank
+        world, rank = len(list(folder.glob("rank-*.json"))), self.ranks.rank
         needed = [rank] if world == self.ranks.world else range(world)
-        saved = {r: decode(*storage.read_rank(folder, r)) if r else first for r in needed}
+        saved = {r: _read(folder, r) if r else first for r in needed}
         if rank in saved:
             set_random_state(saved[rank]["random"])
         else:
             fork_random_state(first["random"], rank)
-        rollouts = [entry for part in saved.values() for entry in part["rollouts"]]
+        rollouts = [entry for part in saved.values() for entry in part["state"]["rollouts"]]
         if world != self.ranks.world:
             rollouts = share(rollouts, rank, self.ranks.world)
-        return RunState(**first["shared"], rollouts=rollouts)
+        return RunState(**first["state"] | {"rollouts": rollouts})
+
+
+def _read(folder: Path, rank: int) -> dict:
+    return decode((folder / files.rank_file(rank)).read_text(encoding="utf-8"))
 
 
 def _sequence(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

@@ -14,10 +14,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the file and the rank."""
 
 
-class OtherFormat(CheckpointError):
-    """A checkpoint is whole as far as one can tell, but of another version of dgrpo."""
-
-
 def together(ranks: Ranks, what: str, call: Callable[[], _T]) -> _T:
     """`call()`, or CheckpointError on every rank if it fails on any. COLLECTIVE.
 

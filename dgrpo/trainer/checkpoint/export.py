@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ def export(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     merge: bool = True,
-    shard_bytes: int = 5 * 2**30,
 ) -> Path:
     """Writes the folder that `AutoModelForCausalLM.from_pretrained` loads, on rank 0. Collective.
 
@@ -38,7 +38,6 @@ def export(
         dtype: of the floating-point weights; None keeps that of the parameters.
         merge: with LoRA, merge it into the weights; False writes the adapter that
             `PeftModel.from_pretrained` puts on its base model.
-        shard_bytes: largest size of a weight file, and the host memory that rank 0 needs.
     """
     # Imports transformers, which a Checkpointer does not need.
     from dgrpo.trainer.policy.fsdp import full_tensors
@@ -55,9 +54,11 @@ def export(
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 if adapter:
-                    _write_adapter(model, tensors, temporary)
+                    own = {name: tensor.cpu() for name, tensor in tensors if ".lora_" in name}
+                    options = {"state_dict": own, "save_embedding_layers": False}
+                    model.model.save_pretrained(temporary, **options)
                 else:
-                    _write_model(model, tensors, temporary, dtype, shard_bytes)
+                    _write_model(model, tensors, temporary, dtype)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
         finally:  # every rank takes part in gathering each tensor, also after an error on rank 0
@@ -78,9 +79,8 @@ def _write_model(
     tensors: Iterable[tuple[str, torch.Tensor]],
     folder: Path,
     dtype: torch.dtype | None,
-    shard_bytes: int,
 ) -> None:
-    places = _write_weights(tensors, folder, shard_bytes)
+    places = _write_weights(tensors, folder)
     causal = model.causal
     config = copy.deepcopy(causal.config)
     config.architectures = [type(causal).__name__]
@@ -92,12 +92,10 @@ def _write_model(
         causal.generation_config.save_pretrained(folder)
 
 
-def _write_weights(
-    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limit: int
-) -> dict[str, str]:
+def _write_weights(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> dict[str, str]:
     """Write `model-00001-of-00003.safetensors`, …, and their index; the file of each tensor."""
     written, total = [], 0
-    for held in _filled(tensors, limit):
+    for held in files.in_parts(tensors):
         files.write_tensors(folder / f"part-{len(written)}", held, {"format": "pt"})
         written.append(list(held))
         total += sum(tensor.nbytes for tensor in held.values())
@@ -109,33 +107,5 @@ def _write_weights(
         places |= dict.fromkeys(names, final)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        files.write_json(folder / "model.safetensors.index.json", index)
+        files.write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
     return places
-
-
-def _filled(
-    tensors: Iterable[tuple[str, torch.Tensor]], limit: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of one file after the other, copied to the host and freed before the next."""
-    held, size = {}, 0
-    for name, tensor in tensors:
-        if held and size + tensor.nbytes > limit:
-            yield held
-            held.clear()
-            size = 0
-        held[name] = tensor.detach().to("cpu", copy=True)
-        size += tensor.nbytes
-    yield held
-
-
-def _write_adapter(
-    model: PolicyModel, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path
-) -> None:
-    from peft import get_peft_model_state_dict
-
-    own = {name: tensor.cpu() for name, tensor in tensors if ".lora_" in name}
-    own = get_peft_model_state_dict(model.model, state_dict=own, save_embedding_layers=False)
-    files.write_tensors(folder / "adapter_model.safetensors", own, {"format": "pt"})
-    config = copy.copy(model.model.active_peft_config)
-    config.inference_mode = True  # as peft saves it
-    config.save_pretrained(folder)

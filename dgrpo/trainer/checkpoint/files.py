@@ -1,52 +1,32 @@
-"""The files of a checkpoint: streamed safetensors, and the manifest that shows damage.
+"""The files of a checkpoint, and the manifest that shows damage.
 
-A folder `step-00000012` appears by one rename after every file in it, the manifest last, has
-reached the disk. The manifest lists each file's size and CRC-32, so a missing, short or altered
-file is found by name.
+    tensors-00000-00000.safetensors  rank 0's tensors, for torch's HuggingFaceStorageReader
+    rank-00000.json                  its random numbers and rollouts, and what all ranks share
+    manifest.json                    size and CRC-32 of every file; written last
+
+A folder `step-00000012` appears by one rename after every file in it has reached the disk.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat
+from dgrpo.trainer.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-_STEP = re.compile(r"step-(\d+)")
+FORMAT = 3
+PART = 2**31  # most bytes of tensors in a file, and in host memory while it is written
 _CHUNK = 1 << 24
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # by safetensors' names
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a dtype, such as `"BF16"`; TypeError where it has none."""
-    if dtype not in _NAMES:
-        raise TypeError(f"dtype: got {dtype}, expected one of {sorted(_NAMES.values())}")
-    return _NAMES[dtype]
 
 
 def folder_name(step: int) -> str:
@@ -54,59 +34,80 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _write(path: Path, chunks: Iterable) -> dict:
-    """Write bytes to a file and flush it to the disk; its size and CRC-32. OSErrors name it."""
-    size = crc = 0
+def rank_file(rank: int) -> str:
+    """The file of a rank's own state."""
+    return f"rank-{rank:05d}.json"
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict:
+    """Write a safetensors file and flush it to the disk; returns `measured` of it."""
+    return _write(path, lambda: save_file(tensors, path, metadata))
+
+
+def write_text(path: Path, text: str) -> dict:
+    """Write a text and flush it to the disk; returns `measured` of it."""
+    return _write(path, lambda: path.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, save: Callable[[], object]) -> dict:
     try:
-        with path.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # that of a write does not name the file
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-    return {"bytes": size, "crc32": f"{crc:08x}"}
+        save()
+        sync(path)
+    except (OSError, SafetensorError) as error:  # neither names the file
+        raise OSError(f"{path}: cannot write: {error}") from error
+    return measured(path)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]
-) -> dict:
-    """Write one safetensors file and flush it to the disk; returns `{"bytes", "crc32"}`.
+def in_parts(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of one file after the other, copied to the host and freed before the next."""
+    held, size = {}, 0
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > PART:
+            yield held
+            held.clear()
+            size = 0
+        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += tensor.nbytes
+    if held:
+        yield held
 
-    Unlike safetensors' own writer, it copies one tensor at a time from the GPU.
+
+def write_rank(
+    folder: Path, rank: int, state: str, pieces: dict[str, tuple[torch.Tensor, list[int]]]
+) -> dict[str, dict]:
+    """Write a rank's files; returns the manifest's entry of each.
+
+    `pieces` are by the names of their tensors, with the offsets at which they begin in these.
     """
-    # Widest dtypes first, as readers want every tensor aligned to its item size.
-    ordered = sorted(tensors.items(), key=lambda pair: -pair[1].dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for key, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        header[key] = {
-            "dtype": dtype_name(tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
-        for _, tensor in ordered:
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, len(flat), _CHUNK):
-                yield memoryview(flat[start : start + _CHUNK])
-
-    return _write(path, chunks())
+    listed = {rank_file(rank): write_text(folder / rank_file(rank), state)}
+    for number, held in enumerate(in_parts((name, it) for name, (it, _) in pieces.items())):
+        places = {name: {"saved_offsets": pieces[name][1]} for name in held}
+        path = folder / f"tensors-{rank:05d}-{number:05d}.safetensors"
+        listed[path.name] = write_tensors(path, held, {"DCP_SHARDING_INFO": json.dumps(places)})
+    return listed
 
 
-def write_json(path: Path, value: object) -> dict:
-    """Write JSON and flush it to the disk; returns `{"bytes", "crc32"}`."""
-    return _write(path, [json.dumps(value, indent=1).encode()])
+def publish(temporary: Path, step: int, listed: dict[str, dict]) -> None:
+    """Write the manifest of all ranks' files, then rename `folder.tmp` to `folder`. On rank 0."""
+    unseen = [name for name in listed if not (temporary / name).exists()]
+    if unseen:
+        raise CheckpointError(
+            f"{temporary / unseen[0]}: another rank wrote it, rank 0 does not see it; "
+            "the run folder must lie on a file system that all nodes share"
+        )
+    manifest = {"format": FORMAT, "files": dict(sorted(listed.items()))}
+    write_text(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    sync(temporary)
+    folder = temporary.with_suffix("")
+    if folder.exists():
+        complete = complete_steps(folder.parent)
+        set_aside(folder.parent, [other for other in complete if other >= step])
+    os.rename(temporary, folder)
+    sync(folder.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make the folder's entries durable: renames and new names in it."""
+def sync(path: Path) -> None:
+    """Make a file's contents durable, or a folder's entries: renames and new names in it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -114,69 +115,60 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint.
+def measured(path: Path) -> dict:
+    """The size and CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK):
+            crc = zlib.crc32(data, crc)
+        return {"bytes": file.tell(), "crc32": f"{crc:08x}"}
+
+
+def damages(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, by file: missing, truncated, altered.
+
+    Of `world` ranks, each checks its share of the files.
 
     Raises:
-        OtherFormat: of another version of dgrpo, whatever else stands in it.
-        CheckpointError: missing or unreadable.
+        CheckpointError: it is of another version of dgrpo, whatever else stands in it.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
-        if version == FORMAT:
-            _ = manifest["step"], manifest["world_size"], manifest["files"]
+        listed = manifest["files"] if version == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: unreadable ({error})") from error
+        return [f"{path}: unreadable ({error})"]
     if version != FORMAT:
-        raise OtherFormat(
+        raise CheckpointError(
             f"{folder}: written in format {version}, this version of dgrpo reads format {FORMAT}; "
             "go on with the version that wrote it, or start again in another folder"
         )
-    return manifest
-
-
-def damages(folder: Path, names: Iterable[str], files: dict[str, dict]) -> list[str]:
-    """What is wrong with the files: missing, of another size, or altered."""
 
     def damage(name: str) -> str | None:
-        path, wanted = folder / name, files[name]
         try:
-            size = path.stat().st_size
-            if size != wanted["bytes"]:
-                return f"{path}: {size} bytes, expected {wanted['bytes']}"
-            crc = 0
-            with path.open("rb") as file:
-                while data := file.read(_CHUNK):
-                    crc = zlib.crc32(data, crc)
-            if f"{crc:08x}" != wanted["crc32"]:
-                return f"{path}: its contents do not match their checksum"
-        except FileNotFoundError:
-            return f"{path}: missing"
+            found, wanted = measured(folder / name), listed[name]
         except OSError as error:
-            return f"{path}: {error.strerror}"
-        return None
+            return f"{folder / name}: {error.strerror}"
+        if found == wanted:
+            return None
+        both = (f"{it['bytes']} bytes with CRC-32 {it['crc32']}" for it in (found, wanted))
+        return f"{folder / name}: got {', expected '.join(both)}"
 
     with ThreadPoolExecutor(4) as pool:
-        return [text for text in pool.map(damage, names) if text]
+        return [text for text in pool.map(damage, sorted(listed)[rank::world]) if text]
 
 
 def complete_steps(folder: Path) -> list[int]:
     """The steps, ascending, whose folder is in place. Loading checks what is in it."""
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match.group(1)) for name in names if (match := _STEP.fullmatch(name)))
+    return sorted(int(path.name[5:]) for path in folder.glob("step-" + 8 * "[0-9]"))
 
 
 def recover(folder: Path) -> None:
     """Rename a checkpoint whose writer was killed between its manifest and the rename."""
-    for path in folder.glob("step-*.tmp") if folder.is_dir() else ():
+    for path in folder.glob("step-*.tmp"):
         final = path.with_suffix("")
-        try:
-            files = read_manifest(path)["files"]
-        except CheckpointError:
-            continue
-        if not final.exists() and not damages(path, files, files):
+        if not final.exists() and not damages(path):
             os.rename(path, final)
 
 
@@ -199,15 +191,12 @@ def prune(folder: Path, keep: int) -> None:
 
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Make all files in `temporary` durable and replace `folder` by it."""
-    for path in temporary.iterdir():
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(temporary)
+    for path in [*filter(Path.is_file, temporary.iterdir()), temporary]:
+        sync(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

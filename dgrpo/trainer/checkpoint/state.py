@@ -1,20 +1,16 @@
-"""What a checkpoint holds besides parameters and optimiser state, as JSON and tensors.
-
-A tree of dict, list, tuple, tensor, str, int, float, bool and None becomes one JSON text plus named
-tensors, and back; floats survive exactly. Nothing is pickled.
-"""
+"""What a checkpoint holds besides parameters and optimiser state, as JSON. Nothing is pickled."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy
 import torch
-
-_TAGS = ("__tensor__", "__tuple__", "__items__")
+from safetensors import torch as safetensors
 
 
 @dataclass
@@ -22,7 +18,7 @@ class RunState:
     """Where a run stands, besides its parameters, optimisers and random numbers.
 
     All fields but `rollouts` are the same on every rank; rank 0's are kept. `data` and an entry of
-    `rollouts` are trees of dict, list, tuple, tensor, str, int, float, bool and None.
+    `rollouts` are trees as `encode` takes them.
     """
 
     step: int = 0  # optimiser steps finished
@@ -31,61 +27,36 @@ class RunState:
     skipped_in_row: int = 0  # how many of them are the latest ones
     average: float | None = None  # the moving average of the metric of `until`
     pending: int = 0  # batches that the rollouts in flight belong to
-    # Rollouts in flight on this rank. An entry (a group, say) stays whole and on one rank.
-    rollouts: list = field(default_factory=list)
-
-    def shared(self) -> dict:
-        """The fields that are the same on every rank."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollouts"}
+    rollouts: list = field(default_factory=list)  # in flight on this rank; an entry stays whole
 
 
-def encode(tree: object, name: str = "state") -> tuple[str, dict[str, torch.Tensor]]:
-    """`(text, tensors)` of a tree; the tensors are copies on the CPU, keyed by their path.
+def encode(tree: object) -> str:
+    """JSON of a tree of dict, list, tensor, str, int, float, bool and None; floats stay exact.
+
+    Keys are strings; a tuple comes back as a list, a tensor on the CPU.
 
     Raises:
-        TypeError: a value of another type; the message names its path.
+        TypeError: a value of another type.
     """
-    tensors: dict[str, torch.Tensor] = {}
 
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
-            return {"__tensor__": path}
-        if value is None or isinstance(value, str | bool | int | float):
-            return value
-        if isinstance(value, list | tuple):
-            items = [walk(v, f"{path}.{i}") for i, v in enumerate(value)]
-            return {"__tuple__": items} if isinstance(value, tuple) else items
-        if isinstance(value, dict):
-            if all(isinstance(k, str) and k not in _TAGS for k in value):
-                return {k: walk(v, f"{path}.{k}") for k, v in value.items()}
-            pairs = [[walk(k, path), walk(v, f"{path}.{k}")] for k, v in value.items()]
-            return {"__items__": pairs}
-        raise TypeError(
-            f"{path}: got {type(value).__name__}, expected dict, list, tuple, tensor, str, int, "
-            "float, bool or None; convert it (a NumPy number with .item())"
-        )
+    def other(value: object) -> dict[str, str]:
+        if not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"state: got {value!r:.80} of type {kind}, expected JSON or a tensor")
+        data = safetensors.save({"": value.detach().contiguous()})
+        return {"__tensor__": base64.b64encode(data).decode()}
 
-    return json.dumps(walk(tree, name)), tensors
+    return json.dumps(tree, default=other)
 
 
-def decode(text: str, tensors: dict[str, torch.Tensor]) -> object:
-    """The tree that `encode` was given; tuples and keys that are not strings included."""
+def decode(text: str) -> dict:
+    """The tree that `encode` wrote."""
 
-    def walk(value):
-        if isinstance(value, list):
-            return [walk(v) for v in value]
-        if not isinstance(value, dict):
-            return value
-        if "__tensor__" in value:
-            return tensors[value["__tensor__"]]
-        if "__tuple__" in value:
-            return tuple(walk(v) for v in value["__tuple__"])
-        if "__items__" in value:
-            return {walk(k): walk(v) for k, v in value["__items__"]}
-        return {k: walk(v) for k, v in value.items()}
+    def tensor_or_dict(found: dict) -> object:
+        data = found.get("__tensor__")
+        return found if data is None else safetensors.load(base64.b64decode(data))[""]
 
-    return walk(json.loads(text))
+    return json.loads(text, object_hook=tensor_or_dict)
 
 
 def random_state() -> dict:
@@ -103,9 +74,9 @@ def random_state() -> dict:
 
 def set_random_state(state: dict) -> None:
     """Put the generators where `random_state` found them."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, numpy.asarray(keys, dtype=numpy.uint32), *rest))
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

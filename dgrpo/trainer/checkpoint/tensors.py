@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from dgrpo.trainer.checkpoint.errors import CheckpointError
-
-# What torch.compile and activation-checkpoint wrappers put into a parameter's name.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tensor]:
@@ -38,12 +32,8 @@ def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tens
             continue
         if frozen or value.requires_grad:
             seen.add(id(value))
-            tensors[f"model.{_clean(name)}"] = value.detach()
+            tensors[f"model.{name}"] = value.detach()
     return tensors
-
-
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: _clean(name) for name, parameter in model.named_parameters()}
 
 
 def optimizer_tensors(
@@ -51,28 +41,24 @@ def optimizer_tensors(
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
 
-    The rest, one dict per optimiser: `kind` (its class), `groups` (each group's settings, `params`
-    as names) and `state` (`{name: {key: {"value": value}, or None for a tensor}}`).
+    The rest, one dict per optimiser: `kind` (its class) and `groups` (each group's rates, `params`
+    as names).
     """
-    tensors, rest = {}, []
-    names = _names(model)
+    tensors, rest, names = {}, [], _names(model)
     for i, optimizer in enumerate(optimizers):
         groups = [
-            {**group, "params": [_name(names, parameter) for parameter in group["params"]]}
+            _rates(group) | {"params": [_name(names, parameter) for parameter in group["params"]]}
             for group in optimizer.param_groups
         ]
-        state: dict[str, dict] = {}
         for parameter, values in optimizer.state.items():
-            name = _name(names, parameter)
-            state[name] = {}
             for key, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    state[name][key] = None
-                    tensors[f"optimizer.{i}.{name}.{key}"] = value.detach()
-                else:
-                    state[name][key] = {"value": value}
-        rest.append({"kind": type(optimizer).__name__, "groups": groups, "state": state})
+                tensors[f"optimizer.{i}.{_name(names, parameter)}.{key}"] = value.detach()
+        rest.append({"kind": type(optimizer).__name__, "groups": groups})
     return tensors, rest
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def _name(names: dict[nn.Parameter, str], parameter: nn.Parameter) -> str:
@@ -84,8 +70,33 @@ def _name(names: dict[nn.Parameter, str], parameter: nn.Parameter) -> str:
     return names[parameter]
 
 
-def optimizer_templates(
-    model: nn.Module, rest: list[dict], saved: dict[str, TensorStorageMetadata]
+def _rates(group: dict) -> dict[str, float]:
+    return {key: group[key] for key in ("lr", "initial_lr") if key in group}
+
+
+def _parts(full: str) -> tuple[int, str, str]:
+    """(i, parameter's name, key) of `optimizer.<i>.<name>.<key>`."""
+    _, number, path = full.split(".", 2)
+    name, _, key = path.rpartition(".")
+    return int(number), name, key
+
+
+def load_tensors(folder: Path, model: nn.Module, frozen: bool) -> dict[str, torch.Tensor]:
+    """Load the model's tensors in place; returns those of the optimisers.
+
+    Of each file only the parts that this rank needs are read.
+    """
+    reader, planner = HuggingFaceStorageReader(folder), DefaultLoadPlanner(flatten_state_dict=False)
+    metadata = reader.read_metadata()
+    templates = _templates(model, metadata.state_dict_metadata)
+    planner.set_up_planner(model_tensors(model, frozen) | templates, metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    reader.read_data(planner.create_local_plan(), planner)
+    return templates
+
+
+def _templates(
+    model: nn.Module, saved: dict[str, TensorStorageMetadata]
 ) -> dict[str, torch.Tensor]:
     """Empty tensors to load the saved optimiser state into, sharded like its parameter.
 
@@ -94,16 +105,13 @@ def optimizer_templates(
     """
     parameters = {name: parameter for parameter, name in _names(model).items()}
     templates = {}
-    for i, part in enumerate(rest):
-        for name, values in part["state"].items():
-            for key in [key for key, value in values.items() if value is None]:
-                full = f"optimizer.{i}.{name}.{key}"
-                dtype, shape = saved[full].properties.dtype, saved[full].size
-                parameter = parameters.get(name)
-                if parameter is not None and parameter.shape == shape and shape:
-                    templates[full] = torch.empty_like(parameter.detach(), dtype=dtype)
-                else:
-                    templates[full] = torch.empty(shape, dtype=dtype)
+    for full in (full for full in saved if full.startswith("optimizer.")):
+        parameter, shape = parameters.get(_parts(full)[1]), saved[full].size
+        dtype = saved[full].properties.dtype
+        if parameter is not None and parameter.shape == shape and shape:
+            templates[full] = torch.empty_like(parameter.detach(), dtype=dtype)
+        else:
+            templates[full] = torch.empty(shape, dtype=dtype)
     return templates
 
 
@@ -119,40 +127,35 @@ def load_optimizers(
         CheckpointError: the optimisers' number, kind or parameters differ.
     """
     names = _names(model)
-    if len(optimizers) != len(rest):
-        raise CheckpointError(
-            f"optimizer: got {len(optimizers)} of them, the checkpoint has {len(rest)}"
-        )
+    here, there = [type(o).__name__ for o in optimizers], [part["kind"] for part in rest]
+    if here != there:
+        raise CheckpointError(f"optimizer: got {here}, the checkpoint has {there}")
     for i, (optimizer, part) in enumerate(zip(optimizers, rest, strict=True)):
-        kind = type(optimizer).__name__
-        if part["kind"] != kind:
-            raise CheckpointError(f"optimizer {i}: got {kind}, the checkpoint has {part['kind']}")
-        here = [[_name(names, p) for p in group["params"]] for group in optimizer.param_groups]
-        there = [group["params"] for group in part["groups"]]
-        if here != there:
-            raise CheckpointError(f"optimizer {i}: {_difference(here, there)}")
-        index = {name: n for n, name in enumerate(itertools.chain(*here))}
-        state = {
-            index[name]: {
-                key: tensors[f"optimizer.{i}.{name}.{key}"] if value is None else value["value"]
-                for key, value in values.items()
-            }
-            for name, values in part["state"].items()
-        }
-        groups = []
-        for group, saved in zip(optimizer.param_groups, part["groups"], strict=True):
-            rates = {key: saved[key] for key in ("lr", "initial_lr") if key in saved}
-            groups.append({**group, **rates, "params": [index[name] for name in saved["params"]]})
+        own = [[_name(names, p) for p in group["params"]] for group in optimizer.param_groups]
+        saved = [group["params"] for group in part["groups"]]
+        if own != saved:
+            raise CheckpointError(f"optimizer {i}: {_difference(own, saved)}")
+        index = {name: n for n, name in enumerate(itertools.chain(*own))}
+        state: dict[int, dict] = {}
+        for full, tensor in tensors.items():
+            number, name, key = _parts(full)
+            if number == i:
+                state.setdefault(index[name], {})[key] = tensor
+        groups = [
+            {**group, **_rates(kept), "params": [index[name] for name in kept["params"]]}
+            for group, kept in zip(optimizer.param_groups, part["groups"], strict=True)
+        ]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _difference(here: list[list[str]], there: list[list[str]]) -> str:
     """How the parameter groups of a run and of a checkpoint differ, in one line."""
-    if len(here) != len(there):
-        return f"got {len(here)} parameter groups, the checkpoint has {len(there)}"
-    for number, (mine, saved) in enumerate(zip(here, there, strict=True)):
-        if more := [name for name in mine if name not in saved]:
-            return f"parameter group {number} has {more[0]}, the checkpoint's has not"
-        if less := [name for name in saved if name not in mine]:
-            return f"parameter group {number} lacks {less[0]}, which the checkpoint's has"
+    mine, saved = (
+        [(n, name) for n, names in enumerate(groups) for name in names] for groups in (here, there)
+    )
+    for number, name in mine + saved:
+        if (number, name) not in saved:
+            return f"parameter group {number} has {name}, the checkpoint's has not"
+        if (number, name) not in mine:
+            return f"parameter group {number} lacks {name}, which the checkpoint's has"
     return "the parameters of its groups are in another order than in the checkpoint"

@@ -49,12 +49,10 @@ def shard(
     given `compute_dtype=torch.bfloat16` on GPUs. A frozen one is loaded in bf16 and needs none.
 
     Args:
-        mesh: of one or two dimensions, see `dgrpo.distributed.make_mesh`.
         compute_dtype: of gathered parameters and activations; None = the parameters' own.
         reduce_dtype: in which gradients are summed over ranks; None = `compute_dtype`.
         cpu_offload: keep shards, gradients and optimiser state in host memory.
-        checkpoint_activations: keep only each decoder layer's input and compute it again in
-            backward.
+        checkpoint_activations: see `checkpoint_layers`.
 
     Raises:
         ValueError: `cpu_offload` without an accelerator, or a model that is sharded already.
@@ -93,7 +91,7 @@ def shard(
 
 
 def checkpoint_layers(model: PolicyModel) -> None:
-    """Recompute each decoder layer in backward, in place; FSDP's hooks stay outside it."""
+    """Keep only each decoder layer's input for backward, in place; FSDP's hooks stay outside."""
     for layer in model.layers:
         layer.forward = MethodType(_recomputed, layer)
 
@@ -122,8 +120,8 @@ def reset_rotary(model: nn.Module) -> None:
 def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> None:
     """Set, before a micro-batch's forward, whether its gradients are reduced over ranks.
 
-    With `every_micro` they are reduce-scattered after each micro-batch (replicas of HSDP sum at the
-    `last` of the optimiser step alone), else kept whole on every rank and reduced at the last.
+    With `every_micro` it is a reduce-scatter after each micro-batch (replicas of HSDP sum at the
+    `last` alone); without, gradients of the full size accumulate on every rank until the `last`.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or every_micro)
@@ -182,17 +180,14 @@ def full_tensors(
     for name, value in root.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
         owner, _, last = path.rpartition(".")
-        adapted = merge and last == "base_layer"
-        if (id(value) in seen and not adapted) or (merge and ".lora_" in f".{name}"):
-            continue
-        seen.add(id(value))
-        if not adapted:
+        if merge and last == "base_layer":
+            full = _full(value, None)
+            if leaf == "weight":
+                full = _merged(root.get_submodule(owner), full)
+            yield f"{owner}.{leaf}", full.to(dtype or full.dtype)
+        elif id(value) not in seen and not (merge and ".lora_" in f".{name}"):
             yield name, _full(value, dtype)
-            continue
-        full = _full(value, None)
-        if leaf == "weight":
-            full = _merged(root.get_submodule(owner), full)
-        yield f"{owner}.{leaf}", full.to(dtype or full.dtype)
+        seen.add(id(value))
 
 
 def _merged(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -32,11 +32,7 @@ class LoraHead(FusedHead):
 
 
 def head_of(causal: PreTrainedModel) -> nn.Linear:
-    """The linear head of a causal model, below LoRA where the head has it.
-
-    Raises:
-        TypeError: the output embedding is neither.
-    """
+    """The linear head of a causal model, below LoRA where the head has it, or TypeError."""
     head = causal.get_output_embeddings()
     if isinstance(head, nn.Module) and hasattr(head, "lora_A"):
         head = head.base_layer

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
 
 def from_pretrained(
@@ -31,7 +29,9 @@ def from_pretrained(
         ValueError: weights that do not fit the folder's `config.json`; transformers alone would
             fill in random ones.
     """
-    with _report_last():
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(_no_table)
+    try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -41,8 +41,17 @@ def from_pretrained(
             output_loading_info=True,
             **kwargs,
         )
-        _check_weights(info)
+    finally:
+        log.removeFilter(_no_table)
+    _check_weights(info)
+    if more := sorted(info["unexpected_keys"]):
+        log.warning("%s: %d weights that the model lacks: %s", path, len(more), ", ".join(more[:5]))
     return _adapted(model, lora, liger)
+
+
+def _no_table(record: logging.LogRecord) -> bool:
+    """Drop transformers' table of weights that do not fit: `from_pretrained` says it in a line."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def from_config(
@@ -57,7 +66,7 @@ def from_config(
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Replace RMSNorm, the gated MLP and RoPE by Liger-Kernel's, in place; its losses stay off.
+    """Replace the layers that Liger-Kernel has for this kind of model, in place; no losses.
 
     Raises:
         ValueError: no GPU, or a kind of model that Liger-Kernel does not know.
@@ -71,37 +80,7 @@ def apply_liger(model: PreTrainedModel) -> None:
         raise ValueError(
             f"liger: got a model of type {kind!r}, expected one of {sorted(known)}; set liger=False"
         )
-    known[kind](model=model, **liger_options(inspect.signature(known[kind]).parameters))
-
-
-def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
-    """Switches of one of Liger's functions with these parameters: layers on, losses off."""
-    layers = {"rope", "rms_norm", "swiglu", "geglu"}
-    losses = {"cross_entropy", "fused_linear_cross_entropy"}
-    return {name: name in layers for name in parameters if name in layers | losses}
-
-
-@contextmanager
-def _report_last() -> Iterator[None]:
-    """Hold back transformers' table of odd weights until the end; drop it where an error is raised.
-
-    The error says in one line what the table would say before it.
-    """
-    logger, held = logging.getLogger("transformers.modeling_utils"), []
-
-    def hold(record: logging.LogRecord) -> bool:
-        if "LOAD REPORT" not in record.getMessage():
-            return True
-        held.append(record)
-        return False
-
-    logger.addFilter(hold)
-    try:
-        yield
-    finally:
-        logger.removeFilter(hold)
-    for record in held:
-        logger.handle(record)
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def _check_weights(info: dict[str, Any]) -> None:

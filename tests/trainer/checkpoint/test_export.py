@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dgrpo.trainer.checkpoint import CheckpointError, export
+from dgrpo.trainer.checkpoint import CheckpointError, export, files
 from tests.trainer.checkpoint.runs import assert_same, disk_of
 
 
@@ -42,7 +42,7 @@ def policy_of(model):
     return PolicyModel(model)
 
 
-def test_export_is_what_from_pretrained_loads(tmp_path):
+def test_export_is_what_from_pretrained_loads(tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -53,7 +53,9 @@ def test_export_is_what_from_pretrained_loads(tmp_path):
     model = tiny_llama()
     model.generation_config.update(temperature=0.7, do_sample=True)
     expected, policy = logits(model), policy_of(model)
-    assert export(policy, tmp_path / "out", tokenizer=words, shard_bytes=4096) == tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "PART", 4096)
+        assert export(policy, tmp_path / "out", tokenizer=words) == tmp_path / "out"
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), expected)
