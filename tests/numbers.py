@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from safetensors.torch import load_file
 
 import dgrpo
 from dgrpo.trainer import train
@@ -86,9 +87,19 @@ def print_run(folder: Path) -> None:
     """A finished run: its metrics and the tensors of its last checkpoint."""
     for line in metrics(folder):
         print(folder.name, json.dumps(line, sort_keys=True))
-    for file in sorted((folder / "checkpoints").rglob("[!r]*.safetensors")):  # no random states
-        found = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        print(folder.name, file.relative_to(folder), found)
+    for step in sorted((folder / "checkpoints").glob("step-*")):
+        print(folder.name, step.name, weights(step))
+
+
+def weights(step: Path) -> str:
+    """A hash over a checkpoint's matrices, weights and moments, in whichever files they are."""
+    found = [
+        hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for file in step.glob("[!r]*.safetensors")  # no random states
+        for tensor in load_file(file).values()
+        if tensor.dim() > 1
+    ]
+    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:16]
 
 
 def main() -> None:
