@@ -29,8 +29,18 @@ CLIPPED, CLAMPED = _OUTPUTS["clipped"], _OUTPUTS["clamped"]
 COEF_A, COEF_B, COEF_C = _OUTPUTS["a"], _OUTPUTS["b"], _OUTPUTS["c"]
 
 
-def stats_block(V: int) -> tuple[int, int]:
-    """Columns per step and warps: 8 columns per thread, whose accumulators stay in registers."""
+def stats_block(V: int) -> tuple[int, int, int]:
+    """Lanes, tiles per step and warps of `row_stats`: a lane takes 4 columns of each tile.
+
+    16 warps per program fill half of a multiprocessor from 256 rows. Four tiles spread the decay
+    of the sums over 16 columns per lane, and put 8 loads of 16 bytes in flight with a teacher.
+    """
+    lanes = min(512, triton.next_power_of_2(triton.cdiv(V, 4)))
+    return lanes, 4 if V >= 16 * lanes else 1, max(lanes // 32, 1)
+
+
+def divergence_block(V: int) -> tuple[int, int]:
+    """Columns per step and warps of `row_divergence`: 8 columns per thread."""
     return min(2048, triton.next_power_of_2(V)), 8 if V > 1024 else 4
 
 

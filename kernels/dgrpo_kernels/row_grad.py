@@ -23,10 +23,69 @@ import triton.language as tl
 from torch import Tensor
 
 from dgrpo_kernels import layout as at
+from dgrpo_kernels import logits
 from dgrpo_kernels.dgrpo_row import dgrpo_row
 from dgrpo_kernels.divergences import DIVERGENCES, NONE, slope
-from dgrpo_kernels.logits import FLOOR, LOWEST, chain, load_row, logits_of, rounded
-from dgrpo_kernels.rows import Logits, PolicyRows, check_rows
+from dgrpo_kernels.logits import FLOOR, LOG2E, LOWEST, chain, exp, load_raw, logits_of, rounded
+from dgrpo_kernels.rows import CAPPED, Logits, PolicyRows, check_rows
+
+FOLDS = ("none", "reverse_kl")  # their slopes are linear in u and v
+
+
+@triton.jit
+def _folded(
+    cols, z_ptr, t_ptr, z_row, t_row, z_factor, t_factor, max_z, max_t, log2_sum, of_u, of_v, fixed,
+    Z_FORM: tl.constexpr, T_FORM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`p (of_u u + of_v v + fixed)` of a block of columns: all of G but the target's 1."""
+    x = load_raw(z_ptr, None, cols, z_row, MASKED)
+    if t_ptr is not None:
+        y = load_raw(t_ptr, None, cols, t_row, MASKED)
+    u = logits_of(x, z_factor, 1.0, 1.0, Z_FORM, False) - max_z
+    g = u * of_u + fixed
+    if t_ptr is not None:
+        g += (logits_of(y, t_factor, 1.0, 1.0, T_FORM, False) - max_t) * of_v
+    return tl.exp2(u * LOG2E - log2_sum) * g
+
+
+@triton.jit
+def _general(
+    cols, target, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, z_row, t_row,
+    z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+    max_z, log_sum_z, max_t, log_sum_t, max_b, log_sum_b, entropy, divergence, aux, parameter,
+    a, b, c,
+    Z_FORM: tl.constexpr, T_FORM: tl.constexpr, HOLES: tl.constexpr, T_HOLES: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ROUND_POLICY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """G of a block of columns, term by term."""
+    x = load_raw(z_ptr, z_bias_ptr, cols, z_row, MASKED)
+    z = logits_of(x, z_scale, z_softcap, z_inv_temperature, Z_FORM, HOLES)
+    lp = z - max_z - log_sum_z
+    p = exp(lp)
+    if HOLES:
+        lp = tl.maximum(lp, LOWEST)  # finite: 0 * inf does not arise
+    g = -tl.where(c == 0, 0.0, c * p * (lp + entropy))
+    if DIVERGENCE != NONE:
+        lq = z - max_t - log_sum_t
+        if t_ptr is not None:
+            y = load_raw(t_ptr, t_bias_ptr, cols, t_row, MASKED)
+            v = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_FORM, T_HOLES) - max_t
+            lq = (tl.maximum(v, FLOOR) if T_HOLES else v) - log_sum_t
+        d = slope(lp, lq, p, divergence, aux, parameter, DIVERGENCE)
+        g += tl.where(b == 0, 0.0, b * d)
+    policy = p
+    if ROUND_POLICY:
+        x_b = rounded(x)
+        z_b = logits_of(x_b, z_scale, z_softcap, z_inv_temperature, Z_FORM, HOLES)
+        policy = exp(z_b - max_b - log_sum_b)
+    policy = tl.where(a == 0, 0.0, a * (tl.where(cols == target, 1.0, 0.0) - policy))
+    factor = chain(x, z_scale, z_softcap, z_inv_temperature, Z_FORM)
+    if ROUND_POLICY and Z_FORM == logits.CAPPED:
+        factor_b = chain(x_b, z_scale, z_softcap, z_inv_temperature, Z_FORM)
+        g = g * factor + policy * factor_b
+    else:
+        g = (g + policy) * factor
+    return tl.where(x == float("-inf"), 0.0, g) if HOLES else g
 
 
 @triton.jit(
@@ -41,8 +100,9 @@ def _row_grad_kernel(
     V, z_row, t_row, grad_row, stats_row, coef_row, in_row, out_row,
     z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature, parameter,
     clip_low, clip_high, clip_dual, is_cap, ref_coef, entropy_coef,
-    Z_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr, DIVERGENCE: tl.constexpr,
-    ROUND_POLICY: tl.constexpr,
+    Z_FORM: tl.constexpr, T_FORM: tl.constexpr, HOLES: tl.constexpr, T_HOLES: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ROUND_POLICY: tl.constexpr,
+    FOLDED: tl.constexpr,  # no holes, soft cap or rounded policy; no divergence but the reverse KL
     HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_SAMPLER: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -56,6 +116,9 @@ def _row_grad_kernel(
     entropy = tl.load(stats_ptr + stats_row * at.ENTROPY)
     target = tl.load(targets_ptr + row)
     divergence = 0.0 * entropy
+    aux = divergence
+    max_t = max_z
+    log_sum_t = log_sum_z
     if DIVERGENCE != NONE:
         divergence = tl.load(stats_ptr + stats_row * at.DIVERGENCE_ROW)
         aux = tl.load(stats_ptr + stats_row * at.AUX)
@@ -63,8 +126,8 @@ def _row_grad_kernel(
         log_sum_t = tl.load(stats_ptr + stats_row * at.LOG_SUM_T)
         if parameters_ptr is not None:
             parameter = tl.load(parameters_ptr + row)
-    if t_ptr is not None:
-        t_ptr += row * t_row
+    max_b = max_z
+    log_sum_b = log_sum_z
     if ROUND_POLICY:
         max_b = tl.load(stats_ptr + stats_row * at.POLICY_MAX)
         log_sum_b = tl.load(stats_ptr + stats_row * at.POLICY_LOG_SUM)
@@ -91,37 +154,70 @@ def _row_grad_kernel(
 
     z_ptr += row * z_row
     grad_ptr += row * grad_row
+    if t_ptr is not None:
+        t_ptr += row * t_row
     lanes = tl.arange(0, BLOCK)
-    for start in range(split * BLOCK, V, SPLITS * BLOCK):
-        cols = start + lanes
-        x = load_row(z_ptr, z_bias_ptr, cols, z_row, V)
-        z = logits_of(x, z_scale, z_softcap, z_inv_temperature, Z_SOFTCAP)
-        u = z - max_z
-        p = tl.exp(u - log_sum_z)
-        lp = tl.maximum(u - log_sum_z, LOWEST)  # finite: 0 * inf does not arise
-        g = -tl.where(c == 0, 0.0, c * p * (lp + entropy))
-        if DIVERGENCE != NONE:
-            lq = z - max_t - log_sum_t
-            if t_ptr is not None:
-                y = load_row(t_ptr, t_bias_ptr, cols, t_row, V)
-                v = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_SOFTCAP) - max_t
-                lq = tl.maximum(v, FLOOR) - log_sum_t
-            d = slope(lp, lq, p, divergence, aux, parameter, DIVERGENCE)
-            g += tl.where(b == 0, 0.0, b * d)
-        policy = p
-        if ROUND_POLICY:
-            x_b = rounded(x)
-            z_b = logits_of(x_b, z_scale, z_softcap, z_inv_temperature, Z_SOFTCAP)
-            policy = tl.exp(z_b - max_b - log_sum_b)
-        policy = tl.where(a == 0, 0.0, a * (tl.where(cols == target, 1.0, 0.0) - policy))
-        factor = chain(x, z_scale, z_softcap, z_inv_temperature, Z_SOFTCAP)
-        if ROUND_POLICY and Z_SOFTCAP:
-            factor_b = chain(x_b, z_scale, z_softcap, z_inv_temperature, Z_SOFTCAP)
-            g = g * factor + policy * factor_b
-        else:
-            g = (g + policy) * factor
-        g = tl.where(x == float("-inf"), 0.0, g)
-        tl.store(grad_ptr + cols, g.to(grad_ptr.dtype.element_ty), mask=cols < grad_row)
+    blocks = V // BLOCK
+    full = blocks * BLOCK
+    last = tl.where(split == blocks % SPLITS, V, full)  # whose turn the rest of the columns is
+    if FOLDED:
+        factor = z_scale * z_inv_temperature
+        of_u = -c
+        of_v = 0.0 * c
+        fixed = c * (log_sum_z - entropy) - a
+        if t_ptr is not None:
+            # A skipped teacher may hold NaN: the student's own row stands in for it.
+            skipped = b == 0
+            t_ptr = tl.where(skipped, z_ptr, t_ptr)
+            max_t = tl.where(skipped, max_z, max_t)
+            of_u += b
+            of_v = -b
+            fixed += tl.where(skipped, 0.0, b * (log_sum_t - log_sum_z - divergence))
+        of_u *= factor
+        of_v *= factor
+        fixed *= factor
+        t_factor = t_scale * t_inv_temperature
+        log2_sum = log_sum_z * LOG2E
+        for start in range(split * BLOCK, full, SPLITS * BLOCK):
+            g = _folded(
+                start + lanes, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t,
+                log2_sum, of_u, of_v, fixed, Z_FORM, T_FORM, False,
+            )  # fmt: skip
+            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty))
+        for start in range(full, last, BLOCK):
+            g = _folded(
+                start + lanes, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t,
+                log2_sum, of_u, of_v, fixed, Z_FORM, T_FORM, True,
+            )  # fmt: skip
+            inside = start + lanes < grad_row
+            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty), mask=inside)
+        if (target >= 0) & (target < V) & (target // BLOCK % SPLITS == split):
+            tl.debug_barrier()  # its column was written above, by another thread
+            g = a * factor + _folded(
+                target, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t,
+                log2_sum, of_u, of_v, fixed, Z_FORM, T_FORM, False,
+            )  # fmt: skip
+            tl.store(grad_ptr + target, g.to(grad_ptr.dtype.element_ty))
+    else:
+        for start in range(split * BLOCK, full, SPLITS * BLOCK):
+            g = _general(
+                start + lanes, target, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, z_row, t_row,
+                z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+                max_z, log_sum_z, max_t, log_sum_t, max_b, log_sum_b, entropy, divergence, aux,
+                parameter, a, b, c,
+                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ROUND_POLICY, False,
+            )  # fmt: skip
+            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty))
+        for start in range(full, last, BLOCK):
+            g = _general(
+                start + lanes, target, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, z_row, t_row,
+                z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+                max_z, log_sum_z, max_t, log_sum_t, max_b, log_sum_b, entropy, divergence, aux,
+                parameter, a, b, c,
+                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ROUND_POLICY, True,
+            )  # fmt: skip
+            inside = start + lanes < grad_row
+            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def row_grad(
@@ -144,7 +240,7 @@ def row_grad(
     divergence's own, a number or (R,) fp32. A zero coefficient skips its term; the loss of a row
     whose log-probability is NaN is NaN.
     """
-    teacher = Logits(z.raw) if t is None else t
+    teacher = z if t is None else t
     for name, block in (("z", z.raw), ("out", out), ("t", teacher.raw)):
         check_rows(name, block)
     rows, V = z.raw.shape
@@ -159,16 +255,19 @@ def row_grad(
         )  # fmt: skip
     inputs, outputs = (None, None) if policy is None else (policy.inputs, policy.outputs)
     strides = (0 if x is None else x.stride(0) for x in (coef, inputs, outputs))
+    folded = divergence in FOLDS and not (round_policy or z.holes or teacher.holes)
+    folded = folded and CAPPED not in (z.form, teacher.form)
     with torch.cuda.device_of(z.raw):
         _row_grad_kernel[(rows * splits,)](
-            z.raw, None if t is None else t.raw, z.bias, teacher.bias, targets, stats,
+            z.raw, None if t is None else t.raw, z.bias, None if t is None else t.bias, targets,
+            stats,
             parameter if per_row else None, coef, inputs,
             out, outputs,
             V, z.raw.stride(0), teacher.raw.stride(0), out.stride(0), stats.stride(0), *strides,
             *z.scalars, *teacher.scalars, 0.0 if per_row else float(parameter or 0.0),
             *(inf if number is None else float(number) for number in numbers),
-            Z_SOFTCAP=z.softcap is not None, T_SOFTCAP=teacher.softcap is not None,
-            DIVERGENCE=DIVERGENCES[divergence].code, ROUND_POLICY=round_policy,
+            Z_FORM=z.form, T_FORM=teacher.form, HOLES=z.holes, T_HOLES=teacher.holes,
+            DIVERGENCE=DIVERGENCES[divergence].code, ROUND_POLICY=round_policy, FOLDED=folded,
             HAS_OLD=getattr(context, "old_logprobs", None) is not None,
             HAS_REF=getattr(context, "ref_logprobs", None) is not None,
             HAS_WEIGHTS=getattr(context, "policy_weights", None) is not None,
