@@ -38,12 +38,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The losses are imported when one is asked for: importing torch takes seconds."""
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    ops = import_module("dgrpo.ops")  # makes dgrpo.ops, and what it imports, attributes too
-    if name in __all__:
-        return getattr(ops, name)
-    if name in globals():
-        return globals()[name]
+    """Import the losses when one is asked for: importing torch takes seconds."""
+    if not name.startswith("__"):
+        ops = import_module("dgrpo.ops")  # makes dgrpo.ops, and what it imports, attributes too
+        if name in __all__:
+            return getattr(ops, name)
+        if name in globals():
+            return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

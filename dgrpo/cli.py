@@ -140,7 +140,7 @@ def _train(options: argparse.Namespace, asked: Interruption) -> int:
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
     for name, settings in stages.items():
-        _tell(f"{name or 'train'}: {settings.method.preset or 'own method'}, in {settings.out}")
+        _tell(f"{name or 'train'}: {settings.method.preset}, in {settings.out}")
     _tell("loading torch and transformers")
     from dgrpo.distributed import FirstRankFailed, leave
     from dgrpo.trainer import Diverged, RewardsFailed, train_stages
@@ -200,9 +200,9 @@ def evaluate(options: argparse.Namespace) -> int:
         )
     from dgrpo.longblocks.evaluation import Results, compare, lm_eval_scores
     from dgrpo.longblocks.evaluation import evaluate as score
-    from dgrpo.longblocks.evaluation.sources import rows_of, task_names
+    from dgrpo.longblocks.evaluation.arguments import rows_of, task_names
+    from dgrpo.longblocks.evaluation.results import percent
     from dgrpo.longblocks.rewards.worker import load as load_reward
-    from dgrpo.longblocks.tasks.command import length
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
     reward = load_reward(options.reward) if options.reward else None
@@ -211,21 +211,11 @@ def evaluate(options: argparse.Namespace) -> int:
         names = options.lm_eval.split(",")
         scores = lm_eval_scores(options.model, names, limit=options.limit, batch_size=options.batch)
         for name, value in scores.items():
-            print(f"{name}  {_points(value)}")
+            print(f"{name}  {percent(value)}")
     if not made_here:
         return 0 if scores else 1
     complete = _generator(options)
-    rows = rows_of(
-        complete.tokenizer,
-        files=options.rows,
-        benchmarks=options.benchmark,
-        tasks=tasks,
-        ruler_tasks=ruler_tasks,
-        lengths=[length(text) for text in options.lengths.split(",")],
-        count=options.count,
-        seed=options.seed,
-        limit=options.limit,
-    )
+    rows = rows_of(complete.tokenizer, options, tasks, ruler_tasks)
     results = score(
         complete,
         rows,
@@ -249,7 +239,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if before is not None:
         print(f"difference to {options.against}:")
         for task, difference in compare(before, results).items():
-            print(f"{task}  {_points(difference)}")
+            print(f"{task}  {percent(difference)}")
     return 0
 
 
@@ -260,11 +250,6 @@ def report(options: argparse.Namespace) -> int:
     written = write_report(*options.folders, out=options.out)
     print(f"curves: {written.curves}\npage:   {written.page}")
     return 0
-
-
-def _points(value) -> str:
-    """A mean with its 95 % interval, in points."""
-    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
 def _model_arguments(command: argparse.ArgumentParser) -> None:

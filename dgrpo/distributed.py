@@ -1,15 +1,15 @@
-"""Where this process stands among the ranks, and what they tell each other.
+"""Where this process stands among the ranks, and collectives over them.
 
 `ranks()` is the only place in the trainer that asks `torch.distributed` for rank or world. Without
 a process group it is one rank, and every collective returns its input.
 
 Two pairs of numbers, equal as long as every mesh dimension reads data of its own:
 
-    rank, world             processes: what writes files, `first` what speaks for all
-    data_rank, data_world   readers of data: what the data stream and the normalisers use
+    rank, world             processes: who writes files; `first` speaks for all
+    data_rank, data_world   readers of data: for the data stream and the normalisers
 
-A sequence-parallel dimension comes in here: `make_mesh` makes it, its name stays out of `DATA`, its
-ranks share one `data_rank`, and `totals` then needs the group of the dimensions in `DATA`.
+A sequence-parallel dimension would stay out of `DATA`: its ranks share one `data_rank`, and
+`totals` then needs the group of the dimensions in `DATA`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Which of them this one is."""
+        """The place of this rank among them."""
         if self.mesh is None:
             return self.rank
         place = 0
@@ -100,8 +100,7 @@ class Ranks:
     def only_first(self, call: Callable[[], _T]) -> _T | None:
         """`call()` on rank 0, None elsewhere. COLLECTIVE.
 
-        Raises:
-            FirstRankFailed: on the other ranks, where `call` raised on rank 0.
+        Where it raises on rank 0, the other ranks raise `FirstRankFailed`.
         """
         value, error = None, None
         if self.first:
@@ -135,17 +134,9 @@ def ranks() -> Ranks:
 def start(device: str = "auto", replicas: int = 1) -> torch.device:
     """Join the process group of torchrun's environment, or make one of this process alone.
 
-    Makes the mesh of `ranks()` too. A second call keeps the group and makes the mesh anew.
-
-    Args:
-        device: "cpu", "cuda" or "auto" (a GPU where there is one).
-        replicas: as for `make_mesh`.
-
-    Returns:
-        The device of this rank.
-
-    Raises:
-        ValueError: no such device, or `replicas` that do not divide the ranks.
+    Makes the mesh of `ranks()` too, see `make_mesh`; a second call keeps the group. Returns the
+    device of this rank: `device` is "cpu", "cuda" or "auto" (a GPU where there is one). Raises
+    ValueError where there is no such device, or `replicas` do not divide the ranks.
     """
     global _mesh
     if device not in ("auto", "cpu", "cuda"):
@@ -159,10 +150,9 @@ def start(device: str = "auto", replicas: int = 1) -> torch.device:
         torch.cuda.set_device(here)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
     _mesh = make_mesh(here, replicas)
     return here
 
@@ -170,8 +160,7 @@ def start(device: str = "auto", replicas: int = 1) -> torch.device:
 def make_mesh(device: torch.device | str, replicas: int = 1) -> DeviceMesh:
     """All ranks as a mesh: ("shard",), or with `replicas` > 1 ("replicate", "shard") for HSDP.
 
-    Raises:
-        ValueError: the number of ranks is not a multiple of `replicas`.
+    Raises ValueError where the number of ranks is not a multiple of `replicas`.
     """
     world, kind = dist.get_world_size(), torch.device(device).type
     if replicas < 1 or world % replicas:
@@ -191,8 +180,7 @@ def sum_shards(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 def leave() -> None:
     """End this process's part in torch.distributed, where it has one.
 
-    To be called where nothing holds a sharded model any more: its groups' threads abort a process
-    that ends before them.
+    Call it when nothing holds a sharded model: its groups' threads abort a process that ends first.
     """
     global _mesh
     _mesh = None
@@ -202,5 +190,5 @@ def leave() -> None:
 
 
 def _host_or_cuda() -> str:
-    """Where the default group can reduce a few numbers: the host if it has gloo."""
+    """The device where the default group can reduce a few numbers: the host if it has gloo."""
     return "cpu" if "gloo" in str(dist.get_backend_config()) else "cuda"

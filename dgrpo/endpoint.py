@@ -1,8 +1,8 @@
 """The HTTP client of OpenAI-compatible servers: keys, time-outs, retries, many requests at once.
 
-It uses `httpx2`, the fork of httpx that huggingface_hub depends on: it is installed wherever models
-are loaded, while `httpx` itself is not. The first request imports it, so that a process that never
-asks, such as the rewards' worker, stays light.
+It uses `httpx2`, the fork of httpx that huggingface_hub installs (`httpx` itself may be missing).
+The first request imports it, so that a process without requests, such as the worker of the
+rewards, stays light.
 """
 
 import json
@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-RETRIED = {408, 409, 425, 429}  # statuses that may pass, as those from 500 on may
+RETRIED = {408, 409, 425, 429}  # statuses that may pass, as may those from 500 on
 LONGEST_PAUSE = 30.0  # seconds of backoff; a server may ask for more, up to LONGEST_WAIT
 LONGEST_WAIT = 300.0
 
 
 class EndpointError(Exception):
-    """A request that got no usable answer.
+    """A request that got no usable answer; `detail` is the status or exception and the answer.
 
-    Attributes:
-        reason: "endpoint unreachable", "endpoint failed" or "endpoint answered nonsense".
-        detail: the status or exception, and what the server said.
-        wait: seconds that the server asked to wait; None: another try would fail as well.
+    `wait`: seconds that the server asked to wait; None: another try would fail as well.
     """
 
     def __init__(self, reason: str, detail: str, wait: float | None = 0.0):
@@ -37,24 +34,17 @@ class EndpointError(Exception):
 class Endpoint:
     """A model at a server.
 
-    Attributes:
-        url: base address, such as `http://localhost:8000/v1`.
-        model: name of the model there.
-        key_variable: environment variable that holds the key; it may be unset.
-        timeout: seconds until a request counts as failed.
-        retries: further tries after a failure that may pass: no connection, a time-out, a status
-            of `RETRIED` or from 500 on, an answer of another form than expected.
-        pause: seconds before the first of them, doubled each time.
-        workers: requests in flight in `each`.
+    Retried are failures that may pass: no connection, a time-out, a status of `RETRIED` or from 500
+    on, an answer of another form than expected.
     """
 
-    url: str
-    model: str
-    key_variable: str = "OPENAI_API_KEY"
-    timeout: float = 300.0
+    url: str  # base address, such as http://localhost:8000/v1
+    model: str  # its name there
+    key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; may be unset
+    timeout: float = 300.0  # seconds until a request counts as failed
     retries: int = 2
-    pause: float = 0.5
-    workers: int = 8
+    pause: float = 0.5  # seconds before the first retry, doubled each time
+    workers: int = 8  # requests in flight in `each`
 
     def __post_init__(self):
         if not self.url.startswith(("http://", "https://")):
@@ -72,20 +62,17 @@ class Endpoint:
     ) -> str:
         """Ask for the model's answer to a chat, without its thinking. Raises `EndpointError`."""
         body = {"messages": messages, "temperature": temperature}
-        optional = {"max_tokens": max_tokens, "seed": seed}
-        body |= {name: value for name, value in optional.items() if value is not None}
+        body |= {} if max_tokens is None else {"max_tokens": max_tokens}
+        body |= {} if seed is None else {"seed": seed}
         return self.post("/chat/completions", body, _content)
 
     def post(self, path: str, body: dict, parse: Callable[[Any], Any] = lambda answer: answer):
-        """Send `body` and the model's name; return the parsed JSON of the answer.
+        """Send `body` and the model's name to `path` below the url; `parse` the answer's JSON.
 
-        Args:
-            path: appended to the url.
-            body: fields of the request.
-            parse: turns the JSON into the result; an exception is an answer to be asked for again.
+        An exception of `parse` is a failure that may pass.
 
         Raises:
-            EndpointError: there is no usable answer, or not in as many tries.
+            EndpointError: no usable answer in all tries.
         """
         content = json.dumps({"model": self.model, **body})
         for attempt in range(self.retries + 1):

@@ -61,7 +61,6 @@ PRODUCTS = {
 BEHIND_A_DOOR = {
     "dgrpo.data.books",
     "dgrpo.data.row_stream",
-    "dgrpo.data.render",
 }
 # A module imports only from lines below; names on one line ignore each other. A name stands for all
 # below it that has no line of its own: `trainer` for collect, update, build, record, ...

@@ -3,19 +3,25 @@
 import re
 from pathlib import Path
 
+from dgrpo.data.tables import unreadable
 from dgrpo.text import BadRow, Report
+
+
+def no_document(row: dict) -> BadRow:
+    """The problem of a row whose text its data set may not ship."""
+    hint = "the public LongBlocks has no text for Institutional Books; give books=FOLDER to rejoin"
+    return BadRow("document is null", f"{hint} it, row {row.get('id')}")
 
 
 class Books:
     """Texts by identifier, from a folder of the user's.
 
-    Text files (`<identifier>.txt`, `.md`) are books of that identifier. Parquet files hold one
-    book per row, as Institutional Books is published: the identifier in `barcode_src`,
-    `identifier` or `id`, the text in `document`, `text`, `text_by_page_gen` or
-    `text_by_page_src` (pages are joined). Only identifiers are kept in memory.
+    Text files are named by identifier. Parquet files hold one book per row, as Institutional Books
+    is published: the identifier in one of the columns `KEYS`, the text in one of `TEXTS` (pages are
+    joined). Only identifiers are kept in memory.
 
-    A row belongs to the book named by its `id`, by one part of the id between `/`, `:`,
-    `#` and `_`, or by its `identifier` column.
+    A row belongs to the book named by its `identifier`, its `id`, or a part of the id between `/`,
+    `:`, `#` and `_`.
 
     Raises:
         ValueError: the folder holds no book.
@@ -53,22 +59,18 @@ class Books:
         except BadRow as problem:
             report.drop(problem, str(file))
         except Exception as error:  # whatever pyarrow raises on a broken file
-            report.drop(BadRow("unreadable file", f"{type(error).__name__}: {error}"), str(file))
-
-    def find(self, row: dict) -> tuple[Path, int, int] | None:
-        """Where a row's book is."""
-        identifier = str(row.get("id"))
-        names = [row.get("identifier"), identifier, *re.split(r"[/:#]", identifier)]
-        names += re.split(r"[/:#_]", identifier)
-        return next((self.places[name] for name in names if name in self.places), None)
+            report.drop(unreadable(file, error))
 
     def join(self, row: dict) -> dict:
         """The row with its document. Raises BadRow where the folder does not have it."""
         if row.get("document") is not None:
             return row
-        place = self.find(row)
+        identifier = str(row.get("id"))
+        names = [row.get("identifier"), identifier, *re.split(r"[/:#]", identifier)]
+        names += re.split(r"[/:#_]", identifier)
+        place = next((self.places[name] for name in names if name in self.places), None)
         if place is None:
-            detail = f"{self.folder} has no book for the identifier {row.get('id')}"
+            detail = f"{self.folder} has no book for the identifier {identifier}"
             raise BadRow("document is null", detail)
         try:
             text = self._read(*place)

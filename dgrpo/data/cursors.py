@@ -7,10 +7,10 @@ import numpy as np
 from dgrpo.data.render import Source
 from dgrpo.data.row_stream import RowStream
 from dgrpo.data.rows import load_rows
+from dgrpo.data.tables import caught
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
 
-OTHERWISE = "set another out, or read the new rows from their beginning by --allow-changes"
 BLOCK = 256  # rows shuffled together while streaming
 
 
@@ -33,11 +33,9 @@ class Shuffled:
         self._start(0, 0)
 
     def _start(self, epoch: int, offset: int) -> None:
-        self.epoch, self.offset = epoch, offset
-        order = (
-            np.random.default_rng([*self.seed, epoch]).permutation if self.shuffle else np.arange
-        )
-        self.order = order(self.size)
+        self.epoch, self.offset, self.order = epoch, offset, np.arange(self.size)
+        if self.shuffle:
+            self.order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
 
     def next(self) -> tuple[str, dict | BadRow] | None:
         """The next row and its place; None at the end of an epoch."""
@@ -52,9 +50,7 @@ class Shuffled:
         """A row by its number, and its place."""
         where = self.rows.where(index) if hasattr(self.rows, "where") else f"{self.name}:{index}"
         try:
-            return where, self.rows[index]
-        except BadRow as problem:
-            return where, problem
+            return where, caught(self.rows.__getitem__, index)
         except Exception as error:  # of the user's own reader
             return where, BadRow("unreadable row", f"{type(error).__name__}: {error}")
 
@@ -62,11 +58,6 @@ class Shuffled:
         return {"epoch": self.epoch, "offset": self.offset, "size": self.size, "kept": self.kept}
 
     def load(self, state: dict) -> None:
-        if state["size"] != self.size:
-            raise ValueError(
-                f"sources: {self.name!r} has {self.size} rows, had {state['size']} when the "
-                f"position was saved; resume with the same data, {OTHERWISE}"
-            )
         self._start(state["epoch"], state["offset"])
         self.kept = state["kept"]
 

@@ -1,36 +1,36 @@
 """The prompts of a run: sources mixed by share, in a fixed order, from a position that resumes.
 
-The order depends on the seed and the sources alone. All ranks walk through the same global stream
-and each keeps its own rows, so that neither the number of ranks nor a resumption changes what is
-trained on; the price is that every rank tokenises every row, as the length filters need.
+The order depends on the seed and the sources alone. All ranks walk through the same stream and each
+keeps its own rows, so that neither the number of ranks nor a resumption changes what is trained on;
+the price is that every rank tokenises every row, as the length filters need.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 
 from dgrpo.data.books import Books
-from dgrpo.data.cursors import OTHERWISE, Pass, Shuffled
+from dgrpo.data.cursors import Pass, Shuffled
 from dgrpo.data.render import Prompt, PromptEncoder
 from dgrpo.data.rows import fingerprint
 from dgrpo.data.survey import Survey
 from dgrpo.text import BadRow, Report
 from dgrpo.trainer.config import DataSource
 
+OTHERWISE = "set another out, or read the new rows from their beginning by --allow-changes"
+
 
 class PromptStream:
     """Batches of prompts from a mix of sources.
 
-    Position i of the stream belongs to the source that is furthest behind its share, so every
-    prefix holds the shares to within a row. The stream ends when the first source has been read
-    `epochs` times; the others repeat, each epoch in another order.
+    Every position belongs to the source that is furthest behind its share, so every prefix holds
+    the shares to within a row. The first source is read `epochs` times (None: for ever); the others
+    repeat meanwhile, each epoch in another order.
 
     Args:
-        sources: what to mix.
         tokenizer: a tokenizer of transformers; its lengths are the ones that count.
-        seed: of the order.
-        epochs: passes over the first source; None never ends.
         chat, system, chat_options: see `PromptEncoder`.
         min_prompt_tokens, max_prompt_tokens, max_completion_tokens: rows outside are dropped.
         context, reserve: rows whose prompt and completion (`reserve` tokens; None: its own) are
@@ -81,6 +81,7 @@ class PromptStream:
             for i, source in enumerate(sources)
         ]
         self.books = [Books(s.books, self.report) if s.books else None for s in sources]
+        self.names = [source.name or source.path for source in sources]
         self.files = [fingerprint(source.path) for source in sources]
         self.index = 0
         self.taken = [0] * len(sources)
@@ -95,20 +96,13 @@ class PromptStream:
 
         Position i belongs to rank `i % world`. Fewer at the end of the data, then none.
         """
-        prompts = []
-        for _ in range(n):
-            prompt = self._next()
-            if prompt is None:
-                break
-            if prompt.index % self.world == self.rank:
-                prompts.append(prompt)
-        return prompts
+        prompts = islice(iter(self._next, None), n)
+        return [prompt for prompt in prompts if prompt.index % self.world == self.rank]
 
     def survey(self, seconds: float) -> list[Survey]:
-        """What each source's rows are like, from those that can be read in some seconds.
+        """What each source's rows are like, from random ones that can be read in some seconds.
 
-        They are drawn at random; those of a streaming source are left alone. The stream stands
-        where it stood.
+        Rows of a streaming source are not read. The stream stands where it stood.
         """
         found = []
         for number, cursor in enumerate(self.cursors):
@@ -126,17 +120,14 @@ class PromptStream:
             "index": self.index,
             "taken": list(self.taken),
             "cursors": [cursor.state() for cursor in self.cursors],
-            "names": [source.name or source.path for source in self.sources],
+            "names": self.names,
             "files": self.files,
             "report": self.report.state_dict(),
         }
 
     def fits(self, state: dict) -> bool:
-        """Whether `state_dict` gave `state` for the same sources with as many rows."""
-        names = [source.name or source.path for source in self.sources]
-        sizes = [cursor.get("size") for cursor in state["cursors"]]
-        same = state["names"] == names and state.get("files", self.files) == self.files
-        return same and sizes == [cursor.size for cursor in self.cursors]
+        """Whether `state_dict` gave `state` for the same sources with the same rows."""
+        return not self._difference(state)
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`.
@@ -144,25 +135,32 @@ class PromptStream:
         Raises:
             ValueError: the sources are others, have another number of rows or other files.
         """
-        names = [source.name or source.path for source in self.sources]
-        if state["names"] != names:
-            raise ValueError(
-                f"sources: got {names}, the saved position is of {state['names']}; "
-                f"resume with the sources it was saved with, {OTHERWISE}"
-            )
+        if difference := self._difference(state):
+            raise ValueError(f"sources: {difference}, {OTHERWISE}")
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
             cursor.load(saved)
-        for name, old, new in zip(names, state.get("files", self.files), self.files, strict=True):
-            if old != new:
-                raise ValueError(
-                    f"sources: {name!r} has other rows than when the position was saved; resume "
-                    f"with the same data, {OTHERWISE}"
-                )
         self.index, self.taken = state["index"], list(state["taken"])
         self.report.load_state_dict(state["report"])
 
+    def _difference(self, state: dict) -> str:
+        """How the sources differ from those that a state is of; empty: not at all."""
+        if state["names"] != self.names:
+            return (
+                f"got {self.names}, the saved position is of {state['names']}; "
+                "resume with the sources it was saved with"
+            )
+        files, same = state.get("files", self.files), "resume with the same data"
+        for i, (name, cursor) in enumerate(zip(self.names, self.cursors, strict=True)):
+            size = state["cursors"][i].get("size")
+            if size != cursor.size:
+                had = f"{name!r} has {cursor.size} rows, had {size}"
+                return f"{had} when the position was saved; {same}"
+            if files[i] != self.files[i]:
+                return f"{name!r} has other rows than when the position was saved; {same}"
+        return ""
+
     def length(self, rows: int) -> int:
-        """Prompts from the beginning to the end, where the first source has ``rows`` in all."""
+        """Prompts from the beginning to the end, where the first source has `rows` in all."""
         if len(self.sources) == 1:
             return rows
         index, taken = 0, [0] * len(self.sources)
@@ -171,7 +169,7 @@ class PromptStream:
         return index
 
     def _furthest_behind(self, index: int, taken: Sequence[int]) -> int:
-        """The source of position ``index``: the one that is furthest behind its share."""
+        """The source of position `index`: the one that is furthest behind its share."""
         total = sum(source.weight for source in self.sources)
         behind = [
             source.weight / total * (index + 1) - count
@@ -201,9 +199,7 @@ class PromptStream:
                 return prompt
         return None
 
-    def _prepare(
-        self, number: int, where: str, row: dict | BadRow, report: Report
-    ) -> Prompt | None:
+    def _prepare(self, number: int, where: str, row, report: Report) -> Prompt | None:
         source, books = self.sources[number], self.books[number]
         try:
             if isinstance(row, BadRow):

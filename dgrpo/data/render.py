@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgrpo.data.books import no_document
 from dgrpo.text import BadRow, encode_chat, encode_text
 from dgrpo.trainer.config import DataSource
 
@@ -23,29 +24,17 @@ class Source(DataSource):
 
 @dataclass
 class Prompt:
-    """A prompt ready for the model.
+    """A prompt ready for the model, and its target where there is one."""
 
-    Attributes:
-        ids: (P,) int64, the tokenised prompt.
-        text: what the rewards get as the prompt: a text or chat messages.
-        completion: the target's text, where there is one.
-        completion_ids: (C,) int64, the target's tokens with the end-of-sequence token.
-        loss_mask: (C,) bool, for rows of segments: the tokens that carry loss.
-        columns: the row.
-        source: the source's name.
-        id: the row's `id`, or its place in the file.
-        index: running number in the global stream, the same on every rank.
-    """
-
-    ids: Tensor
-    text: str | list
-    completion: str | None
-    completion_ids: Tensor | None
-    loss_mask: Tensor | None
-    columns: dict
-    source: str
-    id: str
-    index: int = -1
+    ids: Tensor  # (P,) int64
+    text: str | list  # what the rewards get as the prompt: a text or chat messages
+    completion: str | None  # the target's text
+    completion_ids: Tensor | None  # (C,) int64, the target with the end-of-sequence token
+    loss_mask: Tensor | None  # (C,) bool, for rows of segments: the tokens that carry loss
+    columns: dict  # the row
+    source: str  # its name
+    id: str  # the row's `id`, or its place in the file
+    index: int = -1  # running number in the global stream, the same on every rank
 
 
 def render_row(row: dict, source: DataSource) -> tuple[str | list, str | None]:
@@ -101,17 +90,11 @@ def _filled(row: dict, template: str) -> str:
         for name in PROMPTS:  # there, but without a prompt in it
             if name in row:
                 _given(row, name)
-        missing = str(error).strip("'")
-        raise BadRow(
-            "missing column", f"{' or '.join(PROMPTS)}, or {missing} of template"
-        ) from None
+        wanted = f"{' or '.join(PROMPTS)}, or {error.args[0]} of template"
+        raise BadRow("missing column", wanted) from None
     nulls = [name for name in used.names if row[name] is None]
     if nulls:
-        hint = (
-            "the public LongBlocks has no text for Institutional Books; give books=FOLDER to "
-            f"rejoin it, row {row.get('id')}"
-        )
-        raise BadRow(f"{nulls[0]} is null", hint if nulls[0] == "document" else "")
+        raise no_document(row) if nulls[0] == "document" else BadRow(f"{nulls[0]} is null")
     if not text:
         raise BadRow("empty prompt", "template")
     return text
@@ -150,7 +133,7 @@ class PromptEncoder:
             beginning-of-sequence token where the tokenizer adds one; None: chat where the
             tokenizer has a template.
         system: a system message, or, without a chat template, text before every prompt.
-        chat_options: passed to the chat template.
+        chat_options: passed to the template.
     """
 
     def __init__(self, tokenizer, *, chat=None, system=None, chat_options=None):

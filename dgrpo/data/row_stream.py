@@ -2,25 +2,22 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
-from dgrpo.data.rows import is_function, looks_local, open_table, parse_line, renamed, row_files
+from dgrpo.data.rows import is_function, looks_local, renamed, row_files
+from dgrpo.data.tables import caught, open_table, parse_line, unreadable
 from dgrpo.text import BadRow, Report
 
 
 class RowStream:
-    """One pass over files or a hub dataset, in bounded memory, resumable.
-
-    Iterating gives `(where, row)` or `(where, BadRow)`. `state` is where to go on.
+    """One pass over files or a hub dataset, in bounded memory: `(where, row)` or `(where, BadRow)`.
 
     Args:
-        path: as for `load_rows`, without functions.
-        split: of a hub dataset.
-        columns: `{our name: name in the file}`.
-        report: files that cannot be opened are counted here.
+        path, split, columns, report: as for `load_rows`; no function.
         seed, epoch: the order of the files.
-        state: from `state`.
+        state: where to go on, from `state()`.
     """
 
     def __init__(
@@ -52,10 +49,8 @@ class RowStream:
 
     def __iter__(self) -> Iterator[tuple[str, dict | BadRow]]:
         for where, row in self._hub_rows() if self.hub is not None else self._file_rows():
-            try:
-                yield where, row if isinstance(row, BadRow) else renamed(row, self.columns, where)
-            except BadRow as problem:
-                yield where, problem
+            bad = isinstance(row, BadRow)
+            yield where, row if bad else caught(renamed, row, self.columns, where)
 
     def _hub_rows(self):
         for row in self.hub:
@@ -71,32 +66,21 @@ class RowStream:
                     self.row += 1
                     yield where, row
             except Exception as error:  # whatever a reader raises on a broken file
-                self.report.drop(
-                    BadRow("unreadable file", f"{type(error).__name__}: {error}", file)
-                )
+                self.report.drop(unreadable(file, error))
             self.file, self.row = self.file + 1, 0
 
 
 def _read_lines(file: str, skip: int):
     with open(file, "rb") as stream:
-        for number, line in enumerate(stream):
-            if number < skip:
-                continue
-            where = f"{file}:{number + 1}"
-            try:
-                yield where, parse_line(line, where)
-            except BadRow as problem:
-                yield where, problem
+        for number, line in islice(enumerate(stream, 1), skip, None):
+            where = f"{file}:{number}"
+            yield where, caught(parse_line, line, where)
 
 
 def _read_table(file: str, skip: int):
     table = open_table(file)
     for index in range(skip, len(table)):
-        where = table.where(index)
-        try:
-            yield where, table[index]
-        except BadRow as problem:
-            yield where, problem
+        yield table.where(index), caught(table.__getitem__, index)
 
 
 def _read_parquet(file: str, skip: int):

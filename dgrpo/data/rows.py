@@ -1,22 +1,20 @@
 """Rows: JSONL, JSON, parquet, CSV, folders of them, saved datasets, the hub, or a function.
 
-`load_rows` gives random access to everything, as a full shuffle needs; one pass in bounded memory
-is `dgrpo.data.row_stream.RowStream`. In both a row or a file that cannot be read is a `BadRow`, not
-the end.
+`load_rows` gives random access, as a full shuffle needs; `dgrpo.data.row_stream.RowStream` is one
+pass in bounded memory. In both a row or a file that cannot be read is a `BadRow`, not the end.
 """
 
 import bisect
 import glob
 import hashlib
 import importlib
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dgrpo.data.csv_rows import DELIMITERS, Cells
+from dgrpo.data.tables import DELIMITERS, Table, open_table, unreadable
 from dgrpo.text import BadRow, Report
 
 ENDS = 2**20  # bytes of each end of a file that its fingerprint reads
@@ -48,11 +46,11 @@ def load_rows(
     report = report or Report()
     path = str(path)
     if is_function(path):
-        tables = [_Table(_call(path, options or {}), path)]
+        tables = [Table(_call(path, options or {}), path)]
     elif files := row_files(path):
         tables = _open_all(files, report)
     elif os.path.isdir(path):
-        tables = [_Table(_saved(path, split), path)]
+        tables = [Table(_saved(path, split), path)]
     elif looks_local(path):
         raise ValueError(
             f"path: got {path!r}, which does not exist; expected a file ({', '.join(SUFFIXES)}), "
@@ -61,7 +59,7 @@ def load_rows(
     else:
         import datasets
 
-        tables = [_Table(datasets.load_dataset(path, split=split), f"{path}[{split}]")]
+        tables = [Table(datasets.load_dataset(path, split=split), f"{path}[{split}]")]
     return _Rows(tables, columns or {})
 
 
@@ -108,7 +106,7 @@ def looks_local(path: str) -> bool:
 def _call(path: str, options: dict) -> Sequence[dict]:
     module, _, name = path.partition(":")
     try:
-        function: Callable = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"path: got {path!r}, which cannot be imported: {error}") from error
     rows = function(**options)
@@ -128,89 +126,10 @@ def _open_all(files: list[str], report: Report) -> list:
         try:
             tables.append(open_table(file))
         except Exception as error:  # whatever a reader raises on a broken file
-            report.drop(BadRow("unreadable file", f"{type(error).__name__}: {error}", file))
+            report.drop(unreadable(file, error))
     if not tables:
         raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
     return tables
-
-
-def open_table(file: str):
-    """One file's rows. Raises whatever its reader raises where it is broken."""
-    if file.endswith(".jsonl"):
-        return _Lines(file)
-    if file.endswith(tuple(DELIMITERS)):
-        return Cells(file)
-    if file.endswith(".json"):
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-        if isinstance(content, dict):  # {"data": [...]}, or one object a key
-            lists = [v for v in content.values() if isinstance(v, list)]
-            content = lists[0] if len(lists) == 1 else list(content.values())
-        return _Table(content, file)
-    import datasets
-    import pyarrow.parquet
-
-    pyarrow.parquet.read_metadata(file)  # a broken file fails here, before a cache is written
-    return _Table(datasets.Dataset.from_parquet(file), file)
-
-
-class _Table:
-    """A list or a dataset; every row a dict."""
-
-    def __init__(self, rows, name: str):
-        self.rows, self.name = rows, name
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        if not isinstance(row, dict):
-            raise BadRow("not an object", type(row).__name__, self.where(index))
-        return row
-
-    def where(self, index: int) -> str:
-        """Name and row, from 0."""
-        return f"{self.name}:{index}"
-
-
-class _Lines:
-    """A JSONL file by line; its line offsets (8 bytes per line) are found in one pass."""
-
-    def __init__(self, file: str):
-        self.name = file
-        starts, position = [np.zeros(1, np.int64)], 0
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 24):
-                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
-                starts.append(ends + position + 1)
-                position += len(block)
-        offsets = np.concatenate(starts)
-        self.offsets = offsets if offsets[-1] == position else np.append(offsets, position)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> dict:
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        with open(self.name, "rb") as stream:
-            stream.seek(start)
-            return parse_line(stream.read(end - start), self.where(index))
-
-    def where(self, index: int) -> str:
-        """File and line, from 1."""
-        return f"{self.name}:{index + 1}"
-
-
-def parse_line(line: bytes, where: str) -> dict:
-    """One line of JSONL. Raises BadRow for anything but one object in UTF-8."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise BadRow("bad JSON", str(error), where) from None
-    if not isinstance(row, dict):
-        raise BadRow("not an object", type(row).__name__, where)
-    return row
 
 
 class _Rows(Sequence):
@@ -225,7 +144,7 @@ class _Rows(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self[i] for i in range(len(self))[index]]
         table, row = self._find(index)
         return renamed(table[row], self.columns, self.where(index))
 
@@ -235,9 +154,7 @@ class _Rows(Sequence):
         return table.where(row)
 
     def _find(self, index: int):
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: got {index}, expected one below {len(self)} rows")
-        index %= len(self)
+        index = range(len(self))[index]  # from the end too; IndexError beyond it
         number = bisect.bisect_right(self.ends, index)
         return self.tables[number], index - (self.ends[number - 1] if number else 0)
 

@@ -8,20 +8,13 @@ from dgrpo.text.problems import Report
 
 @dataclass
 class Survey:
-    """What reading some rows of a source gave.
+    """What reading some rows of a source gave."""
 
-    Attributes:
-        size: rows of the source; None while streaming.
-        looked, kept: rows that were read, and those of them that are usable.
-        report: what was wrong with the others.
-        prompt_tokens, completion_tokens: of the usable rows.
-    """
-
-    size: int | None
-    looked: int = 0
-    kept: int = 0
-    report: Report = field(default_factory=lambda: Report(lambda line: None))
-    prompt_tokens: int = 0
+    size: int | None  # rows of the source; None while streaming
+    looked: int = 0  # rows that were read
+    kept: int = 0  # those of them that are usable
+    report: Report = field(default_factory=lambda: Report(lambda line: None))  # on the others
+    prompt_tokens: int = 0  # of the usable rows
     completion_tokens: int = 0
 
     @property
@@ -35,10 +28,10 @@ class Survey:
         return round(self.size * self.kept / self.looked) if self.looked else None
 
     def add(self, prompt: Prompt | None) -> None:
-        """Counts a row; None is one that is not usable."""
+        """Count a row; None is one that is not usable."""
         self.looked += 1
         if prompt is not None:
             self.kept += 1
             self.prompt_tokens += len(prompt.ids)
-            given = prompt.completion_ids
-            self.completion_tokens += 0 if given is None else len(given)
+            if prompt.completion_ids is not None:
+                self.completion_tokens += len(prompt.completion_ids)

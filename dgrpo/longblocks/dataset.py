@@ -1,20 +1,17 @@
 """The public dataset LongBlocks (utter-project/LongBlocks, arXiv 2605.12227).
 
-Columns `id, document, source, language, question, answer` and one `response_<model>` a
-generator. About 56 % of its rows come from Institutional Books, whose licence does not allow the
-text to be passed on: their `document` is null. Such rows are dropped and counted, or joined again
-with the books in a folder of the user's.
+It has the columns `COLUMNS` and one `response_<model>` per generator. About 56 % of its rows come
+from Institutional Books, whose licence does not allow the text to be passed on: their `document` is
+null. Such rows are dropped and counted, or joined again with the books in a folder of the user's.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dgrpo.data.books import Books
-from dgrpo.data.render import Source
+from dgrpo.data.books import Books, no_document
 from dgrpo.data.row_stream import RowStream
 from dgrpo.text import BadRow, Report, count_tokens
 
-RETRIEVAL = "retrieval"  # the family of dgrpo.longblocks.tasks.retrieval
 HUB = "utter-project/LongBlocks"
 COLUMNS = ("id", "document", "source", "language", "question", "answer")
 
@@ -40,9 +37,6 @@ def load_longblocks(
         tokenizer, min_tokens, max_tokens: length limits of the document, by this tokenizer.
         languages: only these.
         report, log: where dropped rows are counted and logged; see `Report`.
-
-    Yields:
-        The row's columns, with `completion` where `response` is given.
 
     Raises:
         ValueError: limits without a tokenizer, or a response column that the data does not have.
@@ -74,11 +68,7 @@ def _checked(row: dict, library: Books | None, response: str | None) -> dict:
         raise BadRow("missing column", ", ".join(missing))
     if row["document"] is None:
         if library is None:
-            raise BadRow(
-                "document is null",
-                "LongBlocks ships no text for Institutional Books; give books=FOLDER to rejoin it, "
-                f"row {row['id']}",
-            )
+            raise no_document(row)
         row = library.join(row)
     for name in ("document", "question", "answer"):
         if not isinstance(row[name], str) or not row[name]:
@@ -102,9 +92,3 @@ def _measure(row: dict, tokenizer, shortest: int, longest: int | None) -> None:
     if n < shortest or (longest is not None and n > longest):
         raise BadRow("too short" if n < shortest else "too long", f"{n} tokens")
     row["tokens"] = n
-
-
-def icr_source(path: str, **options) -> Source:
-    """A training source of rows in this format: SFT on the copied passages and the answer."""
-    where = {"family": RETRIEVAL}
-    return Source(path=path, completion="response_reference", where=where, **options)

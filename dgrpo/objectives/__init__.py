@@ -7,7 +7,6 @@ An objective returns losses (R,), already multiplied by `context.token_weights`,
 from dgrpo.objectives.advantages import group_advantages
 from dgrpo.objectives.context import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
-from dgrpo.objectives.distill import kd, kdrl, opd, sft, vopd
 from dgrpo.objectives.importance import masked_importance_weights, truncated_importance_weights
 from dgrpo.objectives.kl import (
     forward_kl_k3,
@@ -18,7 +17,7 @@ from dgrpo.objectives.kl import (
     reverse_kl_k3,
     reverse_kl_weighted_k3,
 )
-from dgrpo.objectives.policy import cispo, grpo, gspo
+from dgrpo.objectives.policy import cispo, grpo, gspo, kd, kdrl, opd, sft, vopd
 from dgrpo.objectives.sequences import padded_sequence_ids, sequence_sums
 from dgrpo.objectives.weights import BatchCounts, batch_counts, token_weights
 

@@ -19,14 +19,14 @@ def group_advantages(
 ) -> Tensor:
     """`A_i = (r_i - mean) / (std + eps)` over the valid samples of i's group. (S,), no host sync.
 
-    `rewards` (S,) and `groups` (S,) int64, 0 … S - 1 in any order (-1: no group, A = 0). `valid`
-    (S,) bool: a sample whose reward failed is left out of its group's statistics and gets A = 0;
-    its reward may be NaN. A group with one valid sample gets A = 0.
+    `rewards` (S,) and `groups` (S,) int64, 0 … S - 1 in any order (-1: no group, A = 0). Samples
+    that are not `valid` (S,) bool are left out of their group's statistics and get A = 0; their
+    reward may be NaN. A group with one valid sample gets A = 0.
 
     * `scale="std"`: GRPO (2402.03300), with the unbiased standard deviation.
     * `scale="none"`: Dr.GRPO (2503.20783), no division.
     * `leave_one_out`: the mean is that of the *other* samples, `G / (G - 1)` times the difference
-      to the group's own mean (RLOO, 2402.14740); with `scale="none"` as published.
+      to the group's own mean (RLOO, 2402.14740; published with `scale="none"`).
 
     Integer rewards give fp32 advantages. Raises ValueError and TypeError on bad arguments.
     """

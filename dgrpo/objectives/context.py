@@ -48,7 +48,7 @@ class Context:
     def at(self, rows: Tensor | slice) -> Context:
         """The same context at the tokens `rows` ((R,) int64 indices, or a slice).
 
-        Raises ValueError naming a field that has no value for one of them (on the CPU).
+        Raises ValueError naming a field that is too short for them (on the CPU).
         """
         picked = {}
         for name, value in self.per_token().items():

@@ -28,10 +28,9 @@ def truncated_importance_weights(
 
     `ratio` is `exp(logprobs - sampler_logprobs)` of the token, or with `sequence_ids` (N,) int64
     (see `sequence_sums`) of its whole sequence, whose log-ratios are summed; `length_normalised`
-    takes their mean, as the product leaves every bound on long sequences. Token level: TIS,
-    "Your efficient RL framework secretly brings you off-policy RL training" (2025); sequence
-    level: "When speed kills stability: demystifying RL collapse from the training-inference
-    mismatch" (2025); both in 2510.26788. 1 on tokens of no sequence (id -1).
+    takes their mean, as the product leaves every bound on long sequences. Token level: TIS
+    ("Your efficient RL framework secretly brings you off-policy RL training", 2025); sequence
+    level: "When speed kills stability" (2025); both in 2510.26788. 1 where the id is -1.
     """
     if not cap > 0:
         raise ValueError(f"cap: got {cap}, expected a positive number, such as 2.0")

@@ -23,13 +23,7 @@ import torch
 from torch import Tensor
 
 from dgrpo.objectives.context import Context
-from dgrpo.objectives.dgrpo_loss import (
-    clipped_policy_loss,
-    k3,
-    log_ratio,
-    policy_ratio,
-    scaled,
-)
+from dgrpo.objectives.dgrpo_loss import clipped_policy_loss, k3, log_ratio, policy_ratio, scaled
 
 
 def kl_advantages(
@@ -100,7 +94,7 @@ def forward_kl_k3(stats: Any, context: Context, against: str = "teacher") -> Ten
 
 
 def k1_loss(stats: Any, context: Context, against: str = "teacher") -> NoReturn:
-    """Refused: `w coef gap` as a loss has expected gradient 0 (2506.09477). Raises ValueError."""
+    """Raises ValueError: `w coef gap` as a loss has expected gradient 0 (2506.09477)."""
     raise ValueError(
         "k1_loss: got k1 = log p - log q as a loss, whose expected gradient is 0 because "
         "E_p[grad log p] = 0: it is noise, expected an estimate that teaches; use reverse_kl_k1 "

@@ -30,11 +30,10 @@ def batch_counts(
     sequence_ids: Sequence[Tensor] | None = None,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> BatchCounts:
-    """Count one optimiser step: `masks`, one a micro-batch, (B, T) or packed (N,). No host sync.
+    """Count one optimiser step: `masks`, one per micro-batch, (B, T) or packed (N,). No host sync.
 
     `sequence_ids` (see `sequence_sums`) go with packed masks. `all_reduce` sums an int64 tensor in
-    place over the ranks of the whole data-parallel mesh: `torch.distributed.all_reduce`, or a
-    lambda with a group. A sequence without an unmasked token is not counted.
+    place over all data-parallel ranks. A sequence without an unmasked token is not counted.
     """
     ids = [None] * len(masks) if sequence_ids is None else sequence_ids
     device = masks[0].device if masks else None
@@ -65,8 +64,7 @@ def token_weights(
 ) -> Tensor:
     """The weight `w` of each token's loss, shaped like `mask`, 0 where masked.
 
-    With n_s unmasked tokens in the token's sequence s, W = `world_size`, counts over all ranks and
-    micro-batches of the optimiser step:
+    n_s: unmasked tokens of the token's sequence s; W = `world_size`; counts as in `BatchCounts`:
 
     =====================  ===========================================  ==================
     `kind`                 weight                                       paper
@@ -80,9 +78,8 @@ def token_weights(
     `mask` is (B, T), or (N,) packed with `sequence_ids` (N,) int64 (see `sequence_sums`; "token"
     and "local" do without). `counts` (see `batch_counts`) default to this call's own. `world_size`
     is the number of ranks over which gradients are *averaged* (FSDP, DDP: the whole mesh), 1 where
-    they are summed. A sequence must lie whole in one call for "grpo". "bnpo" depends on how the
-    batch is split into micro-batches; the others do not. Raises ValueError on an unknown kind and
-    on a missing argument.
+    they are summed. "grpo" needs whole sequences in a call; only "bnpo" depends on the split into
+    micro-batches. Raises ValueError on an unknown kind and on a missing argument.
     """
     kind = _KINDS.get(kind, kind)
     if kind not in _KINDS.values():
@@ -127,5 +124,4 @@ def _flatten(mask: Tensor, sequence_ids: Tensor | None) -> tuple[Tensor, Tensor 
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (N,) or (B, T)")
     if mask.dim() == 2 and sequence_ids is None:
         sequence_ids = padded_sequence_ids(mask)
-    flat = mask.reshape(-1) != 0
-    return flat, sequence_ids if sequence_ids is None else sequence_ids.reshape(-1)
+    return mask.reshape(-1) != 0, None if sequence_ids is None else sequence_ids.reshape(-1)

@@ -52,9 +52,8 @@ def peaked_case(
     # About 1.5 nats of disagreement on every logit.
     teacher_hidden = hidden + 1.5 * torch.randn(hidden.shape, **draw)
     teacher = _widen(teacher_hidden, weight, teacher_width or width, draw)
-    hidden, weight, *teacher = (
-        x.to(dtype) for x in (*_widen(hidden, weight, width, draw), *teacher)
-    )
+    heads = (*_widen(hidden, weight, width, draw), *teacher)
+    hidden, weight, *teacher = (x.to(dtype) for x in heads)
     targets, logprobs = [], []
     for block in hidden.split(1024):
         log_p = (block.float() @ weight.float().T).log_softmax(-1)

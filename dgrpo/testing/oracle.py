@@ -65,11 +65,10 @@ def oracle(
     entropy_coef: float = 0.0,
     **head: Any,
 ) -> OracleOutput:
-    """`dgrpo.linear_dgrpo_loss` and its gradients in fp64.
+    """`dgrpo.linear_dgrpo_loss` and its gradients in fp64; arguments as there.
 
-    Arguments as there; those of `oracle_stats` are taken too (`head`).
-
-    hidden (..., H) and weight (V, H) of any float dtype; targets and every per-token tensor (...).
+    hidden (..., H) and weight (V, H) of any float dtype; targets and every per-token tensor (...);
+    head: those of `oracle_stats`.
 
         loss = Σ_n w (-u min(ρA, clip(ρ) A) + β D + β_ref k3(logp, ref_logp) - c_E Ent)
     """
@@ -122,16 +121,13 @@ def oracle(
         out = values.new_zeros(len(keep)).index_copy(0, rows, values)
         return out.detach().reshape(targets.shape)
 
-    per_token = [stats.logprobs, stats.teacher_logprobs, stats.divergence, stats.entropy]
+    per_token = (stats.logprobs, stats.teacher_logprobs, stats.divergence, stats.entropy)
     return OracleOutput(
         loss.detach(),
         *(field.detach().reshape(targets.shape) for field in per_token),
-        full(ratio),
-        full(clipped),
-        full(delta.abs() > LOG_RATIO_LIMIT),
-        gradients[0],
-        gradients[1],
-        gradients[2] if bias is not None else None,
+        *map(full, (ratio, clipped, delta.abs() > LOG_RATIO_LIMIT)),
+        *gradients,
+        *([None] if bias is None else []),
     )
 
 
@@ -181,19 +177,17 @@ def oracle_stats(
             ids = teacher.token_ids.flatten(0, -2)[rows]
             present = (ids >= 0).any(1)  # a row of padding alone has no teacher
             p, q, teacher_logp = _buckets(log_p, labels, teacher, rows)
-            teacher_logp = torch.where(present, teacher_logp, 0.0)
         else:
             source = rows if teacher.rows is None else teacher.rows[rows]
             present = source >= 0
-            p, q = log_p, _teacher_log_q(teacher, source.clamp(min=0), vocab_size)
+            p, q = log_p, _teacher_logits(teacher, source.clamp(min=0), vocab_size)
             q = _finish(q, teacher.logit_scale, teacher.logit_softcap, teacher_temperature)
             teacher_logp = q.log_softmax(-1).gather(1, labels)[:, 0]
-            teacher_logp = torch.where(present, teacher_logp, 0.0)
             q = torch.maximum(q, q.amax(-1, keepdim=True) + TEACHER_FLOOR).log_softmax(-1)
         shares = torch.as_tensor(jeffreys_weight, dtype=p.dtype, device=p.device)
         shares = shares.reshape(-1)[rows] if shares.dim() else shares
         value = _divergence(p, q, divergence, divergence_clip, jsd_beta, shares)
-        value = torch.where(present, value, 0.0)
+        teacher_logp, value = (torch.where(present, x, 0.0) for x in (teacher_logp, value))
     empty = torch.zeros(len(targets), dtype=torch.float64, device=hidden.device)
     fields = (logp, value, entropy, teacher_logp.detach())
     return OracleStats(*(empty.index_copy(0, rows, field) for field in fields))
@@ -207,12 +201,11 @@ def _finish(linear: Tensor, scale: float, softcap: float | None, temperature: fl
     return (logits / temperature).masked_fill(linear == -math.inf, -math.inf)
 
 
-def _teacher_log_q(teacher: Any, source: Tensor, vocab_size: int | None) -> Tensor:
+def _teacher_logits(teacher: Any, source: Tensor, vocab_size: int | None) -> Tensor:
     """The linear layer's output of a full-vocabulary teacher at its rows `source`, (R, V) fp64."""
-    picked = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1]).double()
-    linear = picked[source.to(picked.device)].to(source.device) @ (
-        teacher.weight.detach().double()[:vocab_size].T
-    )
+    hidden = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1]).double()
+    picked = hidden[source.to(hidden.device)].to(source.device)
+    linear = picked @ teacher.weight.detach().double()[:vocab_size].T
     return linear if teacher.bias is None else linear + teacher.bias.detach().double()[:vocab_size]
 
 

@@ -6,20 +6,17 @@ token; then by a copy of the tokenizer that does not know those tokens.
 """
 
 import re
-from weakref import WeakKeyDictionary
+from functools import lru_cache
 
 from dgrpo.text.problems import BadRow
 
 CHUNK = 1 << 20  # characters encoded at once: the encoder keeps about 300 bytes per token
-_encoders: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def encode_text(tokenizer, text: str, *, target: bool = False) -> list[int]:
     """Token ids of `text` taken literally, without beginning- or end-of-sequence tokens.
 
     Args:
-        tokenizer: a tokenizer of transformers.
-        text: any text.
         target: the text is what a model is to write: added tokens that are not special ones
             (`<think>`, `<tool_call>`) keep their ids; in a document they are text too.
 
@@ -35,7 +32,6 @@ def encode_chat(
     """Token ids of a chat through the tokenizer's template; what the messages say is text.
 
     Args:
-        tokenizer: a tokenizer of transformers with a chat template.
         messages: `[{"role": ..., "content": str}, ...]`.
         add_generation_prompt: end with the opening of the assistant's turn.
         options: passed to the template (`enable_thinking=False`, `tools=...`).
@@ -57,14 +53,15 @@ def encode_chat(
 
 
 def count_tokens(tokenizer, text: str) -> int:
-    """Number of tokens of `text` taken literally."""
+    """Number of tokens of `text` taken literally; of bytes, with `"bytes"` as the tokenizer."""
+    if tokenizer == "bytes":
+        return len(text.encode("utf-8", errors="replace"))
     return len(encode_text(tokenizer, text))
 
 
+@lru_cache(maxsize=16)
 def _encoder(tokenizer) -> "_Encoder":
-    if tokenizer not in _encoders:
-        _encoders[tokenizer] = _Encoder(tokenizer)
-    return _encoders[tokenizer]
+    return _Encoder(tokenizer)
 
 
 class _Encoder:
@@ -80,10 +77,14 @@ class _Encoder:
         unknown = tokenizer.unk_token_id  # stands for what cannot be spelled
         self.controls = set(tokenizer.convert_tokens_to_ids(sorted(special))) - {unknown, None}
         self.copies: dict[bool, object] = {}
-        self.plain = tokenizer_call(tokenizer)
-        self.render = tokenizer.apply_chat_template
+        self.tokenizer = tokenizer
         self.backend = getattr(tokenizer, "backend_tokenizer", None)
         self.chunked = self._cuts_at_lines()
+
+    def plain(self, text: str, **options) -> list[int]:
+        """Ids by the tokenizer itself, without anything around them."""
+        names = ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose")
+        return self.tokenizer(text, **dict.fromkeys(names, False), **options)["input_ids"]
 
     def text(self, text: str, target: bool) -> list[int]:
         pattern = self.patterns[target]
@@ -95,13 +96,13 @@ class _Encoder:
         return ids
 
     def chat(self, messages: list[dict], add_generation_prompt: bool, options: dict) -> list[int]:
-        pattern = self.patterns[False]
+        pattern, render = self.patterns[False], self.tokenizer.apply_chat_template
         keywords = dict(options, tokenize=False, add_generation_prompt=add_generation_prompt)
         if not pattern or not any(pattern.search(m["content"]) for m in messages):
-            return self._encode(self.plain, self.render(messages, **keywords))
+            return self._encode(self.plain, render(messages, **keywords))
         marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
         marked = [dict(m, content=mark) for m, mark in zip(messages, marks, strict=True)]
-        rendered = self.render(marked, **keywords)
+        rendered = render(marked, **keywords)
         if any(rendered.count(mark) != 1 for mark in marks):
             raise BadRow("control-token text in a chat whose template changes the contents")
         ids: list[int] = []
@@ -116,10 +117,7 @@ class _Encoder:
     def _encode(self, encode, text: str) -> list[int]:
         if len(text) <= CHUNK or not self.chunked:
             return encode(text)
-        ids: list[int] = []
-        for piece in chunks(text, CHUNK):
-            ids += encode(piece)
-        return ids
+        return [token for piece in chunks(text, CHUNK) for token in encode(piece)]
 
     def _literal(self, target: bool):
         """The encode function of a copy that knows none of the hidden tokens."""
@@ -136,22 +134,6 @@ class _Encoder:
         return self.plain("".join(lines)) == [i for line in lines for i in self.plain(line)]
 
 
-def tokenizer_call(tokenizer):
-    """`text -> ids` by the tokenizer itself, without anything around it."""
-
-    def encode(text: str, **options) -> list[int]:
-        return tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )["input_ids"]
-
-    return encode
-
-
 def chunks(text: str, size: int):
     """Cut `text` into pieces of at most `size` characters, after line ends where it has any.
 
@@ -159,11 +141,8 @@ def chunks(text: str, size: int):
     """
     start = 0
     while len(text) - start > size:
-        cut = -1
-        for match in re.finditer(r"\n(?=\S)", text[start : start + size + 1]):
-            cut = match.end()
-        if cut <= 0:
-            cut = size
+        ends = [m.end() for m in re.finditer(r"\n(?=\S)", text[start : start + size + 1])]
+        cut = ends[-1] if ends else size
         yield text[start : start + cut]
         start += cut
     yield text[start:]

@@ -1,8 +1,7 @@
 """What went wrong with the data: every bad row is reported, counted and skipped, never fatal.
 
-A `BadRow` carries where (file and row) and why; a `Report` collects them. The first
-few of each reason are logged as they happen, later ones whenever their number reaches a power of
-ten, and all of them go into a file where one was named.
+The first rows of each reason are logged as they happen, later ones whenever their number reaches
+a power of ten, and all of them go into a file where one was named.
 """
 
 import json
@@ -47,8 +46,7 @@ class Report:
             self.examples.setdefault(problem.reason, []).append(f"{where}{detail}")
         if self.path:
             entry = {"where": where, "reason": problem.reason, "detail": problem.detail}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            append_json(self.path, entry)
         if count <= EXAMPLES or count == 10 ** (len(str(count)) - 1):
             self.log(f"dropped {where}: {problem.reason}{detail} (number {count} of this kind)")
 
@@ -74,3 +72,9 @@ class Report:
     def load_state_dict(self, state: dict) -> None:
         """Take over the counts of `state_dict`."""
         self.kept, self.counts = state["kept"], dict(state["counts"])
+
+
+def append_json(path: Path, entry: dict) -> None:
+    """Append one line to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")

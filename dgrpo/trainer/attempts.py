@@ -3,20 +3,28 @@
 A teacher context is `context(group, row) -> (prompt, weight)`, `row` the place of a completion in
 its `group`: the prompt that the teacher sees (text or chat messages; None: the student's own) and
 the factor on that completion's teacher term (0: no teacher). A gate is `gate(group) -> factors`,
-one a completion. Both factors multiply `teacher_coef`, so with `method.advantage: none` they are
+one per completion. Both factors multiply `teacher_coef`, so with `method.advantage: none` they are
 the weight of the whole completion.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dgrpo.data import PromptStream, render_row
+
 Messages = list[dict[str, Any]]
 View = tuple[str | Messages | None, float]
+# Columns that the contexts of these names need: one of each tuple.
+NEEDED = {
+    "evidence": (("document",), ("evidence", "passages")),
+    "privileged": (("privileged", "answer"),),
+}
 
 
 @dataclass(frozen=True)
@@ -44,26 +52,19 @@ def teacher_context(name: str, template: str) -> TeacherContext | None:
         name: "same", "evidence", "correct_rollout", "privileged" or "module:function".
         template: text with `{prompt}` and `{context}`, for the two that add a context.
     """
-    if name == "same":
-        return None
-    if name == "evidence":
-        return evidence
-    if name == "correct_rollout":
-        return partial(correct_rollout, template=template)
-    if name == "privileged":
-        return partial(privileged, template=template)
-    return load_function(name, "method.teacher_context")
+    known = {
+        "same": None,
+        "evidence": evidence,
+        "correct_rollout": partial(correct_rollout, template=template),
+        "privileged": partial(privileged, template=template),
+    }
+    return known[name] if name in known else load_function(name, "method.teacher_context")
 
 
 def gate(name: str) -> Gate | None:
     """The hook of `method.gate`; None for "none"."""
-    if name == "none":
-        return None
-    if name == "wrong":
-        return wrong
-    if name == "mixed":
-        return mixed
-    return load_function(name, "method.gate")
+    known = {"none": None, "wrong": wrong, "mixed": mixed}
+    return known[name] if name in known else load_function(name, "method.gate")
 
 
 def evidence(group: Sequence[Attempt], row: int) -> View:
@@ -128,10 +129,9 @@ def load_function(path: str, setting: str) -> Callable[..., Any]:
 
 
 def _with_context(prompt: str | Messages, context: str, template: str) -> str | Messages:
-    def fill(text: str) -> str:
-        return template.replace("{prompt}", text).replace("{context}", context)
-
-    return _map_text(prompt, fill)
+    return _map_text(
+        prompt, lambda text: template.replace("{prompt}", text).replace("{context}", context)
+    )
 
 
 def _map_text(prompt: str | Messages, change: Callable[[str], str]) -> str | Messages:
@@ -139,3 +139,52 @@ def _map_text(prompt: str | Messages, change: Callable[[str], str]) -> str | Mes
     if isinstance(prompt, str):
         return change(prompt)
     return [*prompt[:-1], {**prompt[-1], "content": change(prompt[-1]["content"])}]
+
+
+def check_columns(name: str, context: TeacherContext | None, stream: PromptStream) -> None:
+    """Raise ValueError where no row of the data gives the context of that name its prompt.
+
+    Reads up to the first row that does. Contexts that look at the group, and the user's own, are
+    not checked.
+    """
+    if context is None or name not in NEEDED:
+        return
+    missing = list(NEEDED[name])
+    with closing(_rows(stream)) as found:
+        for prompt, row in found:
+            attempt = Attempt(
+                prompt, "", row, tokens=0, reward=0.0, correct=False, failed=False, truncated=False
+            )
+            if context([attempt], 0)[1]:
+                return
+            missing = [columns for columns in missing if not any(row.get(c) for c in columns)]
+    if missing:
+        what = f"the column {' or '.join(missing[0])}, so no completion would have a teacher"
+    else:
+        one_of = " and ".join(" or ".join(columns) for columns in NEEDED[name])
+        what = f"{one_of}, with the document as a part of its prompt"
+    raise ValueError(
+        f"method.teacher_context: got {name!r}, but no row has {what}; add it to the rows, name it "
+        "in data.sources[].columns, or take another method.preset"
+    )
+
+
+def _rows(stream: PromptStream) -> Iterator[tuple[str | Messages, dict[str, Any]]]:
+    """The prompt's text and the row of every usable row, once; the stream stays where it is."""
+    before, log = stream.state_dict(), stream.report.log
+    stream.report.log = lambda line: None  # they are told when it is their turn
+    try:
+        for cursor, source, books in zip(stream.cursors, stream.sources, stream.books, strict=True):
+            while (found := cursor.next()) is not None:
+                row = found[1]
+                try:
+                    if any(row.get(column) != value for column, value in source.where.items()):
+                        continue
+                    row = books.join(row) if books else row
+                    prompt, _ = render_row(row, source)
+                except Exception:  # a row that the run will drop too, and tell why
+                    continue
+                yield prompt, row
+    finally:
+        stream.load_state_dict(before)
+        stream.report.log = log

@@ -13,14 +13,11 @@ from dgrpo.data import Prompt, PromptStream
 from dgrpo.distributed import ranks
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.ops import DIVERGENCE_OPTIONS, Options
-from dgrpo.trainer.attempts import gate, teacher_context
+from dgrpo.trainer.attempts import check_columns, gate, teacher_context
 from dgrpo.trainer.checkpoint import Checkpointer
-from dgrpo.trainer.columns import check_columns
-from dgrpo.trainer.config import DataSource, Reward, RunSettings
-from dgrpo.trainer.history import CHECKPOINTS, History
-from dgrpo.trainer.length import Length
+from dgrpo.trainer.config import Reward, RunSettings
+from dgrpo.trainer.folder import CHECKPOINTS, History
 from dgrpo.trainer.loading import load_tokenizer
-from dgrpo.trainer.lock import FolderLock
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.models import (
     load_objective,
@@ -31,12 +28,12 @@ from dgrpo.trainer.models import (
     shard,
 )
 from dgrpo.trainer.optim import make_optimizers
-from dgrpo.trainer.policy import PolicyModel, fsdp
+from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.run import Run, unpack_pending
 from dgrpo.trainer.seeds import seed_all
 from dgrpo.trainer.signals import Interruption
-from dgrpo.trainer.start import loading_model, parameters, say, summary
+from dgrpo.trainer.start import Length, loading_model, parameters, say, summary
 
 log = logging.getLogger(__name__)
 
@@ -58,38 +55,24 @@ def build(
     transformers.logging.disable_progress_bar()
     seed_all(settings.seed)  # rows from a function are the same on every rank
     device, mesh = place(settings)
-    folder = ranks().only_first(lambda: _open_folder(settings, allow_changes))
+    history = ranks().only_first(lambda: History.hold(settings, allow_changes))
     try:
-        run = _build(settings, folder, device, mesh, asked or Interruption())
+        run = _build(settings, device, mesh, asked or Interruption())
+        if history is not None:
+            run.history = history
+            run.length = Length(settings, run.stream)
+        run.asked.check()
+        seed_all(settings.seed + ranks().rank)
         _resume(run, allow_changes)
         run.asked.check()
         return run
     except BaseException:
-        if folder is not None:
-            folder[0].release()
+        if history is not None:
+            history.lock.release()
         raise
 
 
-def _open_folder(settings: RunSettings, allow_changes: bool) -> tuple[FolderLock, History]:
-    """Takes hold of the run's folder, and compares its settings with those that it has."""
-    lock = FolderLock(Path(settings.out))
-    try:
-        history = History(settings)
-        if not allow_changes:
-            history.check()
-    except BaseException:
-        lock.release()
-        raise
-    return lock, history
-
-
-def _build(
-    settings: RunSettings,
-    folder: tuple[FolderLock, History] | None,
-    device: torch.device,
-    mesh: Any,
-    asked: Interruption,
-) -> Run:
+def _build(settings: RunSettings, device: torch.device, mesh: Any, asked: Interruption) -> Run:
     tokenizer = load_tokenizer(settings.model)
     say(loading_model(settings, device))
     model = shard(load_policy(settings.model, settings.seed), settings, mesh, device)
@@ -100,15 +83,15 @@ def _build(
             f"model.tokenizer: got {len(tokenizer)} tokens for a head of {model.vocab_size} rows, "
             "expected at most as many; set vocab_size in model.config, or another tokenizer"
         )
-    method, lora = settings.method, settings.model.lora
+    method = settings.method
     if method.teaches() and method.teacher == "model":
         say(f"teacher: loading {settings.teacher.name}")
-    teacher, columns = load_teacher(settings, model, tokenizer, mesh, device)
+    loaded = load_teacher(settings, model, tokenizer, mesh, device)
     options = Options(
         **{name: getattr(method, name) for name in DIVERGENCE_OPTIONS},
         temperature=settings.rollout.temperature if method.sequences == "rollout" else 1.0,
         teacher_temperature=settings.teacher.temperature,
-        vocab_size=columns,
+        vocab_size=loaded.vocab_size,
         policy_logits=settings.head.policy_logits,
         memory_budget=settings.head.memory_budget,
         backend=settings.head.backend,
@@ -116,30 +99,24 @@ def _build(
     asked.check()
     say("data: reading rows")
     objective, per_sequence = load_objective(method.objective)
-    optimizer = settings.optimizer
-    stream = _stream(
-        settings,
-        settings.data.sources,
-        tokenizer,
-        epochs=settings.epochs if settings.steps is None else None,  # rows come round again
-        context=_context(settings, model, getattr(teacher, "model", None)),
-        reserve=settings.rollout.max_tokens if method.sequences == "rollout" else None,
-    )
+    readable = min(filter(None, (model.context, loaded.context)), default=None)
+    stream = _stream(settings, tokenizer, readable)
     context = teacher_context(method.teacher_context, method.teacher_template)
     check_columns(method.teacher_context, context, stream)
-    run = Run(
+    held_out = _held_out(_stream(settings, tokenizer, model.context, held_out=True), settings)
+    return Run(
         settings=settings,
         device=device,
         model=model,
         tokenizer=tokenizer,
         stream=stream,
-        held_out=_held_out(settings, model, tokenizer),
-        teacher=teacher,
+        held_out=held_out,
+        teacher=loaded.teacher,
         reference=load_reference(settings, mesh, device),
         sampler=HFSampler(
             model,
             tokenizer,
-            vocab_size=columns,
+            vocab_size=loaded.vocab_size,
             batch_tokens=settings.rollout.batch_tokens,
         ),
         scorer=_scorer(settings),
@@ -148,32 +125,16 @@ def _build(
         objective=objective,
         per_sequence=per_sequence,
         options=options,
-        optimizers=make_optimizers(
-            model,
-            optimizer.kind,
-            lr=optimizer.lr,
-            muon_lr=optimizer.muon_lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-        ),
+        optimizers=make_optimizers(model, settings.optimizer),
         checkpointer=Checkpointer(
             Path(settings.out) / CHECKPOINTS,
             keep=settings.checkpoint.keep,
             asynchronous=settings.checkpoint.asynchronous,
-            frozen=lora is None,
+            frozen=settings.model.lora is None,
         ),
-        log=None,  # type: ignore[arg-type]  # after the checkpoint: it cuts the metrics back to it
         gradient_scale=fsdp.gradient_scale(mesh),
         asked=asked,
     )
-    if folder is not None:
-        run.lock, run.history = folder
-        run.length = Length(settings, stream)
-    asked.check()
-    seed_all(settings.seed + ranks().rank)
-    return run
 
 
 def _scorer(settings: RunSettings) -> Scorer | None:
@@ -190,63 +151,49 @@ def _scorer(settings: RunSettings) -> Scorer | None:
 
 
 def _stream(
-    settings: RunSettings, sources: list[DataSource], tokenizer: Any, **options: Any
-) -> PromptStream:
-    data = settings.data
-    defaults = {
-        "seed": settings.seed,
-        "shuffle": data.shuffle,
-        "min_prompt_tokens": data.min_prompt_tokens,
-        "max_prompt_tokens": data.max_prompt_tokens,
-        "max_completion_tokens": data.max_completion_tokens,
-        "require_completion": settings.method.sequences == "given",
-    }
+    settings: RunSettings, tokenizer: Any, context: int | None, *, held_out: bool = False
+) -> PromptStream | None:
+    """The prompts of training, or those `held_out`; None without such sources.
+
+    `context` is the most tokens of a prompt and its completion; None: no limit.
+    """
+    data, given = settings.data, settings.method.sequences == "given"
+    sources = settings.evaluate.sources if held_out else data.sources
+    if not sources:
+        return None
+    own = settings.evaluate.max_tokens if held_out else None
+    reserve = (own or settings.rollout.max_tokens) if held_out or not given else None
+    if context is not None and reserve is not None and reserve >= context:
+        raise ValueError(
+            f"{'evaluate' if own else 'rollout'}.max_tokens: got {reserve}, expected less than the "
+            f"{context} tokens of the model's context (max_position_embeddings); the prompt is "
+            "part of them"
+        )
+    epochs = settings.epochs if settings.steps is None else None  # rows come round again
     return PromptStream(
         sources,
         tokenizer,
+        seed=settings.seed,
+        epochs=1 if held_out else epochs,
         chat=data.chat,
-        chat_options=data.chat_options,
         system=data.system,
+        chat_options=data.chat_options,
+        min_prompt_tokens=data.min_prompt_tokens,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_completion_tokens=None if held_out else data.max_completion_tokens,
+        context=context,
+        reserve=reserve,
+        require_completion=given and not held_out,
+        shuffle=data.shuffle and not held_out,
         rank=ranks().data_rank,
         world=ranks().data_world,
-        **{**defaults, **options},
     )
 
 
-def _context(settings: RunSettings, *models: PolicyModel | None) -> int | None:
-    """Most tokens of a training row: what the policy and its teacher can read; None: no limit."""
-    limits = [model.context for model in models if model is not None]
-    context = min(filter(None, limits), default=None)
-    if settings.method.sequences == "rollout":
-        _check_room("rollout.max_tokens", settings.rollout.max_tokens, context)
-    return context
-
-
-def _check_room(setting: str, tokens: int, context: int | None) -> None:
-    if context is not None and tokens >= context:
-        raise ValueError(
-            f"{setting}: got {tokens}, expected less than the {context} tokens of the model's "
-            "context (max_position_embeddings); the prompt is part of them"
-        )
-
-
-def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list[Prompt]:
+def _held_out(stream: PromptStream | None, settings: RunSettings) -> list[Prompt]:
     """This rank's prompts of the evaluation."""
-    if not settings.evaluate.sources:
+    if stream is None:
         return []
-    own = settings.evaluate.max_tokens
-    reserve = own or settings.rollout.max_tokens
-    _check_room("evaluate.max_tokens" if own else "rollout.max_tokens", reserve, model.context)
-    stream = _stream(
-        settings,
-        settings.evaluate.sources,
-        tokenizer,
-        shuffle=False,
-        require_completion=False,
-        max_completion_tokens=None,
-        context=model.context,
-        reserve=reserve,
-    )
     prompts = stream.batch(settings.evaluate.count)
     if stream.report.dropped and ranks().first:
         log.warning("evaluation: %s", stream.report.summary())
@@ -254,11 +201,10 @@ def _held_out(settings: RunSettings, model: PolicyModel, tokenizer: Any) -> list
 
 
 def _resume(run: Run, allow_changes: bool) -> None:
-    """Continues from the newest checkpoint, or starts the folder's files."""
+    """Continue from the newest checkpoint, or start the folder's files."""
     settings, history, state = run.settings, run.history, None
     if settings.resume:
-        optimizers = [rated.optimizer for rated in run.optimizers]
-        state = run.checkpointer.restore(run.model, optimizers)
+        state = run.checkpointer.restore(run.model, run.optimizers)
     if state is not None:
         run.state = state
         if allow_changes and not run.stream.fits(state.data):
@@ -267,15 +213,15 @@ def _resume(run: Run, allow_changes: bool) -> None:
             run.stream.load_state_dict(state.data)
         run.pending = unpack_pending(state)
         run.saved_step = state.step
-        run.look_at_until()
-    changes = [] if history is None else history.changes
+    changes, total = [] if history is None else history.changes, run.expected_steps()
     if history is not None:
-        for line in [*run.lock.notes, *summary(run)]:
+        told = summary(run.length, run.teacher, run.state.step, total)
+        for line in [*history.lock.notes, *told]:
             say(line)
         history.begin()
     run.log = RunLog(
         run.folder,
-        total_steps=run.expected_steps(),
+        total_steps=total,
         tensorboard=settings.log.tensorboard,
         wandb=settings.log.wandb,
         settings=settings.model_dump(),

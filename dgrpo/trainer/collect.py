@@ -1,8 +1,4 @@
-"""What a step trains on: prompts become groups of rollouts, rewards, advantages; or given texts.
-
-The rollouts of one batch are split over `batch.updates` optimiser steps by the place of their
-prompt in the global batch, so that the split does not depend on the number of ranks.
-"""
+"""What a step trains on: prompts become groups of rollouts, rewards, advantages; or given texts."""
 
 from __future__ import annotations
 
@@ -75,12 +71,8 @@ def rollouts(run: Run, prompts: Sequence[Prompt], seconds: dict[str, float]) -> 
     settings, step = run.settings, run.state.step
     n, method = settings.rollout.group_size, settings.method
     run.sampler.update(fsdp.full_tensors(run.model), step)
-    drawn = run.sampler.generate(
-        [prompt.ids for prompt in prompts],
-        n,
-        sampling(run),
-        keys=[prompt.index for prompt in prompts],
-    )
+    keys = [prompt.index for prompt in prompts]
+    drawn = run.sampler.generate([prompt.ids for prompt in prompts], n, sampling(run), keys=keys)
     texts = decode(run, drawn)
     with timed(seconds, "reward"):
         result = reward(run, prompts, drawn, texts, n, needed=run.reads_rewards)
@@ -121,17 +113,16 @@ def rollouts(run: Run, prompts: Sequence[Prompt], seconds: dict[str, float]) -> 
     return samples
 
 
-def sampling(run: Run, **changes: object) -> Sampling:
+def sampling(run: Run) -> Sampling:
     """How this step samples."""
     rollout = run.settings.rollout
-    values = {
-        "max_tokens": rollout.max_tokens,
-        "temperature": rollout.temperature,
-        "stop_strings": tuple(rollout.stop),
-        "seed": run.settings.seed,
-        "step": run.state.step,
-    }
-    return Sampling(**{**values, **changes})
+    return Sampling(
+        max_tokens=rollout.max_tokens,
+        temperature=rollout.temperature,
+        stop_strings=tuple(rollout.stop),
+        seed=run.settings.seed,
+        step=run.state.step,
+    )
 
 
 def decode(run: Run, drawn: Sequence[Rollout]) -> list[str]:
@@ -212,10 +203,11 @@ def score(run: Run, samples: list[Sample]) -> None:
     """Old and reference log-probabilities, and weights for the sampler's mismatch. COLLECTIVE."""
     method = run.settings.method
     weighs = method.importance != "none" and not run.weighs_inside
-    ours = [None] * len(samples)
+    masks = method.importance == "mask"
+    importance_weights = masked_importance_weights if masks else truncated_importance_weights
+    ours = references = [None] * len(samples)
     if run.scores_old or weighs:
         ours = logprobs(run, run.model, samples)
-    references = [None] * len(samples)
     if run.reference is not None:
         references = logprobs(run, run.reference, samples)
     for sample, own, reference in zip(samples, ours, references, strict=True):
@@ -227,20 +219,13 @@ def score(run: Run, samples: list[Sample]) -> None:
         if method.old_logprobs == "sampler":
             sample.old_logprobs = sampler
         if weighs:
-            sample.policy_weights = importance_weights(run, own, sampler)
+            whole = method.importance_level == "sequence"
+            ids = torch.zeros(own.shape, dtype=torch.int64) if whole else None
+            sample.policy_weights = importance_weights(
+                own, sampler, method.importance_cap, sequence_ids=ids
+            )
         if run.weighs_inside:
             sample.sampler_logprobs = sampler
-
-
-def importance_weights(run: Run, own: Tensor, sampler: Tensor) -> Tensor:
-    """u (C,) from the trainer's and the sampler's log-probabilities of one completion."""
-    method = run.settings.method
-    weigh = truncated_importance_weights
-    if method.importance == "mask":
-        weigh = masked_importance_weights
-    whole = torch.zeros(own.shape, dtype=torch.int64)
-    ids = whole if method.importance_level == "sequence" else None
-    return weigh(own, sampler, method.importance_cap, sequence_ids=ids)
 
 
 @torch.no_grad()
@@ -264,7 +249,8 @@ def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Te
 def split(run: Run, samples: list[Sample], prompts: int, first: int) -> list[Batch]:
     """The samples of each of the batch's optimiser steps; those that no rank has samples for go.
 
-    `prompts` is the number of prompts in the global batch, `first` the number of the first one.
+    Split by the place of a sample's prompt among the `prompts` of the global batch, from `first`
+    on, so that the split does not depend on the number of ranks.
     """
     updates = run.settings.batch.updates
     batches = [Batch([]) for _ in range(updates)]

@@ -1,13 +1,7 @@
-"""The trainer: one loop for every method.
-
-    from dgrpo.trainer.config import load
-    from dgrpo.trainer import train_stages
-
-    train_stages(load("examples/qwen3-1.7b-from-32b.yaml"))
+"""The trainer: one loop for every method, each verb of it a function of another module.
 
 A method is configuration: where the sequences come from, which coefficients, which teacher. Every
-verb of the loop is a function elsewhere (dgrpo/training), and every normaliser is a token weight
-that is computed before the forward pass, over all ranks and micro-batches.
+normaliser is a token weight, computed before the forward pass over all ranks and micro-batches.
 
 What is left out: asynchronous rollouts (the batch is sampled from the weights that it updates),
 sequence parallelism, a critic.
@@ -26,7 +20,7 @@ from dgrpo.trainer.build import build
 from dgrpo.trainer.checkpoint import export
 from dgrpo.trainer.collect import collect
 from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.history import DONE, History, finished, last_step
+from dgrpo.trainer.folder import DONE, History, finished, last_step
 from dgrpo.trainer.record import evaluate, evaluated, profiled, record
 from dgrpo.trainer.run import Run, pack_pending
 from dgrpo.trainer.signals import ENDING, Interrupted, listening
@@ -79,29 +73,22 @@ def train_stages(
     with listening() as asked:
         for name, settings in stages.items():
             try:
-                outcomes[name] = already_done(settings) or train(
-                    settings, allow_changes=allow_changes
-                )
+                if finished(settings):
+                    outcomes[name] = without_a_step(settings, "already done")
+                else:
+                    outcomes[name] = train(settings, allow_changes=allow_changes)
             except Interrupted:  # between two runs
-                outcomes[name] = stopped_at_start(settings, asked.number)
+                outcomes[name] = without_a_step(settings, "stopped", asked.number)
             if outcomes[name].interrupted:
                 break
     return outcomes
-
-
-def already_done(settings: RunSettings) -> Outcome | None:
-    """The outcome of a run that is finished; None where it is not."""
-    folder = Path(settings.out)
-    return Outcome("already done", last_step(folder), folder) if finished(settings) else None
 
 
 def train(settings: RunSettings, *, allow_changes: bool = False) -> Outcome:
     """One run, continued from its folder's last checkpoint where it has one.
 
     SIGINT, SIGTERM and SIGHUP end it after the step at hand with a checkpoint, or at once while it
-    still starts; the outcome is "stopped". Raises `Diverged` after `optimizer.max_skipped` steps
-    without a finite loss and gradient, and `RewardsFailed` after `rewards.max_failed` batches
-    without a single reward, the last good state saved.
+    still starts; the outcome is "stopped".
 
     Args:
         settings: of the run.
@@ -110,27 +97,28 @@ def train(settings: RunSettings, *, allow_changes: bool = False) -> Outcome:
 
     Raises:
         FolderInUse: another run is under way in the folder.
+        Diverged: `optimizer.max_skipped` steps without a finite loss and gradient.
+        RewardsFailed: `rewards.max_failed` batches without a single reward. Before these two the
+            last good state is saved.
     """
     with listening() as asked:
         try:
             run = build(settings, allow_changes=allow_changes, asked=asked)
             asked.deferred = True
             return loop(run)
-        except Exception:
-            if asked.number is None or asked.deferred:
-                raise
+        except (Exception, Interrupted) as error:
             # Other ranks that the signal ended first are missed in a collective of the start.
-            return stopped_at_start(settings, asked.number)
-        except Interrupted:
-            return stopped_at_start(settings, asked.number)
+            if not isinstance(error, Interrupted) and (asked.number is None or asked.deferred):
+                raise
+            return without_a_step(settings, "stopped", asked.number)
         finally:
             asked.deferred = False
 
 
-def stopped_at_start(settings: RunSettings, number: int | None) -> Outcome:
-    """The outcome of a run that a signal ended before it trained."""
+def without_a_step(settings: RunSettings, status: str, number: int | None = None) -> Outcome:
+    """The outcome of a run that trains nothing now: it is done, or a signal came first."""
     folder = Path(settings.out)
-    return Outcome("stopped", last_step(folder), folder, number)
+    return Outcome(status, last_step(folder), folder, number)
 
 
 def loop(run: Run) -> Outcome:
@@ -166,11 +154,21 @@ def save_if_due(run: Run) -> None:
     A skipped step leaves nothing to save, and parameters that are not finite must not push the
     last good checkpoint out.
     """
-    skipped = run.state.counters["skipped_in_row"]
+    skipped, failed = run.state.counters["skipped_in_row"], run.failed_in_row
     if skipped >= run.settings.optimizer.max_skipped:
-        give_up(run)
-    if run.failed_in_row >= run.settings.rewards.max_failed:
-        stop_without_rewards(run)
+        good, where = save_if_finite(run)
+        raise Diverged(
+            f"loss or gradient not finite in {skipped} steps in a row (optimizer.max_skipped); "
+            f"{'the parameters are good' if good else 'the parameters are not finite either'}, "
+            f"{where}; try a lower optimizer.lr or method.clip_high"
+        )
+    if failed >= run.settings.rewards.max_failed:
+        where = save_if_finite(run)[1]
+        raise RewardsFailed(
+            f"rewards: every sample failed in {failed} batch{'es in a row' * (failed > 1)} "
+            f"(rewards.max_failed), last error: {run.scorer.last_error or 'on another rank'}; "
+            f"{where}; fix the reward and start the same command again"
+        )
     if run.state.step % run.settings.checkpoint.every == 0 and not skipped:
         if parameters_finite(run):
             save(run)
@@ -182,31 +180,9 @@ def save(run: Run) -> None:
     """A checkpoint of this step, unless there is one. COLLECTIVE."""
     run.log.sync()
     if run.saved_step != run.state.step:
-        optimizers = [rated.optimizer for rated in run.optimizers]
-        run.checkpointer.save(run.model, optimizers, pack_pending(run))
+        run.checkpointer.save(run.model, run.optimizers, pack_pending(run))
         run.state.rollouts = []
         run.saved_step = run.state.step
-
-
-def give_up(run: Run) -> None:
-    """Saves the state, which the skipped steps left as it was, and raises. COLLECTIVE."""
-    count, good, where = run.state.counters["skipped_in_row"], *save_if_finite(run)
-    raise Diverged(
-        f"loss or gradient not finite in {count} steps in a row (optimizer.max_skipped); "
-        f"{'the parameters are good' if good else 'the parameters are not finite either'}, "
-        f"{where}; try a lower optimizer.lr or method.clip_high"
-    )
-
-
-def stop_without_rewards(run: Run) -> None:
-    """Saves the state and raises, with the last error of a reward. COLLECTIVE."""
-    count, (_, where) = run.failed_in_row, save_if_finite(run)
-    batches = f"{count} batches in a row" if count > 1 else "1 batch"
-    raise RewardsFailed(
-        f"rewards: every sample failed in {batches} (rewards.max_failed), last error: "
-        f"{run.scorer.last_error or 'on another rank'}; {where}; fix the reward and start the "
-        "same command again"
-    )
 
 
 def save_if_finite(run: Run) -> tuple[bool, str]:
@@ -229,7 +205,7 @@ def finish(run: Run) -> Outcome:
         run.checkpointer.wait()
     if not run.stopping:
         evaluate_once(run)
-    if run.stopping:
+    if run.stopping:  # asked perhaps during this evaluation
         run.log.message(f"stopped after step {run.state.step}; the same command goes on from there")
         return Outcome("stopped", run.state.step, run.folder, asked_by(run))
     # On the folder of a finished run, of which nothing was left to train.

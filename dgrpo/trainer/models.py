@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -16,12 +16,11 @@ from dgrpo import objectives
 from dgrpo.distributed import ranks, start
 from dgrpo.trainer.attempts import load_function
 from dgrpo.trainer.config import Model, RunSettings
-from dgrpo.trainer.config.settings import Teacher as TeacherSettings
-from dgrpo.trainer.loading import loading
+from dgrpo.trainer.config import Teacher as TeacherSettings
+from dgrpo.trainer.config.settings import Lora
+from dgrpo.trainer.loading import common_vocab, loading, teacher_tokenizer
 from dgrpo.trainer.policy import PolicyModel, fsdp, huggingface
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
-from dgrpo.trainer.teachers.served import HttpTopK
-from dgrpo.trainer.vocabulary import common_vocab, teacher_tokenizer
+from dgrpo.trainer.teachers import HttpTopK, SelfTeacher, ServedTeacher, Teacher
 
 OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them
 
@@ -57,98 +56,92 @@ def frozen(
 ) -> PolicyModel:
     """The model of `model` or `teacher`, only read: in teacher.dtype, sharded like the policy."""
     wanted = settings.teacher.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    with loading("model.name" if group is settings.model else "teacher.name", group.name):
-        model = huggingface.from_pretrained(
-            group.name,
-            dtype=getattr(torch, wanted),
-            revision=group.revision,
-            trust_remote_code=group.trust_remote_code,
-        )
-    model = PolicyModel(model)
+    where = "model" if group is settings.model else "teacher"
+    model = _pretrained(where, group, dtype=getattr(torch, wanted))
     model.requires_grad_(False).eval()
     return model.to(device) if mesh is None else fsdp.shard(model, mesh)
+
+
+def _pretrained(where: str, group: Model | TeacherSettings, **options: Any) -> PolicyModel:
+    """The model that a group of settings names."""
+    with loading(f"{where}.name", group.name):
+        loaded = huggingface.from_pretrained(
+            group.name,
+            revision=group.revision,
+            trust_remote_code=group.trust_remote_code,
+            **options,
+        )
+    return PolicyModel(loaded)
 
 
 def load_policy(model: Model, seed: int = 0) -> PolicyModel:
     """The policy, not sharded yet; `seed` is that of random weights and adapters."""
     torch.manual_seed(seed)
-    common = {
-        "dtype": getattr(torch, model.dtype),
-        "lora": lora_config(model),
-        "liger": model.liger,
-    }
+    dtype, lora = getattr(torch, model.dtype), lora_config(model.lora)
     if model.name is not None:
-        with loading("model.name", model.name):
-            loaded = huggingface.from_pretrained(
-                model.name,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                **common,
-            )
-        return PolicyModel(loaded)
-    fields = dict(model.config or {})
+        return _pretrained("model", model, dtype=dtype, lora=lora, liger=model.liger)
+    fields = dict(model.config)
     kind = fields.pop("model_type")
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=3)
         raise ValueError(f"model.config.model_type: got {kind!r}, did you mean one of {near}?")
     known = {*dir(AutoConfig.for_model(kind)), *OLD_FIELDS}
-    for key in fields:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model.config.{key}: unknown to {kind}{hint}")
-    return PolicyModel(huggingface.from_config(AutoConfig.for_model(kind, **fields), **common))
+    for key in (key for key in fields if key not in known):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"model.config.{key}: unknown to {kind}{hint}")
+    config = AutoConfig.for_model(kind, **fields)
+    return PolicyModel(huggingface.from_config(config, dtype=dtype, lora=lora, liger=model.liger))
 
 
-def lora_config(model: Model) -> LoraConfig | None:
+def lora_config(lora: Lora | None) -> LoraConfig | None:
     """peft's configuration of the adapters; None without."""
-    if model.lora is None:
+    if lora is None:
         return None
-    targets = model.lora.targets
-    if model.lora.head:
-        targets = [*targets, "lm_head"]
     return LoraConfig(
-        r=model.lora.rank,
-        lora_alpha=model.lora.alpha,
-        lora_dropout=model.lora.dropout,
-        target_modules=targets,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=[*lora.targets, "lm_head"] if lora.head else lora.targets,
         task_type="CAUSAL_LM",
     )
 
 
+class LoadedTeacher(NamedTuple):
+    """The teacher of a run, and what its model asks of the loss."""
+
+    teacher: Teacher | SelfTeacher | ServedTeacher | None = None
+    vocab_size: int | None = None  # columns in which the heads are compared; None: all
+    context: int | None = None  # tokens that it can read; None: no limit
+
+
 def load_teacher(
-    settings: RunSettings,
-    model: PolicyModel,
-    tokenizer: Any,
-    mesh: Any,
-    device: torch.device,
-) -> tuple[Teacher | SelfTeacher | ServedTeacher | None, int | None]:
-    """The teacher of the method, and how many columns the heads share (None = all)."""
+    settings: RunSettings, model: PolicyModel, tokenizer: Any, mesh: Any, device: torch.device
+) -> LoadedTeacher:
+    """The teacher of the method, compared with the policy `model` and its tokenizer."""
     method, wanted = settings.method, settings.teacher
     if not method.teaches():
-        return None, None
+        return LoadedTeacher()
     if method.teacher == "self":
-        return SelfTeacher(model, offload_above=wanted.host_above), None
+        return LoadedTeacher(SelfTeacher(model, offload_above=wanted.host_above))
     theirs = teacher_tokenizer(settings, tokenizer)
     if method.teacher == "served":
         source = HttpTopK(
             wanted.url, wanted.name, key_variable=wanted.key_variable, timeout=wanted.timeout
         )
-        return ServedTeacher(source, wanted.top_k), None
-    teacher = frozen(wanted, settings, mesh, device)
-    columns = wanted.vocab_size
-    if columns is None and model.vocab_size != teacher.vocab_size:
-        columns = common_vocab(model.vocab_size, teacher.vocab_size, tokenizer, theirs)
+        return LoadedTeacher(ServedTeacher(source, wanted.top_k))
+    teacher, size = frozen(wanted, settings, mesh, device), wanted.vocab_size
+    if size is None and model.vocab_size != teacher.vocab_size:
+        compared = None if theirs is None else tokenizer
+        size = common_vocab(model.vocab_size, teacher.vocab_size, compared)
     own = Teacher(teacher, offload_above=wanted.host_above, offload_body=wanted.offload_body)
-    return own, columns
+    return LoadedTeacher(own, size, teacher.context)
 
 
 def load_reference(settings: RunSettings, mesh: Any, device: torch.device) -> PolicyModel | None:
     """The starting policy, frozen, where `ref_coef` asks for it."""
     if settings.method.ref_coef == 0.0:
         return None
-    if settings.model.name is None:
-        raise ValueError("method.ref_coef: got a value above 0 with random weights, expected 0")
     return frozen(settings.model, settings, mesh, device)
 
 
@@ -160,20 +153,16 @@ def load_objective(name: str) -> tuple[Callable | None, bool]:
     """
     if name == "dgrpo":
         return None, False
-    known = [n for n in objectives.__all__ if _is_objective(getattr(objectives, n))]
-    if ":" in name:
-        function = load_function(name, "method.objective")
-    elif name in known:
-        function = getattr(objectives, name)
-    else:
+    functions = inspect.getmembers(objectives, inspect.isfunction)
+    known = {
+        own: function
+        for own, function in functions
+        if [*inspect.signature(function).parameters][:2] == ["stats", "context"]
+        and own not in ("kl_advantages", "k1_loss")
+    }
+    if ":" not in name and name not in known:
         raise ValueError(
-            f'method.objective: got {name!r}, expected one of {known} or "module:function"'
+            f'method.objective: got {name!r}, expected one of {[*known]} or "module:function"'
         )
+    function = known.get(name) or load_function(name, "method.objective")
     return function, "sequence_ids" in inspect.signature(function).parameters
-
-
-def _is_objective(value: Any) -> bool:
-    if not inspect.isfunction(value):
-        return False
-    names = list(inspect.signature(value).parameters)
-    return names[:2] == ["stats", "context"] and value.__name__ not in ("kl_advantages", "k1_loss")

@@ -1,56 +1,41 @@
-"""The optimisers: AdamW, SGD, and Muon on the hidden matrices with AdamW on the rest."""
+"""The optimisers and their rate: AdamW, SGD, or Muon on hidden matrices and AdamW on the rest."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Muon
+
+from dgrpo.trainer.config import Optimizer
+from dgrpo.trainer.policy import fsdp
 
 OUTER = ("head", "lm_head")  # modules whose matrix is not a hidden one, beside the embeddings
 
 
-class Rated(NamedTuple):
-    """An optimiser and the peak of its learning rate."""
-
-    optimizer: Optimizer
-    peak: float
-
-
-def make_optimizers(
-    model: nn.Module,
-    kind: str = "adamw",
-    *,
-    lr: float,
-    muon_lr: float = 0.02,
-    betas: Sequence[float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    momentum: float = 0.95,
-    weight_decay: float = 0.0,
-) -> list[Rated]:
+def make_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
     """The optimisers of the model's trained parameters: one, or two for "muon".
 
-    `kind` is "adamw", "sgd" or "muon" (hidden matrices by Muon at `muon_lr`, the rest by AdamW at
-    `lr`). Only matrices decay. Make them after the model is sharded.
+    Only matrices decay. Make them after the model is sharded.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("model: got no trained parameter, expected some with requires_grad")
-    adam = {"lr": lr, "betas": tuple(betas), "eps": eps}
-    if kind == "sgd":
-        groups = _decay_groups(trained, weight_decay)
-        return [Rated(SGD(groups, lr=lr, momentum=momentum), lr)]
-    if kind == "adamw":
-        return [Rated(AdamW(_decay_groups(trained, weight_decay), **adam), lr)]
-    if kind != "muon":
-        raise ValueError(f"kind: got {kind!r}, expected 'adamw', 'sgd' or 'muon'")
-    hidden = hidden_matrices(model)
-    ids = {id(p) for p in hidden}
-    rest = _decay_groups([p for p in trained if id(p) not in ids], weight_decay)
-    muon = Muon(hidden, lr=muon_lr, momentum=momentum, weight_decay=weight_decay)
-    return [Rated(muon, muon_lr), *([Rated(AdamW(rest, **adam), lr)] if rest else [])]
+    decay, momentum = settings.weight_decay, settings.momentum
+    if settings.kind == "sgd":
+        return [SGD(_decay_groups(trained, decay), lr=settings.lr, momentum=momentum)]
+    muon = []
+    if settings.kind == "muon":
+        hidden = hidden_matrices(model)
+        ids = {id(p) for p in hidden}
+        trained = [p for p in trained if id(p) not in ids]
+        muon = [Muon(hidden, lr=settings.muon_lr, momentum=momentum, weight_decay=decay)]
+    if not trained:
+        return muon
+    betas, groups = tuple(settings.betas), _decay_groups(trained, decay)
+    return [*muon, AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps)]
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -62,25 +47,39 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer]
 
 
-def set_lr(optimizers: Iterable[Rated], factor: float) -> float:
-    """Sets each optimiser's rate to `factor` times its peak; returns the last one's, AdamW's."""
+def set_lr(
+    optimizers: Iterable[torch.optim.Optimizer], settings: Optimizer, factor: float
+) -> float:
+    """Set each optimiser's rate to `factor` times its peak; returns the last one's, AdamW's."""
     rate = 0.0
-    for optimizer, peak in optimizers:
-        rate = peak * factor
+    for optimizer in optimizers:
+        rate = factor * (settings.muon_lr if isinstance(optimizer, Muon) else settings.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
     return rate
 
 
+def lr_factor(settings: Optimizer, step: int, total: int | None) -> float:
+    """Factor on the peak learning rate at the 0-based `step` of `total`.
+
+    A linear warm-up, 1 in between, and over the last `decay_fraction` of the steps a decay to
+    `final_fraction`. A function of the step alone: a resumed run needs no state for it.
+    """
+    warmup = settings.warmup_steps
+    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if settings.decay == "constant" or total is None:
+        return factor
+    length = max(1, round(total * settings.decay_fraction))
+    done = min(1.0, max(0.0, (step + 1 - (total - length)) / length))
+    if settings.decay == "cosine":
+        done = (1.0 - math.cos(math.pi * done)) / 2.0
+    return factor * (1.0 - (1.0 - settings.final_fraction) * done)
+
+
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all local values are finite (one sync)."""
-    checks = [torch.isfinite(local(t)).all() for t in tensors]
+    checks = [torch.isfinite(fsdp.local(t)).all() for t in tensors]
     return bool(torch.stack(checks).all()) if checks else True
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; a plain tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:

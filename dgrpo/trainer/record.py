@@ -1,25 +1,24 @@
-"""What a step is told of: metrics, samples to read, held-out scores, a profile."""
+"""What is recorded of a step: metrics, samples to read, held-out scores, a profile."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dgrpo.distributed import ranks
-from dgrpo.trainer.batch import Sample
 from dgrpo.trainer.collect import decode, reward, sampling, timed
+from dgrpo.trainer.folder import last_lines, write
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
-from dgrpo.trainer.run import Batch, Run
-from dgrpo.trainer.teachers.local import ServedTeacher
+from dgrpo.trainer.run import IN_A_ROW, Batch, Learned, Run
+from dgrpo.trainer.teachers import ServedTeacher
 from dgrpo.trainer.update import coefficients
 
 HALF = math.log(0.5)
@@ -53,8 +52,9 @@ def record(run: Run, batch: Batch) -> None:
     if run.teacher is not None:
         metrics["teacher_coef"] = coefficients(run, state.step - 1)["teacher_coef"]
     bounds = metrics.pop("reward_min", None), metrics.pop("reward_max", None)
+    run.recent.append(Learned(batch.loss, batch.norm, *bounds))
     watch(run, metrics)
-    for warning in run.standstill.warnings(batch.loss, batch.norm, *bounds):
+    for warning in standstill(run.recent):
         run.log.message(f"step {state.step}: warning: {warning}")
     every = settings.evaluate.every
     if every and state.step % every == 0:
@@ -81,17 +81,15 @@ def measure_tokens(run: Run, batch: Batch, means: StepMetrics) -> None:
             mean("divergence", out.divergence)
         for name, values in out.metrics.items():
             mean(name, values)
-        if run.sampled:
-            for place, values in micro.per_sample(out.logprobs):
-                measure_mismatch(batch.samples[place], values, means)
-
-
-def measure_mismatch(sample: Sample, logprobs: Tensor, means: StepMetrics) -> None:
-    """How far the sampler's log-probabilities are from the trainer's of the same weights."""
-    ours = logprobs if sample.old_logprobs is None else sample.old_logprobs
-    gap = (ours - sample.sampled.logprobs).abs()[sample.mask]
-    means.mean("sampler_mismatch", gap)
-    means.max("sampler_mismatch_max", gap.max() if gap.numel() else 0.0)
+        if not run.sampled:
+            continue
+        # How far the sampler's log-probabilities are from the trainer's of the same weights.
+        for place, values in micro.per_sample(out.logprobs):
+            sample = batch.samples[place]
+            ours = values if sample.old_logprobs is None else sample.old_logprobs
+            gap = (ours - sample.sampled.logprobs).abs()[sample.mask]
+            means.mean("sampler_mismatch", gap)
+            means.max("sampler_mismatch_max", gap.max() if gap.numel() else 0.0)
 
 
 def measure_samples(run: Run, batch: Batch, means: StepMetrics) -> None:
@@ -114,8 +112,31 @@ def measure_samples(run: Run, batch: Batch, means: StepMetrics) -> None:
         means.mean("advantage", float(sample.advantages.abs().mean()))
 
 
+def standstill(recent: Sequence[Learned]) -> Iterator[str]:
+    """Warnings of a run that learns nothing, at the last of `IN_A_ROW` such steps.
+
+    `recent` holds one step more, so that each stretch of them is told once.
+    """
+
+    def begins(values: list) -> bool:
+        before, last = values[:-IN_A_ROW], values[-IN_A_ROW:]
+        return last == [last[-1]] * IN_A_ROW and last[-1] is not None and before != last[:1]
+
+    reward = recent[-1].lowest
+    if begins([step.lowest if step.lowest == step.highest else None for step in recent]):
+        yield (
+            f"every reward of {IN_A_ROW} steps in a row is {reward:g}, which tells no completion "
+            "from another; look at the reward, and whether the prompts are too hard or too easy"
+        )
+    if begins([True if step.loss == step.norm == 0.0 else None for step in recent]):
+        yield (
+            f"loss and gradient are exactly 0 in {IN_A_ROW} steps in a row: nothing is learned; "
+            "no sample has an advantage, a teacher or a token with loss"
+        )
+
+
 def watch(run: Run, metrics: dict[str, float]) -> None:
-    """Moves the average that `until` looks at, and notes when it is there."""
+    """Move the average that `until` looks at."""
     until, counters = run.settings.until, run.state.counters
     if until is None:
         return
@@ -124,9 +145,8 @@ def watch(run: Run, metrics: dict[str, float]) -> None:
             f"until.metric: got {until.metric!r}, expected a logged one: {sorted(metrics)}"
         )
     value = metrics[until.metric]
-    average = counters.get("average", value) * until.smoothing + value * (1 - until.smoothing)
-    counters["average"] = average
-    run.look_at_until()
+    before = counters.get("average", value)
+    counters["average"] = before * until.smoothing + value * (1 - until.smoothing)
 
 
 def write_samples(run: Run, batch: Batch) -> None:
@@ -139,11 +159,11 @@ def write_samples(run: Run, batch: Batch) -> None:
             "teacher_logprob": out.teacher_logprobs,
             "divergence": out.divergence,
             "entropy": out.entropy,
-        } | {name: out.metrics[name] for name in ("ratio", "clipped") if name in out.metrics}
+            "ratio": out.metrics.get("ratio"),
+            "clipped": out.metrics.get("clipped"),
+        }
         for name, tensor in fields.items():
-            if tensor is None:
-                continue
-            for place, own in micro.per_sample(tensor):
+            for place, own in [] if tensor is None else micro.per_sample(tensor):
                 values.setdefault(place, {})[name] = own
     records = []
     for place, sample in enumerate(batch.samples[:wanted]):
@@ -163,17 +183,15 @@ def evaluate(run: Run) -> dict[str, float]:
     settings, step = run.settings.evaluate, run.state.step
     if not settings.sources:
         return {}
-    changes = {"step": 0, "max_tokens": settings.max_tokens or run.settings.rollout.max_tokens}
+    how = replace(sampling(run), step=0)
+    if settings.max_tokens is not None:
+        how = replace(how, max_tokens=settings.max_tokens)
     if settings.greedy:
-        changes["temperature"] = 0.0
+        how = replace(how, temperature=0.0)
     prompts, means, seconds = run.held_out, StepMetrics(), {}
+    keys = [f"held-out {prompt.index}" for prompt in prompts]
     with timed(seconds, "evaluation"):
-        drawn = run.sampler.generate(
-            [prompt.ids for prompt in prompts],
-            1,
-            sampling(run, **changes),
-            keys=[f"held-out {prompt.index}" for prompt in prompts],
-        )
+        drawn = run.sampler.generate([prompt.ids for prompt in prompts], 1, how, keys=keys)
         texts = decode(run, drawn)
         result = reward(run, prompts, drawn, texts, 1)
     lines = []
@@ -188,9 +206,7 @@ def evaluate(run: Run) -> dict[str, float]:
     run.clock += seconds["evaluation"]  # no part of the next step's time
     path = run.folder / "evaluation" / f"step-{step:08d}-{ranks().rank:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, path)
+    write(path, "".join(line + "\n" for line in lines))
     found = means.reduce()
     if SCORE not in found:
         run.log.message(
@@ -204,11 +220,8 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def evaluated(run: Run) -> bool:
     """Whether the metrics already hold the held-out scores of this step. COLLECTIVE."""
-    found = False
-    path = run.folder / "metrics.jsonl"
-    if ranks().first and path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines()[-2:]]
-        found = any(line["step"] == run.state.step and SCORE in line for line in lines)
+    lines = last_lines(run.folder) if ranks().first else []
+    found = any(line["step"] == run.state.step and SCORE in line for line in lines)
     return ranks().totals([found])[0] > 0
 
 
@@ -221,7 +234,7 @@ def peak_bytes(device: torch.device) -> int:
 
 @contextmanager
 def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
-    """A profiler over the steps of `log.profile_steps`, to be stepped once a step.
+    """A profiler over the steps of `log.profile_steps`, to be stepped once per step.
 
     Writes a trace, the operators by memory, and on a GPU a memory snapshot into `profile/`.
     """
@@ -229,12 +242,11 @@ def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
     if steps is None or run.state.step >= steps[1]:
         yield None
         return
-    folder: Path = run.folder / "profile"
+    folder = run.folder / "profile"
     folder.mkdir(parents=True, exist_ok=True)
-    first, last = steps
     cuda, rank = run.device.type == "cuda", ranks().rank
 
-    def write(profile: torch.profiler.profile) -> None:
+    def keep(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(folder / f"trace-{rank:05d}.json"))
         key = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
         table = profile.key_averages().table(sort_by=key, row_limit=50)
@@ -242,15 +254,16 @@ def profiled(run: Run) -> Iterator[torch.profiler.profile | None]:
         if cuda:
             torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank:05d}.snapshot"))
 
-    start = max(first, run.state.step + 1)
-    before = start - 1 - run.state.step
-    warmup = min(1, before)
+    before = max(0, steps[0] - 1 - run.state.step)
     schedule = torch.profiler.schedule(
-        wait=before - warmup, warmup=warmup, active=last - start + 1, repeat=1
+        wait=max(0, before - 1),
+        warmup=min(1, before),
+        active=steps[1] - run.state.step - before,
+        repeat=1,
     )
     if cuda:
         torch.cuda.memory._record_memory_history()
     with torch.profiler.profile(
-        schedule=schedule, on_trace_ready=write, profile_memory=True, record_shapes=True
+        schedule=schedule, on_trace_ready=keep, profile_memory=True, record_shapes=True
     ) as profile:
         yield profile

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,25 +22,22 @@ from dgrpo.trainer.attempts import Gate, TeacherContext
 from dgrpo.trainer.batch import Micro, Sample
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.history import History
-from dgrpo.trainer.length import Length
-from dgrpo.trainer.lock import FolderLock
+from dgrpo.trainer.folder import History
 from dgrpo.trainer.metrics import RunLog
-from dgrpo.trainer.optim import Rated
 from dgrpo.trainer.policy import PolicyModel
 from dgrpo.trainer.rollout import Sampler
 from dgrpo.trainer.signals import Interruption
-from dgrpo.trainer.standstill import Standstill
-from dgrpo.trainer.teachers.local import SelfTeacher, ServedTeacher, Teacher
+from dgrpo.trainer.start import Length
+from dgrpo.trainer.teachers import SelfTeacher, ServedTeacher, Teacher
 
 
 @dataclass
 class Batch:
-    """The samples of one optimiser step on this rank, and what came of them."""
+    """The samples of one optimiser step on this rank, and the step's results."""
 
     samples: list[Sample]
     seconds: dict[str, float] = field(default_factory=dict)  # by verb
-    tokens: int = 0  # packed, of this rank: a shared prompt counts once a micro-batch
+    tokens: int = 0  # packed, of this rank: a shared prompt counts once per micro-batch
     with_loss: int = 0  # tokens with loss, of all ranks
     outputs: list[tuple[Micro, HeadOutput]] = field(default_factory=list)
     loss: float = 0.0  # of all ranks
@@ -46,16 +45,16 @@ class Batch:
     lr: float = 0.0
 
 
-class Above(logging.Handler):
-    """Log records above the live display."""
+IN_A_ROW = 3  # steps that teach nothing before a warning
 
-    def __init__(self, log: RunLog):
-        super().__init__(logging.WARNING)
-        self.log = log
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
-        self.log.message(record.getMessage())
+class Learned(NamedTuple):
+    """What a step tells of whether anything is learned."""
+
+    loss: float
+    norm: float  # of the gradient
+    lowest: float | None  # of its rewards; None where it has none
+    highest: float | None
 
 
 @dataclass
@@ -77,28 +76,22 @@ class Run:
     objective: Callable | None  # None: the fused dGRPO loss
     per_sequence: bool  # the objective couples the tokens of a sequence
     options: Options  # of the loss head
-    optimizers: list[Rated]
+    optimizers: list[torch.optim.Optimizer]
     checkpointer: Checkpointer
-    log: RunLog
     gradient_scale: int  # ranks over which gradients are averaged
+    log: RunLog = field(init=False)  # made after the checkpoint: cuts the metrics back to it
     state: RunState = field(default_factory=RunState)
     pending: list[Batch] = field(default_factory=list)
     asked: Interruption = field(default_factory=Interruption)  # whether a signal came, on this rank
     stopping: bool = False  # on all ranks: this step is the last
     failed_in_row: int = 0  # batches since the start of which no sample has a reward, on any rank
-    standstill: Standstill = field(default_factory=Standstill)
+    recent: deque[Learned] = field(default_factory=lambda: deque(maxlen=IN_A_ROW + 1))
     saved_step: int | None = None
     clock: float = field(default_factory=time.perf_counter)  # when the last step was recorded
     warnings: logging.Handler | None = None
     # On rank 0:
-    lock: FolderLock | None = None
     history: History | None = None
     length: Length | None = None
-
-    @property
-    def steps(self) -> int | None:
-        """The steps that schedules refer to: those of the settings."""
-        return self.settings.steps
 
     @property
     def interrupted(self) -> bool:
@@ -110,17 +103,6 @@ class Run:
         if self.length is None:
             return None
         return self.length.steps(self.state.step, len(self.pending))
-
-    def look_at_until(self) -> None:
-        """Notes whether the average that `until` looks at is high enough."""
-        until, counters = self.settings.until, self.state.counters
-        average = counters.get("average")
-        counters["reached"] = (
-            until is not None
-            and average is not None
-            and average >= until.above
-            and self.state.step >= until.min_steps
-        )
 
     @property
     def sampled(self) -> bool:
@@ -157,9 +139,12 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the run needs no further step."""
-        steps, step = self.settings.steps, self.state.step
-        reached = self.state.counters.get("reached", False)
-        return self.stopping or reached or (steps is not None and step >= steps)
+        steps, step, until = self.settings.steps, self.state.step, self.settings.until
+        average = self.state.counters.get("average")
+        if until is not None and average is not None and step >= until.min_steps:
+            if average >= until.above:
+                return True
+        return self.stopping or (steps is not None and step >= steps)
 
     @property
     def folder(self) -> Path:
@@ -167,9 +152,10 @@ class Run:
         return Path(self.settings.out)
 
     def show_warnings(self) -> None:
-        """What the library warns of (rows, rewards) is printed above the display from now on."""
+        """Print what the library warns of (rows, rewards) above the display from now on."""
         if ranks().first:
-            self.warnings = Above(self.log)
+            self.warnings = logging.Handler(logging.WARNING)
+            self.warnings.emit = lambda record: self.log.message(record.getMessage())
             logging.getLogger("dgrpo").addHandler(self.warnings)
 
     def close(self) -> None:
@@ -182,23 +168,18 @@ class Run:
         try:
             self.checkpointer.close()
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            if self.history is not None:
+                self.history.lock.release()
 
 
 def pack_pending(run: Run) -> RunState:
-    """The run's state with the batches still to be trained on, a group an entry."""
-    entries = []
+    """The run's state with the batches still to be trained on, one entry per group."""
+    run.state.rollouts = []
     for number, batch in enumerate(run.pending):
-        groups: dict[int, list[Sample]] = {}
-        for sample in batch.samples:
-            groups.setdefault(sample.group, []).append(sample)
-        for samples in groups.values():
-            states = [sample.state() for sample in samples]
-            entries.append(
-                {"batch": number, "prompt_ids": samples[0].prompt_ids, "samples": states}
-            )
-    run.state.rollouts = entries
+        for _, group in groupby(batch.samples, key=lambda sample: sample.group):
+            samples = list(group)
+            entry = {"batch": number, "prompt_ids": samples[0].prompt_ids}
+            run.state.rollouts.append(entry | {"samples": [s.state() for s in samples]})
     run.state.counters["pending"] = len(run.pending)
     run.state.data = run.stream.state_dict()
     return run.state

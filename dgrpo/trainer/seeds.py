@@ -1,7 +1,6 @@
-"""What `settings.seed` fixes beside data order and sampling: the generators that hooks draw from.
+"""Seeds of the global generators that hooks draw from.
 
-A reward may draw from Python's or NumPy's global generator. Each of its calls has a seed of its
-own, of the run's seed, the rank and the step, so that its numbers depend on no other hook, on no
+A reward's numbers depend on the run's seed, the rank and the step alone: on no other hook, no
 evaluation in between, and not on whether it runs in this process or in the worker.
 """
 
@@ -31,7 +30,7 @@ def call_seed(seed: int, step: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's and NumPy's generators start from `seed` within, and go on as before after it."""
+    """Seed Python's and NumPy's generators within; they go on as before after it."""
     python, arrays = random.getstate(), numpy.random.get_state()
     random.seed(seed)
     numpy.random.seed(seed)

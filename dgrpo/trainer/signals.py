@@ -23,17 +23,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Whether a signal asked for the end, and which.
-
-    Attributes:
-        number: of the first signal; None as long as none came.
-        deferred: the signal is only noted, for the loop to read; else it raises `Interrupted`.
-    """
+    """Whether a signal asked for the end, and which."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
-        self.deferred = False
-        self.before: dict[int, Any] = {}
+        self.number: int | None = None  # of the first signal
+        self.deferred = False  # only note the signal, for the loop to read; else raise Interrupted
+        self.before: dict[int, Any] = {}  # what handles a second signal
         self.since = 0.0
 
     @property

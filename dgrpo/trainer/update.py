@@ -13,10 +13,10 @@ from dgrpo.distributed import ranks
 from dgrpo.objectives import BatchCounts, token_weights
 from dgrpo.trainer.batch import IGNORED, Micro, balanced_count, pack
 from dgrpo.trainer.collect import timed
-from dgrpo.trainer.optim import all_finite, set_lr
+from dgrpo.trainer.config import Schedule
+from dgrpo.trainer.optim import all_finite, lr_factor, set_lr
 from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.run import Batch, Run
-from dgrpo.trainer.schedule import coefficient, lr_factor
 
 
 def attach_teacher(run: Run, batch: Batch) -> None:
@@ -29,8 +29,7 @@ def attach_teacher(run: Run, batch: Batch) -> None:
 
 def weigh(run: Run, batch: Batch) -> None:
     """Token weights over all ranks and micro-batches, and the teacher's weight. COLLECTIVE."""
-    settings, samples = run.settings, batch.samples
-    kind, world = settings.method.normalizer, run.gradient_scale
+    samples, kind = batch.samples, run.settings.method.normalizer
     masks = [sample.mask for sample in samples]
     local = kind == "local"  # the one normaliser that depends on the packing
     packed = [m.indices for m in pack(samples, **run.packing)] if local else []
@@ -46,24 +45,27 @@ def weigh(run: Run, batch: Batch) -> None:
             kind,
             sequence_ids=torch.arange(len(members)).repeat_interleave(torch.tensor(lengths)),
             counts=counts,
-            max_length=settings.rollout.max_tokens,
-            world_size=world,
+            max_length=run.settings.rollout.max_tokens,
+            world_size=run.gradient_scale,
         )
         for i, own_weights in zip(members, weights.split(lengths), strict=True):
             samples[i].token_weights = own_weights
-    beta = coefficients(run)["teacher_coef"]
+    teacher_coef = coefficients(run)["teacher_coef"]
     for sample in samples:
         if sample.teacher_factor != 1.0:
             shape = sample.completion_ids.shape
-            sample.teacher_coef = torch.full(shape, beta * sample.teacher_factor)
+            sample.teacher_coef = torch.full(shape, teacher_coef * sample.teacher_factor)
 
 
 def coefficients(run: Run, step: int | None = None) -> dict[str, float]:
     """The scheduled coefficients of the 0-based step, by default the one under way."""
     method = run.settings.method
     step = run.state.step if step is None else step
-    names = ("teacher_coef", "ref_coef", "entropy_coef")
-    return {name: coefficient(getattr(method, name), step, run.steps) for name in names}
+    values = {name: getattr(method, name) for name in ("teacher_coef", "ref_coef", "entropy_coef")}
+    return {
+        name: value.at(step, run.settings.steps) if isinstance(value, Schedule) else value
+        for name, value in values.items()
+    }
 
 
 def micro_batches(run: Run, batch: Batch) -> Iterator[Micro]:
@@ -122,19 +124,11 @@ def update(run: Run, batch: Batch) -> None:
         norm = fsdp.grad_norm(run.model) if limit is None else fsdp.clip_gradients(run.model, limit)
         totals = ranks().totals([loss, float(norm), float(run.interrupted)])
         finite = math.isfinite(totals[0]) and math.isfinite(totals[1])
-        factor = lr_factor(
-            state.step,
-            run.steps,
-            warmup_steps=settings.warmup_steps,
-            decay=settings.decay,
-            decay_fraction=settings.decay_fraction,
-            final_fraction=settings.final_fraction,
-        )
-        rate = set_lr(run.optimizers, factor)
-        for rated in run.optimizers:
+        rate = set_lr(run.optimizers, settings, lr_factor(settings, state.step, run.settings.steps))
+        for optimizer in run.optimizers:
             if finite and batch.with_loss:
-                rated.optimizer.step()
-            rated.optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     run.stopping = run.stopping or totals[2] > 0
     state.step += 1
     counters = state.counters

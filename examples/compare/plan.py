@@ -17,9 +17,9 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dgrpo.trainer.config import RunSettings, load
-from dgrpo.trainer.config.base import Settings
 from dgrpo.trainer.config.help import explain
 from dgrpo.trainer.config.load import override, parse_file
+from dgrpo.trainer.config.settings import Settings
 
 HERE = Path(__file__).parent
 COLD = "cold"

@@ -177,7 +177,7 @@ def test_the_hub_as_a_stream_goes_on_where_it_stood(hub, stop):
 
 def test_csv_and_tsv_cells_are_text_and_empty_ones_null(tmp_path):
     (tmp_path / "a.csv").write_bytes(
-        b"\xef\xbb\xbfid,prompt,answer\r\n"
+        b'\xef\xbb\xbf"id",prompt,answer\r\n'
         b'1,"two\nlines, ""quoted""",007\r\n'
         b"\r\n"
         b"2,NA,\r\n"

@@ -144,7 +144,7 @@ def test_changed_settings_are_told_when_a_run_goes_on(home, tmp_path, capsys):
     assert "changed since the last start: optimizer.weight_decay: 0.0 -> 0.5" in text
     assert "no step is left" in text
     run = build(wanted)  # and they hold: the checkpoint does not bring the old ones back
-    assert run.optimizers[0].optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.5
     run.close()
     with pytest.raises(CheckpointError, match="got SGD, the checkpoint has AdamW"):
         build(settings(home, tmp_path, "sft"))

@@ -12,7 +12,7 @@ from dgrpo.cli import main
 from dgrpo.trainer import finished, train, train_stages
 from dgrpo.trainer.build import build
 from dgrpo.trainer.config import dump, load, validate
-from dgrpo.trainer.lock import FolderInUse, FolderLock
+from dgrpo.trainer.folder import FolderInUse, FolderLock
 from tests.trainer.home import make_home, metrics, settings  # noqa: F401
 
 

@@ -281,7 +281,7 @@ def test_rows_without_a_reward_are_for_methods_that_read_none(home, tmp_path):
 )
 def test_a_model_that_cannot_be_made_names_its_setting(model, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_policy(Model(**model))
+        load_policy(Model(tokenizer="t", **model))
 
 
 def test_a_folder_without_weights_names_its_setting(home, tmp_path):

@@ -187,10 +187,10 @@ def test_a_run_that_learns_is_told_nothing(home, tmp_path, capsys):
     ("preset", "rows", "message"),
     [
         ("opsdl", {"answer": "A"}, "no row has the column document"),
-        ("opsdl", {"document": "D"}, "no row has a column of evidence, passages"),
+        ("opsdl", {"document": "D"}, "no row has the column evidence or passages"),
         ("opsdl", {"document": "", "evidence": "E"}, "no row has the column document"),
         ("opsdl", {"document": "D", "evidence": "E"}, "with the document as a part of its prompt"),
-        ("self_distill", {"document": "D"}, "no row has a column of privileged, answer"),
+        ("self_distill", {"document": "D"}, "no row has the column privileged or answer"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

@@ -2,8 +2,8 @@
 
 Long context: LongBench (arXiv 2308.14508), ∞Bench (2402.13718), LongBench v2 (2412.15204). Short
 context, to see what training has cost elsewhere: GSM8K, MMLU-Pro, IFEval. The prompts are worded
-here. Each reader takes the path of a file or of a folder of them, and as `report` what counts the
-rows that lack something and are left out.
+here. Each reader takes the path of a file or of a folder of them; `report` counts the rows that
+lack something and are left out.
 """
 
 import json
@@ -14,23 +14,20 @@ from pathlib import Path
 from dgrpo.data import load_rows
 from dgrpo.text import BadRow, Report
 
-SHORT = "Answer as briefly as you can. " + 'End with a line that says "Answer: " and the answer.'
+SCORES = "dgrpo.longblocks.evaluation.scores"
+SHORT = 'Answer as briefly as you can. End with a line that says "Answer: " and the answer.'
 LETTER = 'End with a line that says "Answer: " and the letter alone.'
+WORDS = "narrativeqa multifieldqa_en hotpotqa 2wikimqa musique triviaqa".split()
 LONGBENCH = {
-    "narrativeqa": ("word_f1", SHORT),
+    **dict.fromkeys(WORDS, ("word_f1", SHORT)),
     "qasper": ("word_f1", SHORT + ' If the text does not say it, the answer is "unanswerable".'),
-    "multifieldqa_en": ("word_f1", SHORT),
     "multifieldqa_zh": ("character_f1", SHORT),
-    "hotpotqa": ("word_f1", SHORT),
-    "2wikimqa": ("word_f1", SHORT),
-    "musique": ("word_f1", SHORT),
     "dureader": ("rouge_l", "Answer in Chinese."),
     "gov_report": ("rouge_l", "Write a one-page summary of this report."),
     "qmsum": ("rouge_l", "Answer the question about this meeting in a few sentences."),
     "multi_news": ("rouge_l", "Write a one-page summary of these news."),
     "vcsum": ("rouge_l", "Write a summary of this meeting in Chinese."),
     "trec": ("class_name", "Give the type of the last question and nothing else."),
-    "triviaqa": ("word_f1", SHORT),
     "samsum": ("rouge_l", "Summarise the last dialogue in one or two sentences, as before."),
     "lsht": ("class_name", "Give the category of the last news and nothing else."),
     "passage_count": ("same_number", "How many different paragraphs are there? Give the number."),
@@ -40,18 +37,14 @@ LONGBENCH = {
     "repobench-p": ("code_similarity", "Write the next line of the code and nothing else."),
 }
 SUMMARIES = {"gov_report": 512, "multi_news": 512, "vcsum": 512, "qmsum": 256, "dureader": 256}
+CONTAINED = "passkey number_string kv_retrieval longdialogue_qa_eng code_run math_find".split()
 INFINITEBENCH = {
-    "passkey": ("contained", SHORT),
-    "number_string": ("contained", SHORT),
-    "kv_retrieval": ("contained", SHORT),
-    "longdialogue_qa_eng": ("contained", SHORT),
+    **dict.fromkeys(CONTAINED, ("contained", SHORT)),
     "longbook_qa_eng": ("word_f1", SHORT),
     "longbook_qa_chn": ("character_f1", SHORT),
     "longbook_sum_eng": ("rouge_l", "Write a summary of the book of about 1000 words."),
     "longbook_choice_eng": ("choice", LETTER),
     "code_debug": ("choice", LETTER),
-    "code_run": ("contained", SHORT),
-    "math_find": ("contained", SHORT),
     "math_calc": ("number_list", "Give the values after each step as a list of numbers."),
 }
 
@@ -85,15 +78,14 @@ def load_longbench(row: dict, where: str) -> dict:
     if name not in LONGBENCH:
         raise BadRow("unknown data set", name)
     score, instruction = LONGBENCH[name]
-    answers = _needed(row, "answers")
     return {
+        "answers": [str(a) for a in _needed(row, "answers")],
         "id": str(row.get("_id") or where),
         "task": name,
         "prompt": _joined(_needed(row, "context"), row.get("input"), instruction),
-        "answers": [str(a) for a in answers],
         "classes": row.get("all_classes") or [],
         "language": row.get("language") or "en",
-        "reward": f"dgrpo.longblocks.evaluation.scores:{score}",
+        "reward": f"{SCORES}:{score}",
         "max_tokens": SUMMARIES.get(name, 128),
     }
 
@@ -122,30 +114,23 @@ def load_infinitebench(row: dict, where: str) -> dict:
         "task": name,
         "prompt": _joined(_needed(row, "context"), question, instruction),
         "language": "zh" if name.endswith("_chn") else "en",
-        "reward": f"dgrpo.longblocks.evaluation.scores:{score}",
+        "reward": f"{SCORES}:{score}",
         "max_tokens": {"longbook_sum_eng": 1200, "math_calc": 30_000}.get(name, 128),
     }
 
 
 @_loader
 def load_longbench_v2(row: dict, where: str) -> dict:
-    """Rows of LongBench v2: `_id, domain, difficulty, length, question, choice_A … , answer,
-    context`.
-    """
+    """Rows of LongBench v2: `_id, domain, difficulty, length, question, choice_A …, answer, …`."""
     options = [_needed(row, f"choice_{letter}") for letter in "ABCD"]
-    answer = str(_needed(row, "answer")).strip().upper()
-    if answer not in "ABCD":
-        raise BadRow("the answer is no option", answer[:80])
+    chosen = _choice(row, options)
     question = _joined(_needed(row, "question"), _listed(options))
-    return {
+    return chosen | {
         "id": str(row.get("_id") or where),
         "task": f"longbench_v2 {row.get('length') or ''}".strip(),
         "domain": row.get("domain") or "",
         "difficulty": row.get("difficulty") or "",
         "prompt": _joined(_needed(row, "context"), question, LETTER),
-        "answer": answer,
-        "reward": "dgrpo.longblocks.evaluation.scores:choice",
-        "chance": 0.25,
         "max_tokens": 512,
     }
 
@@ -171,19 +156,12 @@ def load_gsm8k(row: dict, where: str) -> dict:
 def load_mmlu_pro(row: dict, where: str) -> dict:
     """Rows of MMLU-Pro: `question_id, question, options, answer, category`."""
     options = [option for option in _needed(row, "options") if option != "N/A"]
-    answer = str(_needed(row, "answer")).strip().upper()
-    if answer not in [_letter(k) for k in range(len(options))]:
-        raise BadRow("the answer is no option", answer[:80])
-    return {
+    rules = f"Think step by step. {LETTER}"
+    return _choice(row, options) | {
         "id": f"mmlu_pro-{row.get('question_id', where)}",
         "task": "mmlu_pro",
         "category": row.get("category") or "",
-        "prompt": _joined(
-            _needed(row, "question"), _listed(options), f"Think step by step. {LETTER}"
-        ),
-        "answer": answer,
-        "reward": "dgrpo.longblocks.evaluation.scores:choice",
-        "chance": 1 / len(options),
+        "prompt": _joined(_needed(row, "question"), _listed(options), rules),
         "max_tokens": 1024,
     }
 
@@ -202,7 +180,7 @@ def load_ifeval(row: dict, where: str) -> dict:
         "prompt": _needed(row, "prompt"),
         "instruction_ids": names,
         "arguments": arguments,
-        "reward": "dgrpo.longblocks.evaluation.scores:instructions",
+        "reward": f"{SCORES}:instructions",
         "max_tokens": 1280,
     }
 
@@ -221,6 +199,14 @@ def _needed(row: dict, name: str):
     if row.get(name) in (None, "", []):
         raise BadRow("missing column", name)
     return row[name]
+
+
+def _choice(row: dict, options: list[str]) -> dict:
+    """The columns of a multiple choice whose right letter is `answer`."""
+    answer = str(_needed(row, "answer")).strip().upper()
+    if answer not in map(_letter, range(len(options))):
+        raise BadRow("the answer is no option", answer[:80])
+    return {"answer": answer, "chance": 1 / len(options), "reward": f"{SCORES}:choice"}
 
 
 def _joined(*parts: str | None) -> str:

@@ -3,6 +3,8 @@
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 from dgrpo.data import Source, render_row
 from dgrpo.longblocks.evaluation.results import Item, Results
@@ -12,6 +14,15 @@ from dgrpo.text import BadRow, count_tokens
 Generate = Callable[[list, int], Sequence[str]]
 MODULES = ("dgrpo.rewards", "dgrpo.longblocks.evaluation.scores")
 MAX_TOKENS = 256
+
+
+class _Entry(NamedTuple):
+    """A row ready for generation."""
+
+    where: str
+    row: dict
+    prompt: Any
+    reward: Callable
 
 
 def evaluate(
@@ -32,11 +43,11 @@ def evaluate(
 
     Args:
         generate: `(prompts, max_tokens) -> completions`; a prompt is a text or chat messages.
-        rows: with the columns of `dgrpo data make`, also read lazily. `task` is what a row is
-            counted under, `length` (else `tokens`, rounded up to a power of two) its length,
-            `depths` where its needles lie, `document_id` what it is not independent of.
+        rows: with the columns of `dgrpo data make`, also read lazily. A row is counted under its
+            `task` and `length` (else `tokens`, rounded up to a power of two); `depths` say where
+            its needles lie, and rows of one `document_id` are not independent.
         reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
-        batch_size: prompts a call.
+        batch_size: prompts per call.
         max_tokens: longest completion; None: the row's `max_tokens`, else 256.
         source: how a prompt is made from a row, as in training.
         tokenizer: measures rows that do not say how long they are.
@@ -44,91 +55,72 @@ def evaluate(
     """
     source = source or Source()
     items: list[Item] = []
-    problems: list[tuple[str, str, str]] = []
+    lines: list[str] = []
+    counts: Counter[str] = Counter()
 
     def fail(where: str, reason: str, detail: object) -> None:
-        problems.append((where, reason, str(detail)[:300]))
+        lines.append(f"{where}: {reason} ({str(detail)[:300]})")
+        counts[reason] += 1
         if log:
-            log(f"{where}: {reason} ({str(detail)[:300]})")
+            log(lines[-1])
 
-    for batch in _batches(rows, batch_size, fail):
-        ready = []
+    def readable() -> Iterator[tuple[int, dict]]:
+        for number, row in each(rows):
+            if isinstance(row, BadRow):
+                fail(row.where or f"row {number}", row.reason, row.detail)
+            else:
+                yield number, row
+
+    numbered = readable()
+    while batch := list(islice(numbered, batch_size)):
+        limits: dict[int, list[_Entry]] = {}  # entries of one limit go together
         for number, row in batch:
             where = str(row.get("id") or f"row {number}")
             try:
                 prompt, _ = render_row(row, source)
-                ready.append((where, row, prompt, reward or _reward(row)))
+                limit = int(max_tokens or row.get("max_tokens") or MAX_TOKENS)
+                entry = _Entry(where, row, prompt, reward or _reward(row))
+                limits.setdefault(limit, []).append(entry)
             except BadRow as problem:
                 fail(where, problem.reason, problem.detail)
             except (AttributeError, TypeError, ValueError) as error:
                 fail(where, "malformed row", error)
-        for (where, row, prompt, scored_by), text in _complete(generate, ready, max_tokens, fail):
-            try:
-                score, parts = _score(scored_by, row, prompt, text)
-                items.append(_item(where, row, prompt, score, parts, text, tokenizer))
-            except (Exception, SystemExit) as error:  # whatever a reward raises on an odd row
-                fail(where, "reward failed", f"{type(error).__name__}: {error}")
-    lines = [f"{where}: {reason} ({detail})" for where, reason, detail in problems]
-    return Results(items, lines, Counter(reason for _, reason, _ in problems))
-
-
-def _batches(rows: Iterable[dict], size: int, fail):
-    """Lists of (number, row); rows that cannot be read are reported."""
-    batch, iterator, number = [], each(rows), -1
-    for number, row in iterator:
-        if isinstance(row, BadRow):
-            fail(row.where or f"row {number}", row.reason, row.detail)
-            continue
-        batch.append((number, row))
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        for limit, entries in limits.items():
+            for entry, text in zip(entries, _complete(generate, entries, limit), strict=True):
+                if isinstance(text, Exception):
+                    fail(entry.where, "generation failed", f"{type(text).__name__}: {text}")
+                    continue
+                try:
+                    items.append(_scored(entry, text, tokenizer))
+                except (Exception, SystemExit) as error:  # whatever a reward raises on an odd row
+                    fail(entry.where, "reward failed", f"{type(error).__name__}: {error}")
+    return Results(items, lines, dict(counts))
 
 
 def each(rows: Iterable[dict]) -> Iterator[tuple[int, dict | BadRow]]:
     """Rows with their numbers; of a sequence also those after one that cannot be read."""
-    if isinstance(rows, Sequence):  # one unreadable row does not end the others
-        for number in range(len(rows)):
-            try:
-                yield number, rows[number]
-            except BadRow as problem:
-                yield number, problem
-    else:
+    if not isinstance(rows, Sequence):
         yield from enumerate(rows)
-
-
-def _complete(generate: Generate, ready: list, max_tokens: int | None, fail):
-    """Pairs of an entry and its completion; entries of one limit go together."""
-    limits: dict[int, list] = {}
-    for entry in ready:
-        limit = max_tokens or entry[1].get("max_tokens") or MAX_TOKENS
-        limits.setdefault(int(limit), []).append(entry)
-    for limit, entries in limits.items():
+        return
+    for number in range(len(rows)):
         try:
-            texts = _generated(generate, entries, limit)
-        except Exception as error:  # out of memory, an endpoint, a prompt that is too long
-            texts = [error] if len(entries) == 1 else [_alone(generate, e, limit) for e in entries]
-        for entry, text in zip(entries, texts, strict=True):
-            if isinstance(text, Exception):
-                fail(entry[0], "generation failed", f"{type(text).__name__}: {text}")
-            else:
-                yield entry, text
+            yield number, rows[number]
+        except BadRow as problem:
+            yield number, problem
 
 
-def _alone(generate: Generate, entry: tuple, limit: int) -> str | Exception:
+def _complete(generate: Generate, entries: list[_Entry], limit: int) -> list[str | Exception]:
+    """A completion or an error per entry; where the batch fails, one by one."""
     try:
-        return _generated(generate, [entry], limit)[0]
-    except Exception as error:
-        return error
-
-
-def _generated(generate: Generate, entries: list, limit: int) -> list[str]:
-    texts = list(generate([prompt for _, _, prompt, _ in entries], limit))
-    if len(texts) != len(entries) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"generate: got {len(texts)} completions, expected {len(entries)} texts")
-    return texts
+        texts = list(generate([entry.prompt for entry in entries], limit))
+        if len(texts) != len(entries) or not all(isinstance(text, str) for text in texts):
+            wanted = f"expected {len(entries)} texts"
+            raise ValueError(f"generate: got {len(texts)} completions, {wanted}")
+        return texts
+    except Exception as error:  # out of memory, an endpoint, a prompt that is too long
+        if len(entries) == 1:
+            return [error]
+        return [text for entry in entries for text in _complete(generate, [entry], limit)]
 
 
 def _reward(row: dict) -> Callable:
@@ -143,19 +135,13 @@ def _reward(row: dict) -> Callable:
     return found
 
 
-def _score(reward: Callable, row: dict, prompt, text: str) -> tuple[float, dict]:
+def _scored(entry: _Entry, text: str, tokenizer) -> Item:
+    where, row, prompt, reward = entry
     columns = {name: [value] for name, value in row.items() if name != "reward"}
-    found = invoke(
-        reward, {}, {"prompts": [prompt], "completions": [text], "columns": columns}, None
-    )
+    found = invoke(reward, {}, columns | {"prompts": [prompt], "completions": [text]})
     for _, message in found["errors"]:
         raise ValueError(message)
-    values = {name: values[0] for name, values in found["values"].items()}
-    score = values.pop("reward")
-    return score, {name: v for name, v in values.items() if v is not None}
-
-
-def _item(where, row, prompt, score, parts, text, tokenizer) -> Item:
+    parts = {name: values[0] for name, values in found["values"].items() if values[0] is not None}
     length = row.get("length") if isinstance(row.get("length"), int) else 0
     tokens = 0 if length else row.get("tokens") or 0
     if tokenizer is not None and not (length or tokens):
@@ -164,7 +150,7 @@ def _item(where, row, prompt, score, parts, text, tokenizer) -> Item:
         id=where,
         task=str(row.get("task") or row.get("family") or row.get("source") or "all"),
         length=length or (1 << (tokens - 1).bit_length() if tokens else 0),
-        score=score,
+        score=parts.pop("reward"),
         depths=tuple(row.get("depths") or ()),
         cluster=str(row.get("document_id") or where),
         chance=row.get("chance"),

@@ -35,17 +35,14 @@ def interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """The mean of scores with a 95 % interval.
+    """The mean of scores (n,) with a 95 % interval.
 
     Independent scores of 0 and 1 get the Wilson interval, which does not shrink to nothing where
-    all are right; other scores, and those that come in clusters, the percentile bootstrap, with
-    whole clusters drawn.
+    all are right; others the percentile bootstrap, which draws whole clusters.
 
     Args:
-        scores: (n,) numbers.
         clusters: (n,) what an item belongs to (several queries of one document); None: nothing.
-        resamples: draws of the bootstrap.
-        seed: of the draws.
+        resamples, seed: draws of the bootstrap, and their seed.
 
     Raises:
         ValueError: no scores, or another number of clusters.
@@ -59,8 +56,7 @@ def interval(
         half = z * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return Interval(mean, max(0.0, float(middle - half)), min(1.0, float(middle + half)), n)
     draws = _means(values, clusters if grouped else None, resamples, seed)
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return Interval(mean, float(low), float(high), n)
+    return Interval(mean, *np.percentile(draws, (2.5, 97.5)).tolist(), n)
 
 
 def paired_bootstrap(
@@ -71,16 +67,10 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """The difference of two systems on the same items, in the same order: mean of `a - b`.
+    """The mean of `a - b`: scores (n,) of two systems on the same items, in the same order.
 
     Items (or whole clusters of them) are drawn with both systems' scores together, so what makes
-    an item hard for both does not count.
-
-    Args:
-        a, b: (n,) scores.
-        clusters: (n,) what an item belongs to; None: every item by itself.
-        resamples: draws.
-        seed: of the draws.
+    an item hard for both does not count. Further arguments as in `interval`.
 
     Raises:
         ValueError: no scores, or numbers that do not match.
@@ -89,10 +79,10 @@ def paired_bootstrap(
         raise ValueError(f"b: got {len(b)} scores, expected as many as a has, {len(a)}")
     values = _checked(np.subtract(a, b, dtype=np.float64), clusters)
     draws = _means(values, clusters, resamples, seed)
-    low, high = np.percentile(draws, (2.5, 97.5))
+    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
     tail = min(np.sum(draws <= 0), np.sum(draws >= 0)) + 1
     p = min(1.0, 2 * float(tail) / (resamples + 1))
-    return Difference(float(values.mean()), float(low), float(high), p, len(values))
+    return Difference(float(values.mean()), low, high, p, len(values))
 
 
 def _checked(scores: Sequence[float], clusters: Sequence | None) -> np.ndarray:

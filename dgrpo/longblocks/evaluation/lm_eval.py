@@ -8,13 +8,11 @@ from dgrpo.longblocks.evaluation.intervals import Interval
 def lm_eval_scores(
     model: str, tasks: Sequence[str], *, limit: int | None = None, batch_size: int = 8, **options
 ) -> dict[str, Interval]:
-    """Scores of a Hugging Face model on tasks of lm-eval, one number a task and metric.
+    """Score a Hugging Face model on tasks of lm-eval (`gsm8k`, `mmlu_pro`, `ifeval`).
 
     Args:
         model: folder or hub name.
-        tasks: names that lm-eval knows (`gsm8k`, `mmlu_pro`, `ifeval`).
-        limit: items of a task; None: all.
-        batch_size: prompts at a time.
+        limit: items per task; None: all.
         options: more model arguments of lm-eval (`dtype="bfloat16"`).
 
     Returns:
@@ -36,12 +34,12 @@ def lm_eval_scores(
     )
     scores, counts = {}, found.get("n-samples", {})
     for task, metrics in found["results"].items():
+        n = counts.get(task, {}).get("effective", 0)
         for key, value in metrics.items():
             name, _, kind = key.partition(",")
             if isinstance(value, int | float) and not name.endswith("_stderr") and name != "alias":
                 error = metrics.get(f"{name}_stderr,{kind}", 0.0)
                 half = 1.96 * error if isinstance(error, int | float) else 0.0
-                n = counts.get(task, {}).get("effective", 0)
                 label = f"{task}/{name}" + (f" ({kind})" if kind not in ("", "none") else "")
                 scores[label] = Interval(value, value - half, value + half, n)
     return scores

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dgrpo.longblocks.tasks.catalog import CODE, MakeSettings, make_row
-from dgrpo.longblocks.tasks.corpus import build_corpus, counter
+from dgrpo.longblocks.tasks.catalog import MakeSettings, make_row
+from dgrpo.longblocks.tasks.corpus import build_corpus
 from dgrpo.longblocks.tasks.facts import Ground
-from dgrpo.longblocks.tasks.tracing import code_files
 from dgrpo.text import BadRow
 
 
@@ -20,16 +19,9 @@ def made(
 ) -> Iterator[dict | BadRow]:
     """Rows of tasks at lengths, deterministic by seed: those of the split "test".
 
-    Args:
-        tokenizer: measures lengths; `"bytes"`: one token a byte.
-        tasks: names in `dgrpo.longblocks.tasks.catalog.TASKS`; empty or "all": all.
-        lengths: tokens of document and question.
-        count: rows of each task and length.
-        seed: of everything.
-        haystack: folder of text or code; None: the standard library.
-
-    Raises:
-        ValueError: an unknown task, or a length under 500 tokens.
+    `tasks` are names in `dgrpo.longblocks.tasks.catalog.TASKS`, empty or "all" for all; the other
+    arguments are those of `ruler`. Raises ValueError for an unknown task, or a length under 500
+    tokens.
     """
     settings = MakeSettings("", tuple(tasks) or ("all",), count, tuple(lengths), split="test")
     settings = replace(settings, count=count * len(settings.named) * len(lengths), seed=seed)
@@ -37,9 +29,7 @@ def made(
 
 
 def _rows(tokenizer, settings: MakeSettings, haystack: str | None) -> Iterator[dict | BadRow]:
-    corpus = build_corpus(tokenizer, haystack).part(settings.split)
-    files = code_files(corpus) if set(settings.named) & set(CODE) else []
-    ground = Ground(corpus, counter(tokenizer), files)
+    ground = Ground(build_corpus(tokenizer, haystack).part(settings.split), tokenizer)
     for number in range(settings.count):
         try:
             row = make_row(ground, settings, number)

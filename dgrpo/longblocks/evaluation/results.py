@@ -1,4 +1,4 @@
-"""Scores of an evaluation: by task and length, as a table, as JSON, as a heat map."""
+"""Scores of an evaluation by task and length: as a table, as JSON, as a heat map."""
 
 import json
 from collections.abc import Sequence
@@ -14,48 +14,26 @@ DEPTHS = 10  # rows of the heat map
 
 @dataclass(frozen=True)
 class Item:
-    """One scored item.
+    """One scored item."""
 
-    Attributes:
-        id: the row's.
-        task: what it is counted under.
-        length: nominal tokens; 0: not known.
-        score: in [0, 1].
-        depths: where in the document what it needs lies, in [0, 1].
-        cluster: items with the same one are not independent.
-        chance: score of guessing, if known.
-        parts: parts of the reward.
-        completion: what the model wrote.
-    """
-
-    id: str
-    task: str
-    length: int
-    score: float
-    depths: tuple[float, ...] = ()
-    cluster: str = ""
-    chance: float | None = None
-    parts: dict = field(default_factory=dict)
+    id: str  # of its row
+    task: str  # what it is counted under
+    length: int  # nominal tokens; 0: not known
+    score: float  # in [0, 1]
+    depths: tuple[float, ...] = ()  # in [0, 1]: where its evidence lies in the document
+    cluster: str = ""  # items of one cluster are not independent
+    chance: float | None = None  # score of guessing, if known
+    parts: dict = field(default_factory=dict)  # of the reward
     completion: str = ""
 
 
+@dataclass
 class Results:
-    """The items of one evaluation, and those that could not be scored.
+    """The items of one evaluation, and those that could not be scored."""
 
-    Args:
-        items: the scored ones.
-        failures: lines that say which rows have no score and why.
-        counts: how many, by reason.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        failures: Sequence[str] = (),
-        counts: dict[str, int] | None = None,
-    ):
-        self.items, self.failures = list(items), list(failures)
-        self.counts = dict(counts or {})
+    items: Sequence[Item]  # the scored ones
+    failures: Sequence[str] = ()  # lines that say which rows have no score and why
+    counts: dict[str, int] = field(default_factory=dict)  # how many of them, by reason
 
     @property
     def tasks(self) -> list[str]:
@@ -69,14 +47,14 @@ class Results:
 
     def score(self, task: str | None = None, length: int | None = None) -> Interval | None:
         """Mean and interval of the items of a task and a length (None: all); None without any."""
-        some = [
-            i
-            for i in self.items
-            if (task is None or i.task == task) and (length is None or i.length == length)
-        ]
+        some = self._of(task, length)
         if not some:
             return None
         return interval([i.score for i in some], [i.cluster or i.id for i in some])
+
+    def _of(self, task: str | None, length: int | None = None) -> list[Item]:
+        found = self.items if task is None else [i for i in self.items if i.task == task]
+        return [i for i in found if length is None or i.length == length]
 
     @property
     def reasons(self) -> str:
@@ -95,19 +73,14 @@ class Results:
 
     def table(self) -> str:
         """A Markdown table by task and length, in percent, with 95 % intervals and counts."""
-        lengths = self.lengths
-        head = ["task", *(short_length(length) for length in lengths), "all", "n", "chance"]
-        if len(lengths) < 2:
-            del head[1:-3]
-        lines = [head]
+        lengths = self.lengths if len(self.lengths) > 1 else []
+        lines = [["task", *map(_short, lengths), "all", "n", "chance"]]
         for task in [*self.tasks, None] if len(self.tasks) > 1 else self.tasks:
-            cells = [self.score(task, length) for length in lengths] if len(lengths) > 1 else []
-            whole = self.score(task)
-            chance = self._chance(task)
-            shown = [_percent(cell) for cell in [*cells, whole]]
-            name = task or "mean over items"
-            guess = "" if chance is None else f"{100 * chance:.1f}"
-            lines.append([name, *shown, str(whole.n) if whole else "0", guess])
+            cells = [self.score(task, length) for length in [*lengths, None]]
+            shown = ["" if cell is None else percent(cell) for cell in cells]
+            chances = [item.chance for item in self._of(task)]
+            guess = "" if None in chances else f"{100 * float(np.mean(chances)):.1f}"
+            lines.append([task or "mean over items", *shown, str(cells[-1].n), guess])
         if not any(line[-1] for line in lines[1:]):
             lines = [line[:-1] for line in lines]
         widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
@@ -123,11 +96,9 @@ class Results:
 
     def to_json(self, path: str | Path) -> None:
         """Write everything: summary, items with completions, failures."""
-        summary = {task: score._asdict() for task, score in self.by_task.items()}
-        lengths = {str(length): score._asdict() for length, score in self.by_length.items()}
         content = {
-            "tasks": summary,
-            "lengths": lengths,
+            "tasks": {task: score._asdict() for task, score in self.by_task.items()},
+            "lengths": {length: score._asdict() for length, score in self.by_length.items()},
             "counts": self.counts,
             "failures": self.failures,
             "items": [asdict(item) for item in self.items],
@@ -148,25 +119,36 @@ class Results:
         """
         lengths = self.lengths
         total, count = np.zeros((2, DEPTHS, max(1, len(lengths))))
-        for item in self.items:
-            if task is None or item.task == task:
-                for depth in item.depths:
-                    cell = min(int(depth * DEPTHS), DEPTHS - 1), lengths.index(item.length)
-                    total[cell] += item.score
-                    count[cell] += 1
+        for item in self._of(task):
+            for depth in item.depths:
+                cell = min(int(depth * DEPTHS), DEPTHS - 1), lengths.index(item.length)
+                total[cell] += item.score
+                count[cell] += 1
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     def heatmap(self, path: str | Path, task: str | None = None) -> None:
         """Draw the accuracy by depth and length as a PNG; an empty map where no depth is known."""
-        from dgrpo.longblocks.evaluation.plot import draw_heatmap
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
+        grid = self.grid(task)  # grey where it is NaN
+        rows, columns = grid.shape
+        figure = Figure(figsize=(2.4 + 0.8 * columns, 1.6 + 0.36 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.set_facecolor("0.85")
+        image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="RdYlGn")
+        for (row, column), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(columns), [_short(length) for length in self.lengths])
+        axes.set_yticks(np.arange(rows + 1) - 0.5, [f"{k / rows:.0%}" for k in range(rows + 1)])
+        axes.set_xlabel("length in tokens")
+        axes.set_ylabel("depth of the needle")
         title = task or ", ".join(self.tasks[:4]) + (", …" if len(self.tasks) > 4 else "")
-        draw_heatmap(self.grid(task), [short_length(n) for n in self.lengths], title, path)
-
-    def _chance(self, task: str | None) -> float | None:
-        some = [i for i in self.items if task is None or i.task == task]
-        known = [i.chance for i in some if i.chance is not None]
-        return float(np.mean(known)) if known and len(known) == len(some) else None
+        axes.set_title(title, fontsize=9)
+        figure.colorbar(image, ax=axes, label="score")
+        figure.savefig(path, dpi=120)
 
 
 def compare(before: Results, after: Results) -> dict[str, Difference]:
@@ -192,7 +174,7 @@ def compare(before: Results, after: Results) -> dict[str, Difference]:
     }
 
 
-def short_length(length: int) -> str:
+def _short(length: int) -> str:
     """4096 as "4k"; 0 as "any"."""
     if not length:
         return "any"
@@ -202,7 +184,6 @@ def short_length(length: int) -> str:
     return str(length)
 
 
-def _percent(score: Interval | None) -> str:
-    if score is None:
-        return ""
+def percent(score: Interval | Difference) -> str:
+    """A mean with its 95 % interval, in percent."""
     return f"{100 * score.mean:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"

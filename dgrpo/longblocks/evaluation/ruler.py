@@ -8,12 +8,14 @@ distractors. Documents come from text that `dgrpo data make` keeps for tests.
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 
 import numpy as np
 
 from dgrpo.longblocks.tasks import grounding
-from dgrpo.longblocks.tasks.corpus import build_corpus, counter
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, Woven, distractor_count, row, weave
+from dgrpo.longblocks.tasks.corpus import build_corpus
+from dgrpo.longblocks.tasks.facts import Draft, Ground, Woven, row
 
 ANSWER = 'End with a line that says "Answer: " and then '
 NEEDLE = "The special number of {} is {}."
@@ -30,7 +32,7 @@ def ruler(
     """Rows of tasks at lengths, deterministic by seed.
 
     Args:
-        tokenizer: measures lengths; `"bytes"`: one token a byte.
+        tokenizer: measures lengths; `"bytes"`: one token per byte.
         tasks: names in `TASKS`; empty: all.
         lengths: tokens of document and question.
         count: rows of each task and length. The depths of a single needle go through ten equal
@@ -46,48 +48,32 @@ def ruler(
         raise ValueError(f"tasks: got {unknown}, expected some of {', '.join(TASKS)}")
     if not lengths or min(lengths) < 1000:
         raise ValueError(f"lengths: got {lengths}, expected at least 1000 tokens")
-    return _rows(tokenizer, tasks or list(TASKS), lengths, count, seed, haystack)
+
+    def rows() -> Iterator[dict]:
+        ground = Ground(build_corpus(tokenizer, haystack).part("test"), tokenizer)
+        for length, task, i in product(lengths, tasks or TASKS, range(count)):
+            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, i])
+            depth = (i % 10 + rng.random()) / 10
+            made = TASKS[task](ground, rng, length, depth)
+            made |= {"id": f"{task}-{length}-{seed}-{i}", "family": "ruler", "task": task}
+            yield made | {"length": length, "max_tokens": 256}
+
+    return rows()
 
 
-def _rows(tokenizer, tasks, lengths, count, seed, haystack) -> Iterator[dict]:
-    corpus = build_corpus(tokenizer, haystack).part("test")
-    ground = Ground(corpus, counter(tokenizer))
-    for length in lengths:
-        for task in tasks:
-            for i in range(count):
-                rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, i])
-                depth = (i % 10 + rng.random()) / 10
-                made = TASKS[task](ground, rng, length, depth)
-                made |= {"id": f"{task}-{length}-{seed}-{i}", "family": "ruler", "task": task}
-                yield made | {"length": length, "max_tokens": 256}
+def needles(
+    ground: Ground, rng, tokens: int, depth: float, *, keys=1, values=1, others: int | None = 0
+) -> dict:
+    """Several values of a key, or several keys, among other needles (None: as many as fit well).
 
-
-def single_needle(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """One needle."""
-    return _needles(ground, rng, tokens, [depth], keys=1, values=1, others=0)
-
-
-def multi_key(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """One needle among others like it."""
-    return _needles(ground, rng, tokens, [depth], keys=1, values=1, others=None)
-
-
-def multi_value(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """All four values of one key."""
-    return _needles(ground, rng, tokens, None, keys=1, values=4, others=4)
-
-
-def multi_query(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """The values of four keys."""
-    return _needles(ground, rng, tokens, None, keys=4, values=1, others=4)
-
-
-def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int | None) -> dict:
-    names = Names(rng)
+    A single needle lies at `depth`.
+    """
+    names = Draft(ground, rng, tokens)
+    depths = [depth] if keys == values == 1 else None
     asked = [(names.place(), names.number(100_000, 999_999)) for _ in range(keys)]
     asked += [(asked[0][0], names.number(100_000, 999_999)) for _ in range(values - 1)]
     cost = ground.count(NEEDLE.format("Velmar", 123456))
-    others = distractor_count(tokens, cost) if others is None else others
+    others = names.distractors(cost) if others is None else others
     more = [(names.place(), names.number(100_000, 999_999)) for _ in range(others)]
     keys_asked = list(dict.fromkeys(key for key, _ in asked))
     right = [str(number) for _, number in asked]
@@ -99,15 +85,14 @@ def _needles(ground, rng, tokens, depths, *, keys: int, values: int, others: int
             f"mentions? {ANSWER}the {len(right)} numbers, separated by commas."
         )
     texts = [NEEDLE.format(*pair) for pair in [*asked, *more]]
-    facts = [Fact(text, i < len(asked)) for i, text in enumerate(texts)]
-    woven = weave(ground, rng, facts, tokens, question, depths)
+    woven = names.weave(texts, question, depths)
     wrong = [str(number) for _, number in more]
-    return _row(woven, question, right, wrong, texts[: len(asked)], len(asked))
+    return _row(woven, question, right, wrong, texts[: len(asked)])
 
 
 def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """All variables that hold one value, through a chain of assignments."""
-    names = Names(rng)
+    names = Draft(ground, rng, tokens)
     chains = []
     for _ in range(3 if tokens >= 4096 else 2):
         variables = [names.place().upper() for _ in range(5)]
@@ -120,36 +105,32 @@ def variable_tracing(ground: Ground, rng, tokens: int, depth: float) -> dict:
         f"Which variables are assigned the value {value}, directly or through others? {ANSWER}"
         "their 5 names, separated by commas."
     )
-    facts = [Fact(t, i == 0) for i, (some, _, _) in enumerate(chains) for t in some]
-    woven = weave(ground, rng, facts, tokens, question)
+    facts = [text for some, _, _ in chains for text in some]
+    woven = names.weave(facts, question)
     wrong = [name for _, some, _ in chains[1:] for name in some]
-    return _row(woven, question, variables, wrong, texts, 5)
+    return _row(woven, question, variables, wrong, texts)
 
 
-def common_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """The ten words that a numbered list has thirty times each, the others three times."""
-    return _word_list(ground, rng, tokens, 10, [30] * 10, 3, "common")
+def word_list(ground: Ground, rng, tokens: int, depth: float, *, kind: str) -> dict:
+    """The most "common" or "frequent" words of a list.
 
-
-def frequent_words(ground: Ground, rng, tokens: int, depth: float) -> dict:
-    """The three most frequent words of a text whose words follow a power law."""
-    return _word_list(ground, rng, tokens, 3, None, 0, "frequent")
-
-
-def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str) -> dict:
-    names = Names(rng)
+    "common": a numbered list has ten words thirty times each, the others three times. "frequent":
+    the three most frequent words of a text whose words follow a power law.
+    """
+    names = Draft(ground, rng, tokens)
+    top, rest = (10, 3) if kind == "common" else (3, 0)
     question = (
         f"The document is a list of words. Which {top} words are the most {kind} in it? {ANSWER}"
         f"the {top} words, separated by commas."
     )
     cost = ground.count(" velmar") + (ground.count(" 1000.") if kind == "common" else 0)
     room = (tokens - ground.count(question) - 16) // max(1, cost)
-    if counts is None:  # zeta law: the k-th word is about k^-2 of the text, far enough apart
+    if kind == "common":
+        scale = min(1.0, room / (2 * 30 * top))  # short documents: fewer repetitions
+        counts = [max(rest + 2, int(30 * scale))] * top
+    else:  # zeta law: the k-th word is about k^-2 of the text, far enough apart
         shares = 1 / np.arange(1, 200) ** 2.0
         counts = [int(n) for n in np.round(room * shares / shares.sum()) if n]
-    else:
-        scale = min(1.0, room / (2 * sum(counts)))  # short documents: fewer repetitions
-        counts = [max(rest + 2, int(n * scale)) for n in counts]
     words = [names.place().lower() for _ in counts]
     pool = [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
     while rest and len(pool) + rest <= room:
@@ -163,7 +144,7 @@ def _word_list(ground, rng, tokens: int, top: int, counts, rest: int, kind: str)
     if kept[order[top - 1]] <= kept[order[top]] or set(order[:top]) != set(words[:top]):
         raise ValueError(f"lengths: {tokens} tokens are too few to tell the most {kind} words")
     woven = Woven(text, length + ground.count(question) + 2, [], [])
-    return _row(woven, question, order[:top], order[top : top + 8], [], 0)
+    return _row(woven, question, order[:top], order[top : top + 8], [])
 
 
 def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
@@ -182,21 +163,19 @@ def _longest(ground: Ground, pieces: list[str], room: int) -> tuple[str, int]:
 
 def question_answering(ground: Ground, rng, tokens: int, depth: float) -> dict:
     """One question over labelled passages with distractors, answered without quotes."""
-    made = grounding.quoting(ground, rng, tokens)
-    question = made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone."
-    right = made["aliases"]
+    made = grounding.quoting(Draft(ground, rng, tokens))
+    right = made["aliases"][0]
+    made |= dict.fromkeys(("response_reference", "privileged"), f"Answer: {right}")
     return made | {
-        "question": question,
-        "answer": right[0],
-        "response_reference": f"Answer: {right[0]}",
-        "privileged": f"Answer: {right[0]}",
+        "question": made["question"].removesuffix(grounding.RULES) + ANSWER + "the value alone.",
+        "answer": right,
         "reward": "dgrpo.rewards:exact_match",
         "passage_ids": [],
         "passages": [],
     }
 
 
-def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
+def _row(woven: Woven, question, right, wrong, gold: list[str]) -> dict:
     one = len(right) == 1
     answer = ", ".join(right)
     return row(
@@ -208,7 +187,6 @@ def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
         answer=answer,
         reward="exact_match" if one else "item_f1",
         reference=f"Answer: {answer}",
-        evidence="\n".join(evidence),
         aliases=list(right) if one else [],
         items=[] if one else list(right),
         distractors=list(wrong),
@@ -216,12 +194,12 @@ def _row(woven: Woven, question, right, wrong, evidence, gold: int) -> dict:
 
 
 TASKS: dict[str, Callable[[Ground, np.random.Generator, int, float], dict]] = {
-    "single_needle": single_needle,
-    "multi_key": multi_key,
-    "multi_value": multi_value,
-    "multi_query": multi_query,
+    "single_needle": needles,
+    "multi_key": partial(needles, others=None),
+    "multi_value": partial(needles, values=4, others=4),
+    "multi_query": partial(needles, keys=4, others=4),
     "variable_tracing": variable_tracing,
-    "common_words": common_words,
-    "frequent_words": frequent_words,
+    "common_words": partial(word_list, kind="common"),
+    "frequent_words": partial(word_list, kind="frequent"),
     "question_answering": question_answering,
 }

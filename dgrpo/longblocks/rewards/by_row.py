@@ -13,10 +13,7 @@ def by_row(prompts, completions, *, reward, allow: Sequence[str] = (), **columns
     one that `allow` lists as "module:function"; data cannot have other code called. Parts are
     those of the functions, a sample having those of its own.
 
-    Columns: `reward` (str), and what the functions read.
-
-    Raises:
-        ValueError: a row that names anything else.
+    Columns: `reward` (str), and what the functions read. Raises ValueError for any other name.
     """
     rows_of: dict[str, list[int]] = {}
     for row, path in enumerate(reward):

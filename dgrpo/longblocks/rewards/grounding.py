@@ -4,15 +4,14 @@ import re
 from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
-    answers,
-    by_part,
-    column,
     f1,
     final_answer,
     guarded,
+    is_right,
     normalise,
     overlap,
     passages_of,
+    per_sample,
     squeeze,
     without_thinking,
 )
@@ -21,7 +20,7 @@ _CITED = re.compile(r"\[([A-Za-z]*\d+)\]")
 _QUOTE = re.compile(
     r'^[ \t*>-]*quote[ \t]*:[ \t]*["“](.+)["”][ \t]*\[([A-Za-z]*\d+)\][ \t.]*$', re.I | re.M
 )
-_QUOTE_LINE = re.compile(r"^[ \t*>-]*quote[ \t]*:.*$", re.I | re.M)
+_QUOTE_LINE = re.compile(r"^[ \t*>-]*quote[ \t]*:.*$", re.I | re.M)  # may follow the answer
 _BLOCK = re.compile(r"</?RETRIEVAL>", re.I)
 _ENTRY = re.compile(r"^[ \t]*\[([A-Za-z]*\d+)\](.*?)(?=^[ \t]*\[[A-Za-z]*\d+\]|\Z)", re.S | re.M)
 _ABSTENTIONS = (
@@ -34,21 +33,10 @@ _ABSTENTIONS = (
 _MIN_QUOTE = 5  # words
 
 
-def abstains(completion: str, phrases: Sequence[str] = _ABSTENTIONS) -> bool:
-    """Whether the final answer says that the document has none, and nothing else."""
-    return _answer(completion) in {normalise(phrase) for phrase in phrases}
-
-
+@per_sample("abstained")
 def abstention(
-    prompts,
-    completions,
-    *,
-    answerable,
-    answer=None,
-    aliases=None,
-    phrases: Sequence[str] = _ABSTENTIONS,
-    **columns,
-) -> dict:
+    completion, answerable, answer=None, aliases=None, *, phrases: Sequence[str] = _ABSTENTIONS
+) -> tuple:
     """1 for the right answer to what is answerable, and for abstaining from what is not.
 
     To abstain is to give one of the phrases as the final answer, without an answer beside it. The
@@ -56,44 +44,38 @@ def abstention(
 
     Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
-    n = len(completions)
-    rows = zip(completions, answerable, column(answer, n), column(aliases, n), strict=True)
-    found = []
-    for completion, can, one, many in rows:
-        silent = abstains(completion, phrases)
-        right = _right(completion, one, many) if can and not silent else float(silent and not can)
-        found.append((right, float(silent)))
-    return by_part(("reward", "abstained"), found)
+    plain = _QUOTE_LINE.sub("", completion)
+    silent = _abstains(plain, phrases)
+    if answerable and not silent:
+        return is_right(plain, answer, aliases), 0.0
+    return float(silent and not answerable), float(silent)
 
 
-def citation(prompts, completions, *, passage_ids, **columns) -> dict:
+@per_sample("precision", "recall")
+def citation(completion, passage_ids) -> tuple:
     """F1 of the cited labels ("[P12]") against the supporting ones, times their precision.
 
     Each label counts once. Parts: `precision`, `recall`.
 
     Columns: `passage_ids` (list of str).
     """
-    found = []
-    for completion, gold in zip(completions, passage_ids, strict=True):
-        cited = sorted(set(_CITED.findall(without_thinking(completion))))
-        precision, recall = overlap(cited, list(gold or []))
-        found.append((guarded(precision, recall), precision, recall))
-    return by_part(("reward", "precision", "recall"), found)
+    cited = set(_CITED.findall(without_thinking(completion)))
+    precision, recall = overlap(list(cited), list(passage_ids or []))
+    return guarded(precision, recall), precision, recall
 
 
+@per_sample("answer", "citation_precision", "citation_recall", "quote", "abstained")
 def grounded(
-    prompts,
-    completions,
-    *,
+    completion,
     passage_ids,
     answerable=None,
     answer=None,
     aliases=None,
     passages=None,
     document=None,
+    *,
     phrases: Sequence[str] = _ABSTENTIONS,
-    **columns,
-) -> dict:
+) -> tuple:
     """A right answer with exact quotations of the supporting passages.
 
     The completion is `Answer: value` and lines `Quote: "sentence" [P12]`. The reward is 0 for a
@@ -108,34 +90,26 @@ def grounded(
     Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
     `document` (str) with passages labelled "[P12]" at line starts.
     """
-    names = ("reward", "answer", "citation_precision", "citation_recall", "quote", "abstained")
-    found: list[tuple[float | None, ...]] = []
-    n = len(completions)
-    optional = (answerable, answer, aliases, passages, document)
-    rows = zip(completions, passage_ids, *(column(x, n) for x in optional), strict=True)
-    for completion, ids, can, one, many, texts, source in rows:
-        silent = abstains(completion, phrases)
-        quotes = _QUOTE.findall(without_thinking(completion))
-        lines = len(_QUOTE_LINE.findall(without_thinking(completion)))
-        if can is False:
-            right = float(silent)
-            found.append((float(silent and not lines), right, None, None, None, right))
-        else:
-            right = 0.0 if silent else _right(completion, one, many)
-            ids = [str(i) for i in ids or []]
-            precision, recall = overlap([label for _, label in quotes], ids)
-            known = _known(source, ids, texts, [label for _, label in quotes])
-            exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
-            exact = exact / lines if lines else 0.0
-            evidence = guarded(precision, recall) * exact
-            value = right * (0.5 + 0.5 * evidence)
-            found.append((value, right, precision, recall, exact, float(silent)))
-    return by_part(names, found)
+    plain, text = _QUOTE_LINE.sub("", completion), without_thinking(completion)
+    silent = _abstains(plain, phrases)
+    quotes, lines = _QUOTE.findall(text), len(_QUOTE_LINE.findall(text))
+    if answerable is False:
+        right = float(silent)
+        return float(silent and not lines), right, None, None, None, right
+    right = 0.0 if silent else is_right(plain, answer, aliases)
+    ids = [str(label) for label in passage_ids or []]
+    precision, recall = overlap([label for _, label in quotes], ids)
+    known = dict(zip(ids, passages or [], strict=False))
+    known |= passages_of(document or "", {label for _, label in quotes})
+    known = {label: squeeze(text) for label, text in known.items()}
+    exact = sum(_is_exact(quote, known.get(label)) for quote, label in quotes)
+    exact = exact / lines if lines else 0.0
+    value = right * (0.5 + 0.5 * (guarded(precision, recall) * exact))
+    return value, right, precision, recall, exact, float(silent)
 
 
-def retrieval(
-    prompts, completions, *, passage_ids, passages, answer=None, aliases=None, **columns
-) -> dict:
+@per_sample("answer", "retrieval_precision", "retrieval_recall")
+def retrieval(completion, passage_ids, passages, answer=None, aliases=None) -> tuple:
     """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
     The completion is `<RETRIEVAL>`, a line "[P3] text" for each passage, `</RETRIEVAL>`, then
@@ -148,45 +122,26 @@ def retrieval(
 
     Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
-    names = ("reward", "answer", "retrieval_precision", "retrieval_recall")
-    found = []
-    n = len(completions)
-    rows = zip(
-        completions, passage_ids, passages, column(answer, n), column(aliases, n), strict=True
-    )
-    for completion, ids, texts, one, many in rows:
-        text = without_thinking(completion)
-        pieces, marks = _BLOCK.split(text), _BLOCK.findall(text)
-        whole = [mark.upper() for mark in marks] == ["<RETRIEVAL>", "</RETRIEVAL>"]
-        entries = _ENTRY.findall(pieces[1]) if whole else []
-        gold = dict(zip(map(str, ids), texts, strict=True))
-        hits = set()
-        for label, copy in entries:
-            words, right = normalise(copy).split(), normalise(gold.get(label, "")).split()
-            if f1(*overlap(words, right)) >= 0.9:
-                hits.add(label)
-        precision = len(hits) / len(entries) if entries else 0.0
-        recall = len(hits) / len(gold) if gold else 0.0
-        right = _right(pieces[-1], one, many)
-        value = right * (0.5 + 0.5 * guarded(precision, recall))
-        found.append((value, right, precision, recall))
-    return by_part(names, found)
+    text = without_thinking(completion)
+    pieces, marks = _BLOCK.split(text), _BLOCK.findall(text)
+    whole = [mark.upper() for mark in marks] == ["<RETRIEVAL>", "</RETRIEVAL>"]
+    entries = _ENTRY.findall(pieces[1]) if whole else []
+    gold = dict(zip(map(str, passage_ids), passages, strict=True))
+    hits = {
+        label
+        for label, copy in entries
+        if f1(*overlap(normalise(copy).split(), normalise(gold.get(label, "")).split())) >= 0.9
+    }
+    precision = len(hits) / len(entries) if entries else 0.0
+    recall = len(hits) / len(gold) if gold else 0.0
+    right = is_right(_QUOTE_LINE.sub("", pieces[-1]), answer, aliases)
+    value = right * (0.5 + 0.5 * guarded(precision, recall))
+    return value, right, precision, recall
 
 
-def _right(completion: str, answer, aliases) -> float:
-    return float(_answer(completion) in answers(answer, aliases))
-
-
-def _answer(completion: str) -> str:
-    """The final answer in normal form, where quotations may follow it."""
-    return normalise(final_answer(_QUOTE_LINE.sub("", completion)))
-
-
-def _known(document, ids, texts, cited) -> dict[str, str]:
-    """Text of each cited label, single-spaced: from the document, else the supporting passages."""
-    known = dict(passages_of(document, sorted(set(cited)))) if document else {}
-    given = dict(zip(ids, texts or [], strict=False))
-    return {label: squeeze(text) for label, text in {**given, **known}.items()}
+def _abstains(completion: str, phrases: Sequence[str]) -> bool:
+    """Whether the final answer says that the document has none, and nothing else."""
+    return normalise(final_answer(completion)) in map(normalise, phrases)
 
 
 def _is_exact(quote: str, passage: str | None) -> bool:

@@ -3,7 +3,7 @@
 import re
 
 from dgrpo.endpoint import Endpoint, EndpointError
-from dgrpo.longblocks.rewards.matching import column, without_thinking
+from dgrpo.longblocks.rewards.matching import without_thinking
 
 _SCORE = re.compile(r"^\W*score\W*?(\d+(?:\.\d+)?)\s*(?:/\s*10)?\W*$", re.I | re.M)
 _TASK = """You grade an answer to a question. Compare it with the reference answer.
@@ -37,12 +37,11 @@ def judge(
 ) -> list[float | str]:
     """The score that a model gives, from 0 to 1.
 
-    A sample whose request fails for good, or whose judge gives no score, has the reason in place of
-    a number: it is left out and reported, as with any reward that fails. Marks of the template
-    inside the answer are defused, and only a score on the last line of the judge's own reply
-    counts. An empty completion has 0.
+    A sample without a reply or a score has the reason in place of a number. Marks of the template
+    inside the answer are defused, and only a score on the last line of the reply counts. An empty
+    completion has 0.
 
-    The time limit covers a whole batch: raise `rewards.timeout` so that it allows for this.
+    `rewards.timeout` covers a whole batch: raise it to allow for all requests.
 
     Args:
         url, model, key_variable, workers, retries: see `dgrpo.endpoint.Endpoint`.
@@ -51,8 +50,6 @@ def judge(
 
     Columns: `question` (else the prompt), `answer` as the reference (else none).
     """
-    n = len(completions)
-    rows = list(zip(prompts, completions, column(question, n), column(answer, n), strict=True))
     endpoint = Endpoint(url, model, key_variable, timeout=limit, retries=retries, workers=workers)
 
     def score(row) -> float | str:
@@ -75,8 +72,9 @@ def judge(
             return f"judge: got a reply without a score at its end, {last!r}"
         return min(1.0, float(found[1]) / 10)
 
-    scores = dict(endpoint.each(score, rows))
-    return [scores[i] for i in range(n)]
+    unknown = [None] * len(completions)
+    rows = list(zip(prompts, completions, question or unknown, answer or unknown, strict=True))
+    return [value for _, value in sorted(endpoint.each(score, rows))]
 
 
 def _defused(text: str) -> str:

@@ -2,14 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
-    by_part,
-    column,
+    common_subsequence,
     contains,
     copied,
     normalise,
+    per_sample,
     repetition,
     without_thinking,
 )
@@ -20,10 +19,9 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 PARTS = ("coverage", "precision", "form", "length", "repetition", "copying")
 
 
+@per_sample(*PARTS)
 def coverage(
-    prompts,
-    completions,
-    *,
+    completion,
     points,
     form=None,
     headings=None,
@@ -31,8 +29,7 @@ def coverage(
     max_words=None,
     document=None,
     distractors=None,
-    **columns,
-) -> dict:
+) -> tuple[float, ...]:
     """How well a long answer covers its points: a product of six factors, each a part.
 
     * `coverage`: share of the points that an item of the answer covers, that is, names all of the
@@ -49,36 +46,11 @@ def coverage(
     Columns: `points` (list of list of str), `form`, `headings` (list of str), `min_words`,
     `max_words` (0: no limit), `document`, `distractors` (list of str: wrong values).
     """
-    found = []
-    n = len(completions)
-    optional = (form, headings, min_words, max_words, document, distractors)
-    for completion, *row in zip(
-        completions, points, *(column(x, n) for x in optional), strict=True
-    ):
-        values = factors(without_thinking(completion).strip(), *row)
-        found.append((math.prod(values), *values))
-    return by_part(("reward", *PARTS), found)
-
-
-def factors(
-    text: str,
-    points: Sequence[Sequence[str]],
-    form: str | None = None,
-    headings: Sequence[str] | None = None,
-    min_words: int | None = None,
-    max_words: int | None = None,
-    document: str | None = None,
-    distractors: Sequence[str] | None = None,
-) -> tuple[float, ...]:
-    """The six factors of `coverage` for one answer; all 0 where it is empty.
-
-    Raises:
-        ValueError: no points, or an unknown form.
-    """
     if not points:
         raise ValueError("points: got a row without points, expected at least one list of texts")
+    text = without_thinking(completion).strip()
     if not text:
-        return (0.0,) * len(PARTS)
+        return (0.0,) * (1 + len(PARTS))
     items, shape = _read(text, form or "", headings or [])
     wanted = [[normalise(part) for part in point] for point in points]
     wrong = {normalise(value) for value in distractors or ()}
@@ -88,7 +60,7 @@ def factors(
     if max_words and words > max_words:
         length = max(0.0, 2.0 - words / max_words)
     repeats = max(repetition(text), 1.0 - len(set(items)) / len(items) if items else 0.0)
-    return (
+    factors = (
         _matching(edges, len(points)) / len(points),
         sum(map(bool, edges)) / len(items) if items else 0.0,
         shape,
@@ -96,6 +68,7 @@ def factors(
         _falling(repeats, 1 / 3, 1.0),
         _falling(copied(text, document), 0.1, 0.5),
     )
+    return math.prod(factors), *factors
 
 
 def _covers(item: str, wanted: list[list[str]], wrong: set[str]) -> list[int]:
@@ -105,7 +78,7 @@ def _covers(item: str, wanted: list[list[str]], wrong: set[str]) -> list[int]:
     return [k for k in points if not any(not contains(" ".join(wanted[k]), v) for v in named)]
 
 
-def _read(text: str, form: str, headings: Sequence[str]) -> tuple[list[str], float]:
+def _read(text: str, form: str, headings: list[str]) -> tuple[list[str], float]:
     """The answer's items in normal form, and how well it keeps to its form."""
     lines = [line for line in text.splitlines() if line.strip()]
     if form in _MARKS:
@@ -139,14 +112,8 @@ def _sections(lines: list[str], headings: list[str]) -> tuple[list[str], float]:
         mark = _MARKS["bullets"].fullmatch(line) or _MARKS["numbered"].fullmatch(line)
         items += [normalise(s) for s in _SENTENCE.split(mark[1] if mark else line.strip())]
     full = [title for title, size in found if size]
-    # Longest common subsequence: headings in order.
-    best = [0] * (len(headings) + 1)
-    for title in full:
-        before = best[:]
-        for k, heading in enumerate(headings):
-            best[k + 1] = max(before[k + 1], best[k], before[k] + 1 if title == heading else 0)
     most = max(len(headings), len(found))
-    return items, best[-1] / most if most else 1.0
+    return items, common_subsequence(full, headings) / most if most else 1.0
 
 
 def _matching(edges: list[list[int]], points: int) -> int:

@@ -1,4 +1,4 @@
-"""Text as rewards read it: final answers, normal forms, overlap, copying, repetition.
+"""What rewards share: the loop over samples, final answers, normal forms, overlap, copying.
 
 Standard library only: the worker process that runs rewards imports this and nothing heavy. Patterns
 must not backtrack: a policy writes runs of a hundred thousand spaces or tags.
@@ -7,8 +7,9 @@ must not backtrack: a policy writes runs of a hundred thousand spaces or tags.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 _ANSWER = re.compile(r"^[ \t*_#>-]*(?:final )?answer[ \t*_]*:[*_]*\s*(.*)$", re.I | re.M)
@@ -17,14 +18,36 @@ _EDGES = "".join(chr(c) for c in range(33, 127) if not chr(c).isalnum()) + "â€œâ
 _RUN = 12  # words of a block that is looked up in a document; two in a row are a copy
 
 
-def column(values: Sequence | None, n: int) -> Sequence:
-    """A column of n values; of None where the data has no such column."""
-    return [None] * n if values is None else values
+def per_sample(*parts: str) -> Callable[[Callable], Callable]:
+    """Make a reward of a function that scores one completion.
 
+    Its further positional parameters name columns and get the sample's value, None where there is
+    no such column; keyword-only ones are options. Those without a default are required. With
+    `parts`, it returns the reward and these in a tuple.
+    """
 
-def by_part(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
-    """The values of each part, from one tuple per sample with a value for each."""
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    def decorate(score: Callable) -> Callable:
+        parameters = list(signature(score).parameters.values())[1:]
+        options = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+        read = [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]
+        required = {p.name for p in parameters if p.default is p.empty}
+
+        def reward(prompts, completions, **columns):
+            if lacking := ", ".join(sorted(required - columns.keys())):
+                raise TypeError(f"{score.__name__}: got no {lacking}, expected a column or option")
+            fixed = {name: columns[name] for name in options & columns.keys()}
+            none = [None] * len(completions)
+            given = (none if columns.get(name) is None else columns[name] for name in read)
+            found = [score(*row, **fixed) for row in zip(completions, *given, strict=True)]
+            if not parts:
+                return found
+            return {name: [row[i] for row in found] for i, name in enumerate(("reward", *parts))}
+
+        reward.__name__, reward.__doc__ = score.__name__, score.__doc__
+        reward.__module__ = score.__module__
+        return reward
+
+    return decorate
 
 
 def without_thinking(completion: str) -> str:
@@ -54,9 +77,9 @@ def normalise(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    words = [_strip(word) for word in text.split()]
-    kept = [word for word in words if word and word not in _ARTICLES]
-    return " ".join(kept or [word for word in words if word]) or " ".join(text.split())
+    words = [word for word in map(_strip, text.split()) if word]
+    kept = [word for word in words if word not in _ARTICLES]
+    return " ".join(kept or words) or squeeze(text)
 
 
 def _strip(word: str) -> str:
@@ -72,13 +95,17 @@ def answers(answer: Any, aliases: Any) -> list[str]:
     Raises:
         ValueError: the row has neither.
     """
-    given = aliases if aliases else [answer]
-    if isinstance(given, str):
-        given = [given]
+    given = aliases or [answer]
+    given = [given] if isinstance(given, str) else given
     found = [normalise(str(a)) for a in given if a is not None and str(a).strip()]
     if not found:
         raise ValueError("answer: got a row without answer and aliases, expected one of them")
     return found
+
+
+def is_right(completion: str, answer: Any, aliases: Any) -> float:
+    """1 where the final answer in normal form is one of `answers`, else 0."""
+    return float(normalise(final_answer(completion)) in answers(answer, aliases))
 
 
 def overlap(words: Sequence[str], gold: Sequence[str]) -> tuple[float, float]:
@@ -95,11 +122,10 @@ def f1(precision: float, recall: float) -> float:
 
 
 def guarded(precision: float, recall: float) -> float:
-    """F1 times precision: what is given for a set of answers.
+    """F1 times precision: the score of a set of answers.
 
     F1 alone pays for lists: k candidates of which one is right have F1 = 2 / (k + 1), more than the
-    1/k that one of them at random would earn. With the precision as a factor it is less, and what
-    names nothing wrong still has its plain F1.
+    1/k that a random one of them would earn. F1 times precision is less than 1/k.
     """
     return f1(precision, recall) * precision
 
@@ -107,6 +133,18 @@ def guarded(precision: float, recall: float) -> float:
 def contains(text: str, part: str) -> bool:
     """Whether normalised `part` stands in normalised `text` as whole words."""
     return f" {part} " in f" {text} "
+
+
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    best = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for k, other in enumerate(second):
+            above = best[k + 1]
+            best[k + 1] = diagonal + 1 if word == other else max(above, best[k])
+            diagonal = above
+    return best[-1]
 
 
 def repetition(text: str, size: int = 6) -> float:
@@ -117,8 +155,7 @@ def repetition(text: str, size: int = 6) -> float:
 
 
 def copied(text: str, document: str | None) -> float:
-    """Share of `text` that is copied in bulk: in runs of 24 or more words of `document` within
-    one line. A sentence taken over as a line of its own is shorter."""
+    """Share of `text` that stands in runs of 24 or more words of `document` within one line."""
     if not document:
         return 0.0
     total = taken = 0
@@ -141,7 +178,7 @@ def _plain_words(document: str) -> str:
     return f" {' '.join(words)} "
 
 
-def passages_of(document: str, ids: Sequence[str]) -> Iterator[tuple[str, str]]:
+def passages_of(document: str, ids: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(id, text) of the passages labelled "[id] text", for those of `ids` that there are."""
     for label in ids:
         start = re.search(rf"^[ \t]*\[{re.escape(label)}\]", document, re.M)

@@ -2,36 +2,29 @@
 
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 _START = 300.0  # seconds in which the rewards have to be imported
-TELL = 10.0  # seconds without a reply before the first warning; the next come at their doubles
+TELL = 10.0  # seconds without a reply before the first warning; each further wait is twice as long
 _SCRIPT = Path(__file__).with_name("worker.py").resolve()
 
 
-class Hung(Exception):
-    """No reply in time."""
-
-
-class Died(Exception):
-    """The process ended."""
+class Lost(Exception):
+    """The process ended, or did not reply in time."""
 
 
 class WorkerProcess:
     """A process of `dgrpo.longblocks.rewards.worker` and its two pipes.
 
-    Args:
-        start: its first message, the rewards to import.
-
-    Raises:
-        ValueError: a reward that cannot be imported.
+    Its first message, `start`, names the rewards. Raises ValueError where one cannot be imported.
     """
 
     def __init__(self, start: dict):
@@ -42,12 +35,10 @@ class WorkerProcess:
             start_new_session=True,  # own process group: killed with its children, spared by Ctrl-C
         )
         self.buffer = bytearray()
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.process.stdout, selectors.EVENT_READ)
         try:
             self.send(start)
             reply = self.receive(_START)
-        except (Hung, Died) as error:
+        except Lost as error:
             self.kill()
             raise ValueError(f"rewards: got {error} while importing them") from error
         if "error" in reply:
@@ -55,33 +46,29 @@ class WorkerProcess:
             raise ValueError(reply["error"])
 
     def send(self, message: dict) -> None:
-        """Write a message; raises `Died`."""
+        """Write a message; raises `Lost`."""
         line = json.dumps(message, default=_plain) + "\n"
         try:
             self.process.stdin.write(line.encode())
             self.process.stdin.flush()
         except OSError as error:
-            raise Died(f"worker ended ({self.process.poll()})") from error
+            raise Lost(f"worker ended ({self.process.poll()})") from error
 
-    def receive(self, limit: float, tell: Callable[[float], None] | None = None) -> dict:
-        """Wait `limit` seconds for a message; call `tell` with the seconds so far now and then.
-
-        Raises `Hung` and `Died`.
-        """
+    def receive(self, limit: float, tell: Callable[[float], None] = lambda seconds: None) -> dict:
+        """Wait `limit` seconds for a message; `tell` hears how long it takes. Raises `Lost`."""
         start, told, scanned = time.monotonic(), TELL, 0
         while (newline := self.buffer.find(b"\n", scanned)) < 0:
             scanned = len(self.buffer)
             until = min(limit, told)
-            if not self.selector.select(max(0.0, start + until - time.monotonic())):
+            if not wait([self.process.stdout], max(0.0, start + until - time.monotonic())):
                 if until == limit:
-                    raise Hung(f"no reply in {limit:.3g} s")
-                if tell is not None:
-                    tell(told)
+                    raise Lost(f"no reply in {limit:.3g} s")
+                tell(told)
                 told *= 2
                 continue
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             if not data:
-                raise Died(f"worker ended with exit code {self.process.wait()}")
+                raise Lost(f"worker ended with exit code {self.process.wait()}")
             self.buffer += data
         line = bytes(self.buffer[:newline])
         del self.buffer[: newline + 1]
@@ -89,17 +76,12 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End the process and all that it started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
-        self.selector.close()
         for pipe in (self.process.stdin, self.process.stdout):
-            try:
+            with suppress(OSError):
                 pipe.close()
-            except OSError:
-                pass
 
 
 def _plain(value: Any) -> Any:

@@ -1,33 +1,35 @@
-"""Runs rewards so that a bad one costs a sample and never the run.
+"""Run rewards so that a bad one costs a sample and never the run.
 
 `Scorer` keeps one worker process (`dgrpo.longblocks.rewards.worker`). A reward is first called on
 the whole batch. If that raises, hangs or kills the process, it is called again sample by sample,
 and the samples that fail by themselves are marked, counted and logged. A worker that hangs is
-killed with all that it started, and replaced. Time limits are those of a batch: the second pass has
+killed with all that it started, and replaced. The time limit is for a batch: the second pass has
 as long again for all of its samples together, each at most half of what is left.
 
-Left out: several workers (each rank has its own already), rewards that see a group at once (they
-would change value when called sample by sample).
+Left out: several workers (each rank has its own already), rewards that see a group at once (their
+value would change when called sample by sample).
 """
 
 import logging
+import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dgrpo.longblocks.rewards import worker
-from dgrpo.longblocks.rewards.process import Died, Hung, WorkerProcess
+from dgrpo.longblocks.rewards.process import Lost, WorkerProcess
 from dgrpo.trainer.config import Reward
 
 logger = logging.getLogger("dgrpo.longblocks.rewards")
 
 _GIVE_UP = 8  # samples of a batch on which a reward may hang or die before the rest is left out
-_LOGGED = 3  # different errors of a reward that are logged a batch
+_LOGGED = 3  # different errors of a reward that are logged per batch
 _REST = 16  # the second pass ends when less than this part of its time is left
 
 
@@ -48,18 +50,14 @@ class RewardResult(NamedTuple):
     errors: list[RewardError]
 
 
-class Scorer:
-    """Calls rewards in a worker process.
+class Scorer(AbstractContextManager):
+    """Call rewards in a worker process.
 
     Args:
         rewards: one or more.
         timeout: seconds that a reward may take on a batch, and again on its samples one by one
             where the first call fails. None: call in this process, which a hanging reward stops.
         seed: of the worker's generators of Python and NumPy while it imports rewards; None: random.
-
-    Attributes:
-        failures: samples lost so far, by reward.
-        last_error: the last reason why a sample was lost, and the reward's name.
 
     Raises:
         ValueError: no rewards, two of one name, one that cannot be imported.
@@ -74,20 +72,16 @@ class Scorer:
                 f"rewards: got {titles}, expected one or more with different names; set Reward.name"
             )
         self.rewards, self.seed = list(rewards), seed
-        self.failures: Counter[str] = Counter()
-        self.last_error: str | None = None
-        self._limit = timeout
+        self.failures: Counter[str] = Counter()  # samples lost so far, by reward
+        self.last_error: str | None = None  # why the last one was lost, and the reward's name
+        self._limit = math.inf if timeout is None else timeout
         self._waited = 0.0  # seconds for the reward at hand on this batch, in the worker
         self._worker: WorkerProcess | None = None
-        self._data: dict = {}
-        self._functions = []
+        self._data: dict[str, Sequence] = {}  # of the batch at hand
         if timeout is None:
             self._functions = [worker.load(reward.path) for reward in rewards]
         else:
             self._restart()
-
-    def __enter__(self) -> "Scorer":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -118,11 +112,11 @@ class Scorer:
             ValueError: lists of different lengths.
         """
         n = len(completions)
-        for name, values in {"prompts": prompts, **columns}.items():
+        self._data = {**columns, "prompts": prompts, "completions": completions}
+        self._data_seed = seed
+        for name, values in self._data.items():
             if len(values) != n:
                 raise ValueError(f"{name}: got {len(values)} values for {n} completions")
-        self._data = {"prompts": prompts, "completions": completions, "columns": columns}
-        self._data["seed"] = seed
         if self._worker is not None and n:
             self._send_data()
         total, failed = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
@@ -132,12 +126,10 @@ class Scorer:
             values, messages = self._score(i, n) if n else ({"reward": []}, {})
             for name, column in values.items():
                 title = reward.title if name == "reward" else f"{reward.title}/{name}"
-                parts[title] = torch.tensor(
-                    [float("nan") if v is None else v for v in column], dtype=torch.float32
-                )
+                numbers = [math.nan if value is None else value for value in column]
+                parts[title] = torch.tensor(numbers, dtype=torch.float32)
             errors += [RewardError(reward.title, row, messages[row]) for row in sorted(messages)]
-            bad = parts[reward.title].isnan()
-            failed |= bad
+            failed |= parts[reward.title].isnan()
             total += reward.weight * parts[reward.title].nan_to_num(0.0)
             self._report(reward.title, messages, n)
         return RewardResult(total.masked_fill(failed, 0.0), parts, failed, errors)
@@ -145,23 +137,33 @@ class Scorer:
     def _score(self, i: int, n: int) -> tuple[dict[str, list], dict[int, str]]:
         """Values by part, None where there is none, and the message of each failed row."""
         limit, self._waited = self._limit, 0.0
-        reply = self._ask(i, {"call": i}, limit)
+        reply = self._ask(i, None, limit)
         if "error" not in reply:
             return reply["values"], dict(reply["errors"])
-        if reply.get("wrong") or n == 1:
-            return {"reward": [None] * n}, dict.fromkeys(range(n), reply["error"])
         whole = reply["error"]
+        if reply.get("wrong") or n == 1:
+            return {"reward": [None] * n}, dict.fromkeys(range(n), whole)
         values: dict[str, list] = {"reward": [None] * n}
         messages: dict[int, str] = {}
-        for row, reply in self._one_by_one(i, n):
+        end, broken = self._waited + limit, 0
+        for row in range(n):
+            left = end - self._waited
+            if left < limit / _REST:
+                messages[row] = "not scored: the batch's time was up"
+                continue
+            if broken >= _GIVE_UP:
+                messages[row] = f"not scored: the reward hung or died on {broken} samples before"
+                continue
+            reply = self._ask(i, row, left / 2)  # one that hangs leaves time for those behind it
+            broken += "broken" in reply
             if "error" in reply:
-                also = reply.get("broken") and reply["error"] != whole
+                also = "broken" in reply and reply["error"] != whole
                 messages[row] = reply["error"] + (f" (the whole batch: {whole})" if also else "")
                 continue
             messages |= dict(reply["errors"])
             for name, column in reply["values"].items():
                 values.setdefault(name, [None] * n)[row] = column[0]
-        if limit is not None and self._waited > limit:
+        if self._waited > limit:
             logger.warning(
                 "reward %s took %.1f s for a batch of %d and its samples one by one, over the "
                 "limit of %g s; %d have no score; if it is only slow, raise rewards.timeout",
@@ -169,89 +171,41 @@ class Scorer:
             )
         return values, messages
 
-    def _one_by_one(self, i: int, n: int):
-        """(row, reply) of a call on each row; the worker is replaced where it hangs or dies.
-
-        The calls have the reward's limit together. A row may take half of what is left of it, so
-        that one that hangs leaves time for those behind it.
-        """
-        limit, row, broken = self._limit, 0, 0
-        end = None if limit is None else self._waited + limit
-        under_way = False
-        while row < n:
-            left = None if end is None else end - self._waited
-            rest = None
-            if left is not None and left < limit / _REST:
-                rest = "not scored: the batch's time was up"
-            elif broken >= _GIVE_UP:
-                rest = f"not scored: the reward hung or died on {broken} samples before"
-            if rest is not None:
-                if under_way:  # what is still to come would be taken for another batch's
-                    self._restart()
-                yield from ((r, {"error": rest}) for r in range(row, n))
-                return
-            request = None if under_way else {"call": i, "rows": list(range(row, n))}
-            reply = self._ask(i, request, None if left is None else left / 2)
-            yield row, reply
-            row += 1
-            under_way = not reply.get("broken")
-            broken += not under_way
-
-    def _ask(self, i: int, request: dict | None, limit: float | None) -> dict:
-        """Send a request (None: one is under way) and wait for one reply of reward i."""
+    def _ask(self, i: int, row: int | None, limit: float) -> dict:
+        """The reply of reward i on a row (None: all); a worker that hangs or dies is replaced."""
+        reward = self.rewards[i]
         if self._worker is None:
-            return self._call_here(request)
+            return worker.answer(self._functions[i], reward.options, self._data, row)
 
         def tell(seconds: float) -> None:
-            title = self.rewards[i].title
-            logger.warning("reward %s: no reply for %g s (limit %g s)", title, seconds, limit)
+            text = "reward %s: no reply for %g s (limit %g s)"
+            logger.warning(text, reward.title, seconds, limit)
 
-        start, failed = time.monotonic(), None
+        start = time.monotonic()
         try:
-            if request is not None:
-                self._worker.send(request)
-            return self._worker.receive(limit, tell)
-        except (Hung, Died) as error:
-            failed = error
-        finally:
-            self._waited += time.monotonic() - start
-        self._restart()
-        self._send_data()
-        return {"error": str(failed), "broken": True}
-
-    def _call_here(self, request: dict | None) -> dict:
-        if request is not None:
-            self._here = request["call"], iter(request.get("rows") or [None])
-        call, rows = self._here
-        row = next(rows)
-        options = self.rewards[call].options
-        try:
-            return worker.invoke(
-                self._functions[call], options, self._data, None if row is None else [row]
-            )
-        except (Exception, SystemExit) as error:
-            return worker.failure(error)
+            self._worker.send({"call": i, "row": row})
+            reply = self._worker.receive(limit, tell)
+        except Lost as error:
+            reply = {"error": str(error), "broken": True}
+        self._waited += time.monotonic() - start
+        if "broken" in reply:
+            self._restart()
+            self._send_data()
+        return reply
 
     def _restart(self) -> None:
         self.close()
-        self._worker = WorkerProcess(
-            {
-                "sys_path": sys.path,
-                "rewards": [reward.model_dump() for reward in self.rewards],
-                "seed": self.seed,
-            }
-        )
+        rewards = [reward.model_dump() for reward in self.rewards]
+        self._worker = WorkerProcess({"sys_path": sys.path, "rewards": rewards, "seed": self.seed})
 
     def _send_data(self) -> None:
-        packed = {name: worker.pack(self._data[name]) for name in ("prompts", "completions")}
-        columns = self._data["columns"]
-        packed["columns"] = {name: worker.pack(values) for name, values in columns.items()}
-        packed["seed"] = self._data["seed"]
+        packed = {name: worker.pack(values) for name, values in self._data.items()}
+        message = {"data": packed, "seed": self._data_seed}
         try:
-            self._worker.send({"data": packed})
-        except Died:  # since the last batch
+            self._worker.send(message)
+        except Lost:  # since the last batch
             self._restart()
-            self._worker.send({"data": packed})
+            self._worker.send(message)
 
     def _report(self, title: str, messages: dict[int, str], n: int) -> None:
         """Count and log the samples that a reward lost, the same reason once."""
@@ -268,15 +222,3 @@ class Scorer:
             logger.warning("reward %s failed on %s: %s", title, where, message)
         if len(rows_of) > _LOGGED:
             logger.warning("reward %s failed on %d samples of this batch", title, len(messages))
-
-
-def score(
-    rewards: Sequence[Reward],
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    columns: dict[str, Sequence],
-    timeout: float | None = 30.0,
-) -> RewardResult:
-    """Score once, with a worker process for this call alone; see `Scorer`."""
-    with Scorer(rewards, timeout) as scorer:
-        return scorer(prompts, completions, columns)

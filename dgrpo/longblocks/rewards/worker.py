@@ -1,14 +1,12 @@
 """The process that calls rewards: JSON lines in, JSON lines out.
 
-It is started by its path, so that it imports the standard library, the rewards asked for, what they
-import, and NumPy to seed it, but neither torch nor the host's main module. It gets the rewards
-first and answers when they are imported. Then, any number of times, `{"data": ...}` (no reply)
-and:
+It is started by its path and imports the standard library, the rewards asked for and NumPy (to seed
+it), but neither torch nor the host's main module. It gets the rewards first and answers when they
+are imported. Then, any number of times, `{"data": ..., "seed": ...}` (no reply) and:
 
-    {"call": i}                    -> {"values": {part: [...]}, "errors": [[row, text], ...]}
-                                      or {"error": text}: the call as a whole failed; with
-                                      "wrong": true for what is no list of n numbers
-    {"call": i, "rows": [r, ...]}  -> one such reply per row, from a call on this row alone
+    {"call": i, "row": r}  -> {"values": {part: [...]}, "errors": [[row, text], ...]}
+                              or {"error": text}: the call as a whole failed; with "wrong": true
+                              for what is no list of n numbers. r null: all rows
 
 What rewards print goes to the standard error of the host. The process ends with its host.
 """
@@ -69,33 +67,43 @@ def load(path: str) -> Callable:
     return function
 
 
-def invoke(function: Callable, options: dict, data: dict, rows: Sequence[int] | None) -> dict:
-    """Call a reward on some rows (None: all): `{"values": ..., "errors": ...}`, JSON-able.
+def invoke(function: Callable, options: dict, data: dict, row: int | None = None) -> dict:
+    """Call a reward on a row (None: all): `{"values": ..., "errors": ...}`, JSON-able.
+
+    Args:
+        data: a list per column, "prompts" and "completions" among them.
 
     Raises:
         WrongResult: a result that is not one value per sample.
         Exception: whatever the reward raises.
     """
-    keep = list(range(len(data["completions"]))) if rows is None else list(rows)
-    columns = {name: [values[r] for r in keep] for name, values in data["columns"].items()}
-    prompts = [data["prompts"][r] for r in keep]
-    result = function(prompts, [data["completions"][r] for r in keep], **{**columns, **options})
-    values: dict[str, list] = {}
-    errors = []
-    for name, part in columns_of(result, len(keep)).items():
-        values[name] = [_number(value) for value in part]
-        if name == "reward":
-            for row, number, value in zip(keep, values[name], part, strict=True):
-                if number is None:
-                    errors.append([row, f"got {_shown(value)}, expected a number"])
+    given = {k: list(values) if row is None else [values[row]] for k, values in data.items()}
+    prompts, completions = given.pop("prompts"), given.pop("completions")
+    n = len(completions)  # before a reward changes the list
+    found = columns_of(function(prompts, completions, **{**given, **options}), n)
+    values = {name: [_number(value) for value in part] for name, part in found.items()}
+    rows = range(n) if row is None else [row]
+    scores = zip(rows, values["reward"], found["reward"], strict=True)
+    errors = [[r, f"got {_shown(x)}, expected a number"] for r, y, x in scores if y is None]
     return {"values": values, "errors": errors}
+
+
+def answer(function: Callable, options: dict, data: dict, row: int | None) -> dict:
+    """The reply to one call: that of `invoke`, or the error in one line with its place."""
+    try:
+        return invoke(function, options, data, row)
+    except WrongResult as error:
+        return {"error": str(error), "wrong": True}
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}{place}"}
 
 
 def columns_of(result: Any, n: int) -> dict[str, list]:
     """What a reward returned for n completions as {part: n values}, "reward" among them.
 
-    Raises:
-        WrongResult: it is neither n values nor a dict of them.
+    Raises `WrongResult` where it is neither n values nor a dict of them.
     """
     parts = dict(result) if isinstance(result, dict) else {"reward": result}
     if "reward" not in parts:
@@ -114,25 +122,11 @@ def columns_of(result: Any, n: int) -> dict[str, list]:
     return columns
 
 
-def failure(error: BaseException) -> dict:
-    """The reply to a call that raised: one line, with the place where it was raised."""
-    if isinstance(error, WrongResult):
-        return {"error": str(error), "wrong": True}
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}{place}"}
-
-
 def pack(values: Sequence) -> dict:
-    """A column as its different objects and which one each row has: a group shares its own."""
-    places: dict[int, int] = {}
-    different, index = [], []
-    for value in values:
-        if id(value) not in places:
-            places[id(value)] = len(different)
-            different.append(value)
-        index.append(places[id(value)])
-    return {"values": different, "index": index}
+    """A column as its different objects and the place of each row's: a group shares one object."""
+    different = {id(value): value for value in values}
+    places = {key: place for place, key in enumerate(different)}
+    return {"values": list(different.values()), "index": [places[id(value)] for value in values]}
 
 
 def unpack(column: dict) -> list:
@@ -158,7 +152,7 @@ def _shown(value: Any) -> str:
 
 
 def _absent(error: Exception, where: str) -> bool:
-    """Whether the module or file itself is what is not there: its text is all one needs."""
+    """Whether the module or file itself does not exist, so that no traceback is needed."""
     if where.endswith(".py"):
         return isinstance(error, OSError) and Path(error.filename or "") == Path(where).resolve()
     return isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
@@ -215,18 +209,10 @@ def main() -> None:
     for line in source:
         request = json.loads(line)
         if "data" in request:
-            packed = request["data"]
-            seed(packed["seed"])
-            data = {name: unpack(packed[name]) for name in ("prompts", "completions")}
-            data["columns"] = {name: unpack(column) for name, column in packed["columns"].items()}
+            seed(request["seed"])
+            data = {name: unpack(column) for name, column in request["data"].items()}
             continue
-        function, options = functions[request["call"]]
-        rows = request.get("rows")
-        for some in [None] if rows is None else [[row] for row in rows]:
-            try:
-                reply(invoke(function, options, data, some))
-            except (Exception, SystemExit) as error:
-                reply(failure(error))
+        reply(answer(*functions[request["call"]], data, request["row"]))
 
 
 if __name__ == "__main__":

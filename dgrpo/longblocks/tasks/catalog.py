@@ -8,52 +8,39 @@ import numpy as np
 
 from dgrpo.longblocks.tasks import grounding, longform, multihop, retrieval, tracing
 from dgrpo.longblocks.tasks.corpus import SPLITS
-from dgrpo.longblocks.tasks.facts import Ground
+from dgrpo.longblocks.tasks.facts import Draft, Ground
 
-TASKS: dict[str, Callable[[Ground, np.random.Generator, int], dict]] = {
-    "variable_tracing": multihop.variable_tracing,
-    "relations": multihop.relations,
-    "counting": multihop.counting,
-    "comparison": multihop.comparison,
-    "quoting": grounding.quoting,
-    "contradicting": grounding.contradicting,
-    "superseded": grounding.superseded,
-    "unanswerable": grounding.unanswerable,
-    "report": longform.report,
-    "definition": tracing.definition,
-    "call_chain": tracing.call_chain,
-    "retrieval": retrieval.retrieval,
+# Per task its family and what makes a row.
+TASKS: dict[str, tuple[str, Callable[[Draft], dict]]] = {
+    "variable_tracing": ("multi_hop", multihop.variable_tracing),
+    "relations": ("multi_hop", multihop.relations),
+    "counting": ("multi_hop", multihop.counting),
+    "comparison": ("multi_hop", multihop.comparison),
+    "quoting": ("grounding", grounding.quoting),
+    "contradicting": ("grounding", grounding.contradicting),
+    "superseded": ("grounding", grounding.superseded),
+    "unanswerable": ("grounding", grounding.unanswerable),
+    "report": ("long_form", longform.report),
+    "definition": ("code", tracing.definition),
+    "call_chain": ("code", tracing.call_chain),
+    "retrieval": ("retrieval", retrieval.retrieval),
 }
-CODE = ("definition", "call_chain")
 
 
 @dataclass(frozen=True)
 class MakeSettings:
-    """What to make.
+    """What to make."""
 
-    Attributes:
-        out: folder for the files `part-00000.parquet` and on.
-        tasks: names in `TASKS`, or `("all",)`.
-        count: rows in all, dealt out to tasks and lengths in turn.
-        tokens: lengths of document and question, by the tokenizer.
-        tokenizer: folder or hub name, or `"bytes"`: one token a byte.
-        haystack: folder of text or code; None: the standard library.
-        split: `"train"`, or `"test"`: from text that no training row has.
-        seed: of everything.
-        processes: how many to use.
-        file_tokens: about how many tokens of text a file holds.
-    """
-
-    out: str
-    tasks: tuple[str, ...] = ("all",)
-    count: int = 1000
-    tokens: tuple[int, ...] = (32_768,)
-    tokenizer: str = "bytes"
-    haystack: str | None = None
-    split: str = "train"
+    out: str  # folder for the files part-00000.parquet and on
+    tasks: tuple[str, ...] = ("all",)  # names in TASKS
+    count: int = 1000  # rows in all, dealt out to tasks and lengths in turn
+    tokens: tuple[int, ...] = (32_768,)  # lengths of document and question, by the tokenizer
+    tokenizer: str = "bytes"  # folder or hub name; "bytes": one token per byte
+    haystack: str | None = None  # folder of text or code; None: the standard library
+    split: str = "train"  # or "test": from text that no training row has
     seed: int = 0
     processes: int = 1
-    file_tokens: int = 2_000_000
+    file_tokens: int = 2_000_000  # about how many tokens of text a file holds
 
     def __post_init__(self):
         unknown = [name for name in self.tasks if name not in TASKS and name != "all"]
@@ -73,7 +60,7 @@ class MakeSettings:
 
     @property
     def file_rows(self) -> int:
-        """Rows of a file."""
+        """Rows per file."""
         return int(np.clip(self.file_tokens // max(self.tokens), 1, 256))
 
 
@@ -83,6 +70,7 @@ def make_row(ground: Ground, settings: MakeSettings, number: int) -> dict:
     task = names[number % len(names)]
     tokens = settings.tokens[number // len(names) % len(settings.tokens)]
     key = [settings.seed, zlib.crc32(settings.split.encode()), number]
-    made = TASKS[task](ground, np.random.default_rng(key), tokens)
+    family, function = TASKS[task]
+    made = function(Draft(ground, np.random.default_rng(key), tokens))
     identifier = f"{task}-{tokens}-{settings.split}-{settings.seed}-{number}"
-    return {"id": identifier, **made, "seed": settings.seed}
+    return {"id": identifier, **made, "family": family, "task": task, "seed": settings.seed}

@@ -15,13 +15,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from dgrpo.longblocks.tasks.haystack import source_lines
 from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer, train_tokenizer
-from dgrpo.text import encode_text
+from dgrpo.text import count_tokens
 
 __all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
 
@@ -30,17 +31,11 @@ SPLITS = {"train": 0, "test": 1, "validation": 2}
 
 @dataclass(frozen=True)
 class ChainDocument:
-    """One document and its queries.
-
-    Attributes:
-        text: the lines.
-        chains: per chain, its names from the first on, then the number's text.
-        depths: per chain, the place of each hop's line, as a share of the lines, in [0, 1).
-    """
+    """One document and what its queries ask for."""
 
     text: str
-    chains: list[list[str]]
-    depths: list[list[float]]
+    chains: list[list[str]]  # per chain, its names from the first on, then the number's text
+    depths: list[list[float]]  # per chain, the place of each hop's line, as a share of the lines
 
 
 @dataclass
@@ -50,37 +45,23 @@ class ChainTask:
     The test split takes its text from the last tenth of the lines, the validation split from the
     tenth before, training from the rest.
 
-    Args:
-        tokenizer: measures the length.
-        tokens: most tokens of a document (without the query); None: the chains alone.
-        chains: chains in a document, each asked for by a query.
-        hops: lines of a chain.
-        steps: what a completion says: `"path"`, every name on the way and the number
-            (`Mivax42`); `"links"`, every line of the chain; `"answer"`, the number.
-        queries: how many of the chains are asked for; None: all.
-        digits: digits of a number.
-        names: how many names exist.
-        split: `"train"`, `"validation"` or `"test"`.
-        seed: of everything.
-        haystack: folder of the text; None: the standard library.
-
     Raises:
         ValueError: an unknown split or way of steps, more names or numbers needed than exist, or
             chains that do not fit into `tokens`.
     """
 
-    tokenizer: object
-    tokens: int | None = 256
-    chains: int = 4
-    hops: int = 2
-    steps: str = "path"
-    queries: int | None = None
-    digits: int = 2
-    names: int = 64
-    split: str = "train"
+    tokenizer: object  # measures the length
+    tokens: int | None = 256  # most of a document, without the query; None: the chains alone
+    chains: int = 4  # in a document, each asked for by a query
+    hops: int = 2  # lines of a chain
+    steps: str = "path"  # of a completion: "path" (Mivax42), "links" (whole lines), "answer" (42)
+    queries: int | None = None  # how many of the chains are asked for; None: all
+    digits: int = 2  # of a number
+    names: int = 64  # how many exist
+    split: str = "train"  # or "validation", "test"
     seed: int = 0
-    haystack: str | None = None
-    lengths: dict[int, int] = field(default_factory=dict, repr=False)
+    haystack: str | None = None  # folder of the text; None: the standard library
+    lengths: dict[int, int] = field(default_factory=dict, repr=False)  # tokens of lines measured
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -108,18 +89,15 @@ class ChainTask:
         names = rng.choice(invented_names(self.names), self.chains * self.hops, replace=False)
         low = 10 ** (self.digits - 1)
         numbers = low + rng.choice(9 * low, self.chains, replace=False)
-        chains = [
-            [*map(str, names[i * self.hops : (i + 1) * self.hops]), str(number)]
-            for i, number in enumerate(numbers)
-        ]
-        facts = [a + b for chain in chains for a, b in zip(chain[:-1], chain[1:], strict=True)]
-        text = self._text(rng, self.tokens - sum(map(self._cost, facts))) if self.tokens else []
-        slots = np.sort(rng.choice(len(text) + len(facts), len(facts), replace=False))
+        paths = names.reshape(self.chains, self.hops).tolist()
+        chains = [[*path, str(number)] for path, number in zip(paths, numbers, strict=True)]
+        facts = [fact for chain in chains for fact in _facts(chain)]
+        lines = self._text(rng, self.tokens - sum(map(self._cost, facts))) if self.tokens else []
+        total = len(lines) + len(facts)
+        slots = np.sort(rng.choice(total, len(facts), replace=False))
         places = rng.permutation(slots)  # the hops of a chain come in any order
-        total = len(text) + len(facts)
-        fact_at = dict(zip(places.tolist(), facts, strict=True))
-        rest = iter(text)
-        lines = [fact_at[i] if i in fact_at else next(rest) for i in range(total)]
+        for place, fact in sorted(zip(places.tolist(), facts, strict=True)):
+            lines.insert(place, fact)
         depths = (places / total).reshape(self.chains, self.hops).tolist()
         return ChainDocument("".join(line + "\n" for line in lines), chains, depths)
 
@@ -128,7 +106,7 @@ class ChainTask:
         document = self.document(number // self.queries)
         which = number % self.queries
         chain = document.chains[which]
-        facts = [a + b for a, b in zip(chain[:-1], chain[1:], strict=True)]
+        evidence = "".join(fact + "\n" for fact in _facts(chain))
         identifier = f"chains-{self.split}-{self.seed}-{number // self.queries}"
         return {
             "id": f"{identifier}-{which}",
@@ -145,8 +123,8 @@ class ChainTask:
             "reward": "dgrpo.rewards:final_number",
             "aliases": [chain[-1]],
             "distractors": [c[-1] for c in document.chains if c is not chain],
-            "evidence": "".join(fact + "\n" for fact in facts),
-            "privileged": "".join(fact + "\n" for fact in facts),
+            "evidence": evidence,
+            "privileged": evidence,
             "hops": self.hops,
             "tokens": self.tokens or 0,
             "depths": document.depths[which],
@@ -169,23 +147,27 @@ class ChainTask:
             return chain[-1]
         if self.steps == "path":
             return "".join(chain[1:])
-        return "\n".join(a + b for a, b in zip(chain[:-1], chain[1:], strict=True))
+        return "\n".join(_facts(chain))
 
     def _text(self, rng: np.random.Generator, room: int) -> list[str]:
         """Consecutive lines, from a random one on, of at most `room` tokens."""
         index, used, lines = int(rng.integers(len(self.lines))), 0, []
-        while used + (cost := self._line_cost(index)) <= room:
+        while True:
+            if index not in self.lengths:
+                self.lengths[index] = self._cost(self.lines[index])
+            used += self.lengths[index]
+            if used > room:
+                return lines
             lines.append(self.lines[index])
-            used, index = used + cost, (index + 1) % len(self.lines)
-        return lines
-
-    def _line_cost(self, index: int) -> int:
-        if index not in self.lengths:
-            self.lengths[index] = self._cost(self.lines[index])
-        return self.lengths[index]
+            index = (index + 1) % len(self.lines)
 
     def _cost(self, line: str) -> int:
-        return len(encode_text(self.tokenizer, line + "\n"))
+        return count_tokens(self.tokenizer, line + "\n")
+
+
+def _facts(chain: list[str]) -> list[str]:
+    """The lines of a chain."""
+    return [a + b for a, b in pairwise(chain)]
 
 
 @lru_cache(maxsize=8)
@@ -200,21 +182,18 @@ def _lines(haystack: str | None, split: str, names: int) -> list[str]:
 
 
 class ChainRows(Sequence):
-    """The first `count` rows of a task, made as they are read; see `rows`."""
+    """Some rows of a task, made as they are read; see `rows`."""
 
     def __init__(self, task: ChainTask, count: int, start: int, segments: bool):
-        self.task, self.count, self.start = task, count, start
+        self.numbers = range(start, start + count)
         self.make = task.segments if segments else task.row
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.numbers)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
-            raise IndexError(f"index: got {index}, expected one below {self.count} rows")
-        return self.make(self.start + index % self.count)
+        wanted = self.numbers[index]
+        return [*map(self.make, wanted)] if isinstance(index, slice) else self.make(wanted)
 
 
 def rows(
@@ -224,8 +203,7 @@ def rows(
 
     Args:
         tokenizer: a tokenizer, or the folder of one.
-        count: number of rows.
-        start: number of the first.
+        count, start: number of rows, and of the first one.
         segments: one row per document, with loss on all its answers, in place of one per query.
         options: of `ChainTask`.
     """

@@ -7,6 +7,7 @@ files, and a run that was interrupted makes those that are missing.
 import argparse
 import os
 
+from dgrpo.endpoint import Endpoint
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings
 from dgrpo.longblocks.tasks.make import make
 from dgrpo.longblocks.tasks.synthesis import SynthesisSettings, synthesize
@@ -38,29 +39,29 @@ def main(argv: list[str] | None = None) -> int:
     add("--haystack", help="folder of text or code to hide the facts in; default: Python's own")
     add("--split", default="train", help="train or test (%(default)s)")
     add("--endpoint", help="an OpenAI-compatible URL: a model asks questions about --documents")
-    add("--model", help="its name there")
-    add("--documents", help="folder of the documents to ask about")
+    add("--model", default="", help="its name there")
+    add("--documents", default="", help="folder of the documents to ask about")
     add("--key-variable", default="OPENAI_API_KEY", help="variable with its key (%(default)s)")
     args = parser.parse_args(argv)
     try:
+        tokens = tuple(map(length, args.tokens.split(",")))
         if args.endpoint:
+            endpoint = Endpoint(args.endpoint, args.model, args.key_variable, pause=1.0)
             settings = SynthesisSettings(
-                out=args.out,
-                endpoint=args.endpoint,
-                model=args.model or "",
-                documents=args.documents or "",
+                args.out,
+                endpoint,
+                args.documents,
                 count=args.count,
-                tokens=max(map(length, args.tokens.split(","))),
+                tokens=max(tokens),
                 tokenizer=args.tokenizer,
                 seed=args.seed,
-                key_variable=args.key_variable,
             )
             return 0 if synthesize(settings).rows else 1
         settings = MakeSettings(
-            out=args.out,
-            tasks=tuple(args.tasks.split(",")),
-            count=args.count,
-            tokens=tuple(map(length, args.tokens.split(","))),
+            args.out,
+            tuple(args.tasks.split(",")),
+            args.count,
+            tokens,
             tokenizer=args.tokenizer,
             haystack=args.haystack,
             split=args.split,

@@ -6,7 +6,9 @@ nothing is tokenised again. The text lies in one file that processes map into me
 
 import json
 import mmap
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +21,30 @@ LIMIT = 64 * 2**20  # bytes of text after which no further file is read
 SPLITS = ("train", "test")
 
 
+@dataclass(frozen=True, eq=False)
+class CodeFile:
+    """A Python file, cut where its units end."""
+
+    name: str
+    text: str
+    cuts: list[int]  # positions in the text
+    totals: list[int]  # tokens before each of them
+
+    def head(self, room: int) -> tuple[str, int]:
+        """The longest beginning of at most `room` tokens, and its tokens."""
+        n = int(np.searchsorted(self.totals, room, side="right")) - 1
+        return (self.text[: self.cuts[n]], self.totals[n]) if n > 0 else ("", 0)
+
+
+@dataclass(frozen=True, eq=False)
 class Corpus:
-    """Units of text with cumulative token counts.
+    """Units of text with cumulative token counts."""
 
-    Attributes:
-        starts: (units + 1,) int64, byte positions of the units in the text.
-        totals: (units + 1,) int64, tokens before each unit.
-        files: per file its name, first unit and the unit after its last.
-        border: number of units of the training split; the test split is the rest.
-    """
-
-    def __init__(self, blob, starts: np.ndarray, totals: np.ndarray, files: list, border: int):
-        self.blob, self.starts, self.totals = blob, starts, totals
-        self.files, self.border = files, border
+    blob: bytes | mmap.mmap
+    starts: np.ndarray  # (units + 1,) int64, byte positions of the units in the blob
+    totals: np.ndarray  # (units + 1,) int64, tokens before each unit
+    files: list[tuple[str, int, int]]  # name, first unit, the unit after the last
+    border: int  # units of the training split; the test split is the rest
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -40,6 +53,18 @@ class Corpus:
     def tokens(self) -> int:
         """Tokens of the whole text."""
         return int(self.totals[-1])
+
+    @cached_property
+    def code(self) -> list[CodeFile]:
+        """The Python files."""
+        found = []
+        for name, first, last in self.files:
+            if name.endswith(".py"):
+                units = [self.text(unit, unit + 1) for unit in range(first, last)]
+                cuts = np.cumsum([0, *map(len, units)]).tolist()
+                totals = (self.totals[first : last + 1] - self.totals[first]).tolist()
+                found.append(CodeFile(name, "".join(units), cuts, totals))
+        return found
 
     def part(self, split: str) -> "Corpus":
         """The units of a split."""
@@ -69,9 +94,8 @@ class Corpus:
         rounds, rest = divmod(goal, self.tokens)
         return rounds * len(self) + int(np.searchsorted(self.totals, rest, side="right")) - 1
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write to a folder, for `load`."""
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.bin").write_bytes(self.blob)
         np.save(folder / "starts.npy", self.starts)
@@ -79,9 +103,8 @@ class Corpus:
         (folder / "files.json").write_text(json.dumps([self.border, self.files]))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Corpus":
+    def load(cls, folder: Path) -> "Corpus":
         """The corpus of `save`, its text mapped into memory."""
-        folder = Path(folder)
         with (folder / "text.bin").open("rb") as file:
             blob = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         border, files = json.loads((folder / "files.json").read_text())
@@ -95,7 +118,7 @@ def build_corpus(
     """Tokenise a folder's texts, up to `LIMIT` bytes, into a `Corpus`.
 
     Args:
-        tokenizer: a tokenizer of transformers, or `"bytes"`: one token a byte.
+        tokenizer: a tokenizer of transformers, or `"bytes"`: one token per byte.
         folder: of text or code; None: the standard library (see `haystack`).
         report: counts files that cannot be read.
 
@@ -110,20 +133,18 @@ def build_corpus(
             break
     if not found:
         raise ValueError(f"haystack: got {str(folder)!r}, which holds no readable text")
-    chosen = set(range(9, len(found), 10))  # every tenth file is for tests
-    order = [i for i in range(len(found)) if i not in chosen] + sorted(chosen)
+    held_out = found[9::10]  # every tenth file is for tests, the last in order
+    del found[9::10]
     blob, starts, totals, files, border = bytearray(), [0], [0], [], 0
-    for i in order:
-        name, text = found[i]
-        cuts = unit_cuts(text)
-        counts = unit_tokens(tokenizer, text, cuts)
-        files.append((name, len(starts) - 1, len(starts) - 1 + len(counts)))
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for number, (name, text) in enumerate([*found, *held_out]):
+        cuts, first = unit_cuts(text), len(starts) - 1
+        totals += unit_tokens(tokenizer, text, cuts)
+        for begin, end in pairwise(cuts):
             blob += text[begin:end].encode("utf-8", errors="replace")
             starts.append(len(blob))
-        totals += counts
-        border = len(starts) - 1 if i not in chosen else border
-    if not chosen:  # fewer than ten files: the last tenth of the text
+        files.append((name, first, len(starts) - 1))
+        border = len(starts) - 1 if number < len(found) else border
+    if not held_out:  # fewer than ten files: the last tenth of the text
         border = max(1, border * 9 // 10)
     return Corpus(
         bytes(blob), np.array(starts, np.int64), np.cumsum(totals, dtype=np.int64), files, border
@@ -150,9 +171,7 @@ def unit_cuts(text: str) -> list[int]:
 
 def unit_tokens(tokenizer, text: str, cuts: list[int]) -> list[int]:
     """Tokens of every unit, as they fall when the text is tokenised as a whole."""
-    pieces = [text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    if tokenizer == "bytes":
-        return [len(piece.encode("utf-8", errors="replace")) for piece in pieces]
+    pieces = [text[a:b] for a, b in pairwise(cuts)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [count_tokens(tokenizer, piece) for piece in pieces]
@@ -166,10 +185,3 @@ def unit_tokens(tokenizer, text: str, cuts: list[int]) -> list[int]:
         units = np.searchsorted(cuts, ends, side="left") - 1
         counts += np.bincount(np.clip(units, 0, None), minlength=len(pieces))
     return counts.tolist()
-
-
-def counter(tokenizer) -> Callable[[str], int]:
-    """`text -> tokens` for a tokenizer or `"bytes"`."""
-    if tokenizer == "bytes":
-        return lambda text: len(text.encode("utf-8", errors="replace"))
-    return lambda text: count_tokens(tokenizer, text)

@@ -4,21 +4,11 @@ The document is labelled passages about invented lighthouses among labelled real
 a line `Answer: value` and, for every passage it rests on, a line `Quote: "sentence" [P12]`.
 """
 
-import numpy as np
-
-from dgrpo.longblocks.tasks.facts import (
-    Fact,
-    Ground,
-    Names,
-    distractor_count,
-    pick,
-    row,
-    weave_passages,
-)
+from dgrpo.longblocks.tasks.facts import Draft, row
 from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, Attribute, intro, value
 
-FAMILY = "grounding"
 ABSTAIN = "not answerable"
+NUMERIC = [a for a in ATTRIBUTES if a.high]
 RULES = (
     'Write a line "Answer: " with the value alone; then, for every passage that the answer rests '
     'on, a line of the form Quote: "one whole sentence, word for word" [label of the passage]. '
@@ -26,38 +16,36 @@ RULES = (
 )
 
 
-def quoting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def quoting(draft: Draft) -> dict:
     """One passage holds the answer; others tell the same of other lighthouses."""
-    names = Names(rng)
-    place, asked = names.place(), _attribute(rng)
-    right = value(asked, names)
-    gold = [_passage(names, rng, place, [(asked, right)])]
-    facts, wrong = _others(ground, rng, tokens, names, place, asked)
+    place, asked = draft.place(), draft.choose(ATTRIBUTES)
+    right = value(asked, draft)
+    gold = [_passage(draft, place, asked, right)]
+    facts, wrong = _others(draft, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
-    return _row(ground, rng, tokens, "quoting", question, right, gold, facts, wrong)
+    return _row(draft, question, right, gold, facts, wrong)
 
 
-def contradicting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def contradicting(draft: Draft) -> dict:
     """Two sources disagree: the question names one of them, or wants both weighed."""
-    names = Names(rng)
-    place, asked = names.place(), _attribute(rng, numeric=True)
-    values = [value(asked, names) for _ in range(2)]
+    place, asked = draft.place(), draft.choose(NUMERIC)
+    values = [value(asked, draft) for _ in range(2)]
     sources = ["the survey of the harbour office", "the log of the coast guard"]
-    rng.shuffle(sources)
+    draft.rng.shuffle(sources)
     texts = [
         f"According to {source}, {_lower(asked.sentence.format(x=place, v=v))}"
         for source, v in zip(sources, values, strict=True)
     ]
-    gold = [(f"{intro(place, rng)} {text}", text) for text in texts]
-    others, wrong = _others(ground, rng, tokens, names, place, asked)
-    if rng.integers(2):
-        which = pick(rng, 0, 1)
+    gold = [(f"{intro(place, draft)} {text}", text) for text in texts]
+    others, wrong = _others(draft, place, asked)
+    if draft.rng.integers(2):
+        which = draft.pick(0, 1)
         question = f"By {sources[which]}: {asked.question.format(x=place)} {RULES}"
         right, needed = values[which], [gold[which]]
         others.insert(0, gold[1 - which][0])
         wrong.insert(0, values[1 - which])
     else:
-        more = bool(rng.integers(2))
+        more = bool(draft.rng.integers(2))
         right = (max if more else min)(values, key=int)
         question = (
             f"Two passages disagree. {asked.question.format(x=place)} Give the "
@@ -65,87 +53,72 @@ def contradicting(ground: Ground, rng: np.random.Generator, tokens: int) -> dict
         )
         needed = gold
         wrong.insert(0, next(v for v in values if v != right))
-    return _row(ground, rng, tokens, "contradicting", question, right, needed, others, wrong)
+    return _row(draft, question, right, needed, others, wrong)
 
 
-def superseded(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def superseded(draft: Draft) -> dict:
     """Several dated statements, in any order: the latest one counts."""
-    names = Names(rng)
-    place, asked = names.place(), _attribute(rng, numeric=True)
-    dated = sorted((names.date(), value(asked, names)) for _ in range(pick(rng, 2, 4)))
+    place, asked = draft.place(), draft.choose(NUMERIC)
+    dated = sorted((draft.date(), value(asked, draft)) for _ in range(draft.pick(2, 4)))
     texts = [
         f"As of {when}, {_lower(asked.sentence.format(x=place, v=v))}" for (_, when), v in dated
     ]
-    passages = [(f"{intro(place, rng)} {text}", text) for text in texts]
-    others, wrong = _others(ground, rng, tokens, names, place, asked)
+    passages = [(f"{intro(place, draft)} {text}", text) for text in texts]
+    others, wrong = _others(draft, place, asked)
     others = [text for text, _ in passages[:-1]] + others
     question = (
         "Later statements replace earlier ones. By the latest one: "
         f"{asked.question.format(x=place)} {RULES}"
     )
-    wrong = [v for _, v in dated[:-1]] + wrong
-    return _row(
-        ground, rng, tokens, "superseded", question, dated[-1][1], passages[-1:], others, wrong
-    )
+    *earlier, right = [v for _, v in dated]
+    wrong, gold = earlier + wrong, passages[-1:]
+    return _row(draft, question, right, gold, others, wrong)
 
 
-def unanswerable(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def unanswerable(draft: Draft) -> dict:
     """The document tells other things of this lighthouse, and this thing of others."""
-    names = Names(rng)
-    place, asked = names.place(), _attribute(rng)
-    facts, wrong = _others(ground, rng, tokens, names, place, asked)
+    place, asked = draft.place(), draft.choose(ATTRIBUTES)
+    facts, wrong = _others(draft, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
-    return _row(ground, rng, tokens, "unanswerable", question, None, [], facts, wrong)
+    return _row(draft, question, None, [], facts, wrong)
 
 
-def _attribute(rng: np.random.Generator, numeric: bool = False) -> Attribute:
-    choices = [a for a in ATTRIBUTES if a.high or not numeric]
-    return choices[pick(rng, 0, len(choices) - 1)]
+def _passage(draft, place: str, asked: Attribute, answer: str) -> tuple[str, str]:
+    """A passage that tells what is asked and one thing more, and the sentence of the former."""
+    extra = draft.choose([a for a in ATTRIBUTES if a is not asked])
+    told = ((asked, answer), (extra, value(extra, draft)))
+    sentences = [a.sentence.format(x=place, v=v) for a, v in told]
+    order = draft.rng.permutation(2)
+    return " ".join([intro(place, draft), *(sentences[i] for i in order)]), sentences[0]
 
 
-def _passage(names, rng, place: str, told: list[tuple[Attribute, str]]) -> tuple[str, str]:
-    """A passage about one lighthouse, and the sentence of the first thing that it tells."""
-    more = [a for a in ATTRIBUTES if a not in [attribute for attribute, _ in told]]
-    extra = more[pick(rng, 0, len(more) - 1)]
-    sentences = [a.sentence.format(x=place, v=v) for a, v in [*told, (extra, value(extra, names))]]
-    order = rng.permutation(len(sentences))
-    return " ".join([intro(place, rng), *(sentences[i] for i in order)]), sentences[0]
-
-
-def _others(ground, rng, tokens, names, place, asked) -> tuple[list[str], list[str]]:
+def _others(draft, place, asked) -> tuple[list[str], list[str]]:
     """Passages that look like the answer: what is asked, of others; other things, of this one."""
     others = [a for a in ATTRIBUTES if a is not asked]
-    same = [others[i] for i in rng.permutation(len(others))[:2]]
-    texts = [f"{intro(place, rng)} {same[0].sentence.format(x=place, v=value(same[0], names))}"]
-    texts.append(f"{intro(place, rng)} {same[1].sentence.format(x=place, v=value(same[1], names))}")
+    same = [others[i] for i in draft.rng.permutation(len(others))[:2]]
+    texts = [f"{intro(place, draft)} {a.sentence.format(x=place, v=value(a, draft))}" for a in same]
     wrong = []
-    for _ in range(distractor_count(tokens, 2 * ground.count(texts[0]))):
-        wrong.append(value(asked, names))
-        texts.append(_passage(names, rng, names.place(), [(asked, wrong[-1])])[0])
+    for _ in range(draft.distractors(2 * draft.count(texts[0]))):
+        wrong.append(value(asked, draft))
+        texts.append(_passage(draft, draft.place(), asked, wrong[-1])[0])
     return texts, wrong
 
 
-def _row(ground, rng, tokens, task, question, right, gold, others, wrong) -> dict:
+def _row(draft, question, right, gold, others, wrong) -> dict:
     """`gold`: (passage, sentence to quote) pairs; `right` None: not answerable."""
-    facts = [Fact(text, True) for text, _ in gold] + [Fact(text) for text in others]
-    woven = weave_passages(ground, rng, facts, tokens, question)
-    pairs = list(zip(gold, woven.labels, strict=False))
+    passages = [text for text, _ in gold]
+    woven = draft.weave_passages(passages + others, question)
+    pairs = zip(gold, woven.labels, strict=False)
     quotes = [f'Quote: "{sentence}" [{label}]' for (_, sentence), label in pairs]
     answer = "\n".join([f"Answer: {right or ABSTAIN}", *quotes])
-    evidence = "\n\n".join(f"[{label}] {text}" for (text, _), label in pairs)
     return row(
         woven,
-        gold=len(gold),
-        family=FAMILY,
-        task=task,
+        gold=passages,
         question=question,
         answer=answer,
         reward="grounded",
-        evidence=evidence,
         aliases=[right] if right else [ABSTAIN],
         distractors=wrong,
-        passages=[text for text, _ in gold],
-        passage_ids=[label for _, label in pairs],
         answerable=right is not None,
     )
 

@@ -1,10 +1,10 @@
 """Real text to hide things in: any folder, or by default what every Python installation carries.
 
-The default is the standard library: its sources (without tests and installed packages) and its
-language reference (`pydoc_data.topics`). It differs between Python versions, so data made from it
-is the same only on the same version.
+The default is the standard library: its sources and its language reference. It differs between
+Python versions, so data made from it is the same only on the same version.
 """
 
+import contextlib
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -54,25 +54,18 @@ def texts(folder: str | Path | None = None, report: Report | None = None) -> Ite
 
     With no folder, the standard library's sources and then its language reference.
     """
-    report = report or Report(lambda line: None)
     root = Path(folder or sysconfig.get_paths()["stdlib"])
     for file in text_files(folder):
         try:
             yield file.relative_to(root).as_posix(), read_text(file)
         except BadRow as problem:
-            if problem.reason != "empty file":  # there is nothing in it to lose
+            if report and problem.reason != "empty file":  # there is nothing in it to lose
                 report.drop(problem)
     if folder is None:
-        yield from _reference()
+        with contextlib.suppress(ImportError):  # some distributions leave it out
+            from pydoc_data.topics import topics
 
-
-def _reference() -> Iterator[tuple[str, str]]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
-        return
-    for name in sorted(topics):
-        yield f"reference/{name}.txt", topics[name]
+            yield from ((f"reference/{name}.txt", topics[name]) for name in sorted(topics))
 
 
 @lru_cache(maxsize=2)
@@ -82,8 +75,7 @@ def source_lines(folder: str | None = None) -> list[str]:
     for name, text in texts(folder):
         if folder is None and not name.endswith(".py"):
             continue
-        for line in text.split("\n"):
-            line = line.strip()
+        for line in map(str.strip, text.split("\n")):
             if 4 <= len(line) <= 80 and line.isascii() and line.isprintable():
                 lines.append(line)
     if not lines:

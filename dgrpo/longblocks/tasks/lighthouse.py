@@ -2,27 +2,17 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from dgrpo.longblocks.tasks.facts import Names
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One property.
+    """One property; a number in [low, high), or a name."""
 
-    Attributes:
-        key: a word of the sentence that stands for the property.
-        section: heading under which a report tells it.
-        sentence: with `{x}` for the lighthouse and `{v}` for the value.
-        question: with `{x}`.
-        low, high: range of a number; both 0: the value is a name.
-    """
-
-    key: str
-    section: str
-    sentence: str
-    question: str
+    key: str  # a word of the sentence that stands for the property
+    section: str  # heading under which a report tells it
+    sentence: str  # of {x}, the lighthouse, and {v}, the value
+    question: str  # of {x}
     low: int = 0
     high: int = 0
 
@@ -70,6 +60,6 @@ def value(attribute: Attribute, names: Names) -> str:
     return names.place() if attribute.key == "boat" else names.person()
 
 
-def intro(place: str, rng: np.random.Generator) -> str:
+def intro(place: str, names: Names) -> str:
     """A first sentence that says nothing of use."""
-    return INTROS[int(rng.integers(len(INTROS)))].format(x=place)
+    return names.choose(INTROS).format(x=place)

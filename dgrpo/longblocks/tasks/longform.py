@@ -1,11 +1,8 @@
 """Long-form generation: a report that covers a list of points, in a given form and length."""
 
-import numpy as np
-
-from dgrpo.longblocks.tasks.facts import Fact, Ground, Names, distractor_count, pick, row, weave
+from dgrpo.longblocks.tasks.facts import Draft, row
 from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, value
 
-FAMILY = "long_form"
 FORMS = {
     "bullets": 'a list with one fact a line, each line beginning with "- "',
     "numbered": 'a list with one fact a line, numbered "1. ", "2. " and so on',
@@ -15,20 +12,20 @@ FORMS = {
 }
 
 
-def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def report(draft: Draft) -> dict:
     """Everything that a document tells about one lighthouse, gathered from 6 to 12 places."""
-    names, many = Names(rng), pick(rng, 6, 12 if tokens >= 2000 else 8)
-    place, chosen = names.place(), sorted(rng.permutation(len(ATTRIBUTES))[:many].tolist())
-    told = [(ATTRIBUTES[i], value(ATTRIBUTES[i], names)) for i in chosen]
+    many = draft.pick(6, 12 if draft.tokens >= 2000 else 8)
+    place, chosen = draft.place(), sorted(draft.rng.permutation(len(ATTRIBUTES))[:many].tolist())
+    told = [(ATTRIBUTES[i], value(ATTRIBUTES[i], draft)) for i in chosen]
     texts = [a.sentence.format(x=place, v=v) for a, v in told]
     others, wrong = [], []
-    for _ in range(distractor_count(tokens, ground.count(texts[0]))):
+    for _ in range(draft.distractors(draft.count(texts[0]))):
         if len(others) % 6 == 0:
-            other = names.place()
-        attribute = ATTRIBUTES[pick(rng, 0, len(ATTRIBUTES) - 1)]
-        wrong.append(value(attribute, names))
+            other = draft.place()
+        attribute = draft.choose(ATTRIBUTES)
+        wrong.append(value(attribute, draft))
         others.append(attribute.sentence.format(x=other, v=wrong[-1]))
-    form = list(FORMS)[pick(rng, 0, 3)]
+    form = draft.choose(list(FORMS))
     headings = list(dict.fromkeys(a.section for a, _ in told)) if form == "sections" else []
     low, high = 4 * many, 30 * many
     question = (
@@ -37,16 +34,12 @@ def report(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
         f"over the document. Write between {low} and {high} words, nothing before or after the "
         "report, and nothing about other lighthouses."
     )
-    facts = [Fact(text, True) for text in texts] + [Fact(text) for text in others]
     return row(
-        weave(ground, rng, facts, tokens, question),
-        gold=many,
-        family=FAMILY,
-        task="report",
+        draft.weave(texts + others, question),
+        gold=texts,
         question=question,
         answer=_written(form, told, texts, headings),
         reward="coverage",
-        evidence="\n".join(texts),
         points=[[a.key, v] for a, v in told],
         distractors=wrong,
         form=form,

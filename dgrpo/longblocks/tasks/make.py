@@ -1,8 +1,7 @@
-"""Long-context tasks with verifiable answers, made from any text.
+"""The files of `dgrpo data make`, by one process or several.
 
-A row depends on the seed, its number and the settings alone, so that any number of processes makes
-the same files, and a run that was interrupted goes on with the files that are missing. The text is
-tokenised once; documents are put together by adding up counts (`dgrpo.longblocks.tasks.corpus`).
+The text is tokenised once; documents are put together by adding up counts
+(`dgrpo.longblocks.tasks.corpus`).
 """
 
 import json
@@ -11,15 +10,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from dgrpo.longblocks.tasks.catalog import CODE, MakeSettings, make_row
-from dgrpo.longblocks.tasks.corpus import Corpus, build_corpus, counter
+from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
+from dgrpo.longblocks.tasks.corpus import Corpus, build_corpus
 from dgrpo.longblocks.tasks.facts import Ground
 from dgrpo.longblocks.tasks.rows import META, MakeResult, claim, part, write_part
 from dgrpo.longblocks.tasks.tokenizer import load_tokenizer
-from dgrpo.longblocks.tasks.tracing import code_files
 from dgrpo.text import BadRow, Report
 
 HAYSTACK, CODE_HAYSTACK = f"{META}/haystack", f"{META}/code"
@@ -29,14 +28,15 @@ def make(settings: MakeSettings, *, log: Callable[[str], None] = print, show=Tru
     """Make all files that are not there yet.
 
     Args:
-        settings: what to make.
-        log: receives messages.
         show: a progress bar.
 
     Raises:
         ValueError: the folder holds data of other settings, or the haystack no text.
         RuntimeError: a worker process was killed.
     """
+    from pyarrow.parquet import read_metadata
+    from rich.progress import track
+
     out = Path(settings.out)
     kept = ("out", "processes")  # what changes nothing in the rows
     claim(out, {name: v for name, v in asdict(settings).items() if name not in kept})
@@ -48,15 +48,13 @@ def make(settings: MakeSettings, *, log: Callable[[str], None] = print, show=Tru
     if len(todo) < len(starts):
         log(f"{len(starts) - len(todo)} of {len(starts)} files are there; making the rest")
     if todo:
-        from rich.progress import track
-
         _prepare(out, settings, report, log)
         made = _run(settings, todo)
         for problems in track(made, "files", total=len(todo), disable=not show):
             for problem in problems:
                 report.drop(problem)
     files = [part(out, n) for n in range(len(starts))]
-    report.kept = sum(_rows_in(file) for file in files)
+    report.kept = sum(read_metadata(file).num_rows for file in files)
     if missing := settings.count - report.kept:  # those of earlier runs too
         report.counts["cannot be made"] = missing
     summary = {"rows": report.kept, "dropped": report.counts, "files": len(files)}
@@ -70,7 +68,7 @@ def _prepare(out: Path, settings: MakeSettings, report: Report, log) -> None:
     corpus = _corpus(out / HAYSTACK, settings, settings.haystack, report, log)
     if corpus.tokens < max(settings.tokens):
         log(f"the haystack has {corpus.tokens} tokens; longer documents repeat it")
-    if set(settings.named) & set(CODE) and not code_files(corpus):
+    if any(TASKS[name][0] == "code" for name in settings.named) and not corpus.code:
         log("the haystack has no Python files; code tasks use the standard library")
         _corpus(out / CODE_HAYSTACK, settings, None, report, log)
 
@@ -82,32 +80,14 @@ def _corpus(folder: Path, settings: MakeSettings, haystack, report: Report, log)
     return Corpus.load(folder).part(settings.split)
 
 
-_ground: Ground  # of a worker process
-
-
-def _start(settings: MakeSettings) -> None:
-    global _ground
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _ground = _load(settings)
-
-
-def _load(settings: MakeSettings) -> Ground:
-    out = Path(settings.out)
-    corpus = Corpus.load(out / HAYSTACK).part(settings.split)
-    files = code_files(corpus) if set(settings.named) & set(CODE) else []
-    if (out / CODE_HAYSTACK).exists():
-        files = code_files(Corpus.load(out / CODE_HAYSTACK).part(settings.split))
-    return Ground(corpus, counter(load_tokenizer(settings.tokenizer)), files)
-
-
-def _run(settings: MakeSettings, todo: list[int]) -> Iterator[list]:
+def _run(settings: MakeSettings, todo: list[int]) -> Iterator[list[BadRow]]:
+    """Make the files; yield for each the rows that could not be made."""
     if settings.processes == 1:
         ground = _load(settings)
         yield from (_write_file(ground, settings, n) for n in todo)
         return
     workers = min(settings.processes, len(todo))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (settings,))
-    with pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
         for done in as_completed([pool.submit(_work, settings, n) for n in todo]):
             try:
                 yield done.result()
@@ -118,11 +98,27 @@ def _run(settings: MakeSettings, todo: list[int]) -> Iterator[list]:
                 ) from None
 
 
-def _work(settings: MakeSettings, number: int) -> list:
-    return _write_file(_ground, settings, number)
+def _start() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _write_file(ground: Ground, settings: MakeSettings, number: int) -> list:
+def _load(settings: MakeSettings) -> Ground:
+    folder = Path(settings.out)
+    corpus, code = (
+        Corpus.load(folder / name).part(settings.split) if (folder / name).exists() else None
+        for name in (HAYSTACK, CODE_HAYSTACK)
+    )
+    return Ground(corpus, load_tokenizer(settings.tokenizer), code)
+
+
+_loaded = lru_cache(maxsize=1)(_load)  # once per worker process
+
+
+def _work(settings: MakeSettings, number: int) -> list[BadRow]:
+    return _write_file(_loaded(settings), settings, number)
+
+
+def _write_file(ground: Ground, settings: MakeSettings, number: int) -> list[BadRow]:
     """Make the file `number`; return the rows that could not be made."""
     first = number * settings.file_rows
     rows, problems = [], []
@@ -134,9 +130,3 @@ def _write_file(ground: Ground, settings: MakeSettings, number: int) -> list:
             problems.append(BadRow("cannot be made", f"{kind}{error}", f"row {i}"))
     write_part(Path(settings.out), number, rows)
     return problems
-
-
-def _rows_in(file: Path) -> int:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_metadata(file).num_rows

@@ -4,6 +4,7 @@ import json
 import re
 
 from dgrpo.endpoint import Endpoint
+from dgrpo.longblocks.tasks.facts import ANSWER
 from dgrpo.longblocks.tasks.rows import row
 from dgrpo.text import BadRow
 
@@ -42,11 +43,11 @@ REWARDS = {"multi_hop": "token_f1", "grounding": "token_f1", "long_form": "cover
 MAX_TOKENS = 2048  # of a reply
 
 
-def question_prompt(kind: str, document: str) -> list[dict]:
-    """The chat that asks for a question about a document."""
+def chat(rules: str, document: str, task: str = "") -> list[dict]:
+    """Messages that ask a model for something about a document."""
     return [
-        {"role": "system", "content": KINDS[kind]},
-        {"role": "user", "content": f"<document>\n{document}\n</document>"},
+        {"role": "system", "content": rules},
+        {"role": "user", "content": f"<document>\n{document}\n</document>{task}"},
     ]
 
 
@@ -91,15 +92,8 @@ def _points(found: dict, answer: str, document: str) -> list[list[str]]:
 
 def judged(judge: Endpoint, asked: dict, document: str, seed: int) -> None:
     """Have a question judged. Raises BadRow unless the verdict is "supported"."""
-    task = f"Question: {asked['question']}\nProposed answer: {asked['answer']}"
-    reply = judge.chat(
-        [
-            {"role": "system", "content": JUDGE},
-            {"role": "user", "content": f"<document>\n{document}\n</document>\n\n{task}"},
-        ],
-        max_tokens=MAX_TOKENS,
-        seed=seed,
-    )
+    task = f"\n\nQuestion: {asked['question']}\nProposed answer: {asked['answer']}"
+    reply = judge.chat(chat(JUDGE, document, task), max_tokens=MAX_TOKENS, seed=seed)
     found = parse_object(reply)
     verdict = found.get("verdict")
     if verdict not in ("supported", "unsupported", "ambiguous"):
@@ -110,38 +104,36 @@ def judged(judge: Endpoint, asked: dict, document: str, seed: int) -> None:
 
 def row_of(entry: dict, document: str) -> dict:
     """A row like those that are made without a model."""
-    long, words = entry["kind"] == "long_form", len(entry["answer"].split())
-    rule, answer = (
-        'End with a line that says "Answer: " and then the answer alone.',
-        entry["answer"],
-    )
-    wanted = {}
-    if long:
+    kind, answer, evidence = entry["kind"], entry["answer"], entry["evidence"]
+    if kind == "long_form":
+        words = len(answer.split())
         low, high = words // 3, 3 * words
         rule = (
             'Write a list, one fact a line, each line beginning with "- ", of between '
             f"{low} and {high} words, and nothing else."
         )
+        reference = shown = answer
         wanted = {"form": "bullets", "min_words": low, "max_words": high}
     else:
-        answer = f"Answer: {answer}"
+        rule, shown, wanted = ANSWER.format("the answer"), f"Answer: {answer}", {}
+        reference = "\n".join([*evidence, shown])
     made = row(
         document=document,
         question=f"{entry['question']} {rule}",
-        answer=entry["answer"],
-        family=entry["kind"],
+        answer=answer,
+        family=kind,
         task="asked",
-        reward=REWARDS[entry["kind"]],
-        evidence="\n".join(entry["evidence"]),
-        reference="\n".join([*([] if long else entry["evidence"]), answer]),
+        reward=REWARDS[kind],
+        evidence="\n".join(evidence),
+        reference=reference,
         aliases=entry["aliases"],
-        passages=entry["evidence"],
+        passages=evidence,
         points=entry["points"],
-        hops=len(entry["evidence"]),
+        hops=len(evidence),
         **wanted,
     )
-    own = {"id": f"asked-{entry['kind']}-{entry['number']}", "source": entry["name"], "seed": 0}
-    return made | own | {"language": "", "privileged": answer}
+    own = {"id": f"asked-{kind}-{entry['number']}", "source": entry["name"], "seed": 0}
+    return made | own | {"language": "", "privileged": shown}
 
 
 def parse_object(text: str) -> dict:

@@ -1,9 +1,9 @@
 """Retrieve, then generate (ICR², arXiv 2501.08248): copy the supporting passages, then answer.
 
 The completion first copies every passage that it needs, with its label, between `<RETRIEVAL>`
-and `</RETRIEVAL>`, then gives the answer on a line of its own. As a row: the column
-`response_reference` is the completion to train on (SFT), `passages` and `passage_ids` are
-what the reward `dgrpo.rewards:retrieval` compares with.
+and `</RETRIEVAL>`, then gives the answer on a line of its own. SFT trains on the column
+`response_reference` (`completion` of a source, with `where: {family: retrieval}`); the reward
+`dgrpo.rewards:retrieval` compares with `passages` and `passage_ids`.
 """
 
 import re
@@ -11,20 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dgrpo.longblocks.tasks.facts import (
-    Fact,
-    Ground,
-    Names,
-    Woven,
-    distractor_count,
-    pick,
-    row,
-    weave_passages,
-)
+from dgrpo.longblocks.tasks.facts import Draft, Woven, row
 from dgrpo.longblocks.tasks.multihop import RELATIONS, called, described, relation_chain
 from dgrpo.text import BadRow
 
-FAMILY = "retrieval"
 RULES = (
     "First copy every passage that the answer needs, word for word, each on a line of its own "
     "after its label in brackets, between a line <RETRIEVAL> and a line </RETRIEVAL>. Then write "
@@ -38,24 +28,22 @@ ASIDES = (
 )
 
 
-def retrieval(ground: Ground, rng: np.random.Generator, tokens: int) -> dict:
+def retrieval(draft: Draft) -> dict:
     """A question over 2 to 4 relations, each told by a passage, among passages that look alike."""
-    names, hops = Names(rng), pick(rng, 2, 4)
-    start = pick(rng, 0, len(RELATIONS) - 1 - hops)
-    texts, entities = relation_chain(names, start, hops)
-    gold = [f"{text} {ASIDES[pick(rng, 0, len(ASIDES) - 1)]}" for text in texts]
+    hops = draft.pick(2, 4)
+    start = draft.pick(0, len(RELATIONS) - 1 - hops)
+    texts, entities = relation_chain(draft, start, hops)
+    gold = [f"{text} {draft.choose(ASIDES)}" for text in texts]
     others = [f"Much has been written about {name}, and most of it is lost." for name in entities]
     wrong = entities[:-1]
-    cost = ground.count(gold[0])
-    for _ in range(max(1, distractor_count(tokens, cost) // hops)):
-        more, passed = relation_chain(names, start, hops)
-        others += [f"{text} {ASIDES[pick(rng, 0, len(ASIDES) - 1)]}" for text in more]
+    cost = draft.count(gold[0])
+    for _ in range(max(1, draft.distractors(cost) // hops)):
+        more, passed = relation_chain(draft, start, hops)
+        others += [f"{text} {draft.choose(ASIDES)}" for text in more]
         wrong.append(passed[-1])
     question = f"By what these passages say, name {described(start, hops, entities[0])}. {RULES}"
-    facts = [Fact(text, True) for text in gold] + [Fact(text) for text in others]
-    woven = weave_passages(ground, rng, facts, tokens, question)
-    right = called(start + hops, entities[-1])
-    return _row(woven, question, gold, woven.labels[: len(gold)], right, wrong)
+    woven = draft.weave_passages(gold + others, question)
+    return _row(woven, question, gold, called(start + hops, entities[-1]), wrong)
 
 
 def from_passages(
@@ -83,28 +71,23 @@ def from_passages(
     if set(flat[: len(supporting)]) & set(flat[len(supporting) :]):
         raise BadRow("a supporting passage among the others", question[:80])
     order = rng.permutation(len(flat)).tolist()
-    labels = {i: f"P{number}" for number, i in enumerate(order, 1)}
-    document = "\n\n".join(f"[{labels[i]}] {flat[i]}" for i in order)
-    n = len(supporting)
-    depths = [order.index(i) / len(order) for i in range(n)]
-    woven = Woven(document, 0, depths, [labels[i] for i in range(n)])
-    return _row(woven, f"{question} {RULES}", flat[:n], woven.labels, list(answers), [])
+    document = "\n\n".join(f"[P{number}] {flat[i]}" for number, i in enumerate(order, 1))
+    places = [order.index(i) for i in range(len(flat))]
+    depths, labels = [place / len(flat) for place in places], [f"P{p + 1}" for p in places]
+    woven = Woven(document, 0, depths, labels)
+    made = _row(woven, f"{question} {RULES}", flat[: len(supporting)], list(answers), [])
+    return made | {"family": "retrieval", "task": "retrieval"}
 
 
-def _row(woven: Woven, question, gold, labels, answers, wrong) -> dict:
-    copied = [f"[{label}] {text}" for label, text in zip(labels, gold, strict=True)]
+def _row(woven: Woven, question: str, gold: list[str], answers: list[str], wrong) -> dict:
+    copied = [f"[{label}] {text}" for label, text in zip(woven.labels, gold, strict=False)]
     answer = "\n".join(["<RETRIEVAL>", *copied, "</RETRIEVAL>", f"Answer: {answers[0]}"])
     return row(
         woven,
-        gold=len(gold),
-        family=FAMILY,
-        task="retrieval",
+        gold=gold,
         question=question,
         answer=answer,
         reward="retrieval",
-        evidence="\n\n".join(copied),
         aliases=answers,
         distractors=wrong,
-        passages=gold,
-        passage_ids=labels,
     )

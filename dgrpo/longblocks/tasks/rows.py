@@ -3,27 +3,20 @@
 import copy
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dgrpo.text import Report
 
 META = ".make"  # hidden, so that reading the folder reads the rows alone
-# Columns that only some rewards read, with what they hold in the other rows.
-VERIFIERS = {
-    "aliases": [],
-    "items": [],
-    "distractors": [],
-    "passages": [],
-    "passage_ids": [],
-    "answerable": True,
-    "points": [],
-    "form": "",
-    "headings": [],
-    "min_words": 0,
-    "max_words": 0,
-    "hops": 1,
+# The columns of a row but its id and seed, with what they hold where a task says nothing else.
+COLUMNS = {
+    **{"document": "", "source": "dgrpo", "language": "en", "question": "", "answer": ""},
+    **{"response_reference": "", "family": "", "task": "", "reward": ""},
+    **{"aliases": [], "items": [], "distractors": [], "passages": [], "passage_ids": []},
+    **{"answerable": True, "points": [], "form": "", "headings": []},
+    **{"min_words": 0, "max_words": 0, "hops": 1},
+    **{"evidence": "", "privileged": "", "depths": [], "tokens": 0},
 }
 
 
@@ -36,49 +29,20 @@ class MakeResult:
     files: list[Path]
 
 
-def row(
-    *,
-    document: str,
-    question: str,
-    answer: str,
-    family: str,
-    task: str,
-    reward: str,
-    evidence: str,
-    reference: str = "",
-    depths: Sequence[float] = (),
-    tokens: int = 0,
-    **verifiers,
-) -> dict:
+def row(*, answer: str, reward: str, reference: str = "", **columns) -> dict:
     """A row of the published form, without id and seed.
 
     Args:
         reward: name of a function of `dgrpo.rewards`.
-        evidence: the text that proves the answer.
         reference: a completion that earns the whole reward; empty: the answer.
-        depths: where in the document the evidence lies, in [0, 1].
-        tokens: length of document and question; 0: not measured.
-        verifiers: some of the columns `VERIFIERS`.
+        columns: others of `COLUMNS`. `evidence` is the text that proves the answer, `depths` are
+            its places in the document, in [0, 1], and `tokens` is the length of document and
+            question, 0 where it was not measured.
     """
-    unknown = verifiers.keys() - VERIFIERS
-    assert not unknown, unknown
-    return {
-        "document": document,
-        "source": "dgrpo",
-        "language": "en",
-        "question": question,
-        "answer": answer,
-        "response_reference": reference or answer,
-        "family": family,
-        "task": task,
-        "reward": f"dgrpo.rewards:{reward}",
-        **copy.deepcopy(VERIFIERS),
-        **verifiers,
-        "evidence": evidence,
-        "privileged": reference or answer,
-        "depths": list(depths),
-        "tokens": tokens,
-    }
+    shown = dict.fromkeys(("response_reference", "privileged"), reference or answer)
+    columns |= {"answer": answer, "reward": f"dgrpo.rewards:{reward}", **shown}
+    assert columns.keys() <= COLUMNS.keys(), columns.keys() - COLUMNS
+    return copy.deepcopy(COLUMNS) | columns
 
 
 def claim(folder: Path, settings: dict) -> None:
@@ -94,7 +58,7 @@ def claim(folder: Path, settings: dict) -> None:
 
 
 def part(folder: Path, number: int) -> Path:
-    """The file of a number."""
+    """The file of that number."""
     return folder / f"part-{number:05d}.parquet"
 
 
@@ -114,20 +78,8 @@ def write_part(folder: Path, number: int, rows: list[dict]) -> Path:
 def _schema():
     import pyarrow as pa
 
-    text, texts, whole = pa.string(), pa.list_(pa.string()), pa.int64()
-    kinds = {
-        **dict.fromkeys("id document source language question answer".split(), text),
-        **dict.fromkeys("response_reference family task reward".split(), text),
-        **dict.fromkeys("aliases items distractors passages passage_ids".split(), texts),
-        "answerable": pa.bool_(),
-        "points": pa.list_(texts),
-        "form": text,
-        "headings": texts,
-        **dict.fromkeys("min_words max_words hops".split(), whole),
-        "evidence": text,
-        "privileged": text,
-        "depths": pa.list_(pa.float64()),
-        "tokens": whole,
-        "seed": whole,
-    }
-    return pa.schema(list(kinds.items()))
+    text, whole = pa.string(), pa.int64()
+    kinds = {str: text, list: pa.list_(text), bool: pa.bool_(), int: whole}
+    fields = {name: kinds[type(value)] for name, value in COLUMNS.items()}
+    fields |= {"points": pa.list_(pa.list_(text)), "depths": pa.list_(pa.float64())}
+    return pa.schema([("id", text), *fields.items(), ("seed", whole)])

@@ -35,23 +35,19 @@ def invented_names(n: int) -> tuple[str, ...]:
 def train_tokenizer(
     vocab_size: int = 512, names: int = 64, folder: str | None = None, seed: int = 0
 ):
-    """A byte-level BPE tokenizer: digits alone, line ends alone, no special token at the start.
+    """A byte-level BPE tokenizer whose digits and line ends are tokens of their own.
 
-    Because a line end is always a token of its own, lines can be tokenised one by one and put
-    together in any order. Deterministic for one text.
+    So lines can be tokenised one by one and put together in any order. Deterministic for one text.
 
     Args:
         vocab_size: size of the vocabulary with the 256 bytes and 2 special tokens, without names.
         names: this many of `invented_names` become tokens of their own.
-        folder: text to train on; None: the standard library's sources. The last tenth of the lines
-            (the held-out ones) is left out.
+        folder: text to train on, but for the last tenth of its lines (the held-out ones); None: the
+            standard library's sources.
         seed: of the sample of lines that is used (about 1 MB).
 
     Returns:
         PreTrainedTokenizerFast with `eos_token` and `pad_token`.
-
-    Raises:
-        ValueError: fewer than 258 tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -62,12 +58,9 @@ def train_tokenizer(
     lines = lines[: len(lines) * 9 // 10]
     chosen = np.random.default_rng(seed).permutation(len(lines))[:30_000]
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\n|\d"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    alone = pre_tokenizers.Split(Regex(r"\n|\d"), behavior="isolated")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([alone, words])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

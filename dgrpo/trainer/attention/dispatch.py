@@ -4,17 +4,15 @@
 `packed_arguments(...)` and takes, in this order,
 
 1. flash-attn (2, 3 or 4), where it imports, on a GPU in 16 bits;
-2. `torch.nn.attention.varlen.varlen_attn`, where it runs: a GPU, 16 bits, no soft cap;
-3. `packed.sequences_attention`: sdpa sequence by sequence, in blocks of queries where there
-   is a sliding window or a soft cap, so that no mask grows with the square of the length. It runs
-   anywhere.
+2. `torch.nn.attention.varlen.varlen_attn` on a GPU in 16 bits, without a soft cap;
+3. `packed.sequences_attention` anywhere: sdpa sequence by sequence, in blocks of queries where
+   there is a window or a soft cap, so that no mask grows with the square of the length.
 
-All know grouped queries, a sliding window (which may differ from layer to layer) and, the second
-apart, Gemma-2's soft cap of the scores. All know prefixes: a kernel is given one again for each of
-its branches, if `takes_prefixes` finds that it can, else the portable form runs. Attention sinks,
-bidirectional and chunked attention raise. A pass with a `cache` of keys and values
-(`dgrpo.trainer.rollout`) is handed to `cache.attend`. Padded batches raise: there
-is no mask.
+All take grouped queries, a sliding window (which may differ between layers) and, but for the
+second, Gemma-2's soft cap of the scores. A kernel is given a prefix again for each of its branches,
+if `takes_prefixes` finds that it can, else the portable form runs. Attention sinks, bidirectional
+and chunked attention and padded batches raise. A pass with a `cache` of keys and values
+(`dgrpo.trainer.rollout`) is handed to `cache.attend`.
 """
 
 from __future__ import annotations
@@ -64,7 +62,8 @@ def packed_arguments(
     them others see; a decoding step with a `cache` has none of these.
     """
     longest = max(lengths) if lengths else None
-    arguments = {
+    arguments = {} if cache is None else {"cache": cache}
+    return arguments | {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens if prefixes is None else prefixes.cu_seqlens_k,
         "max_length_q": longest,
@@ -72,7 +71,6 @@ def packed_arguments(
         "sequence_lengths": lengths,
         "shared_prefixes": prefixes,
     }
-    return arguments if cache is None else {**arguments, "cache": cache}
 
 
 def packed_attention(
@@ -101,14 +99,10 @@ def packed_attention(
         raise ValueError("is_causal: got False, expected a causal model")
     if query.shape[0] != 1:
         raise ValueError(f"input_ids: got {query.shape[0]} rows, expected 1 of packed sequences")
-    options = {
-        "scaling": scaling,
-        "dropout": dropout,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-    }
     if cache is not None:
-        return cache.attend(module, query, key, value, attention_mask, **options, **kwargs)
+        kwargs |= {"scaling": scaling, "dropout": dropout}
+        kwargs |= {"sliding_window": sliding_window, "softcap": softcap}
+        return cache.attend(module, query, key, value, attention_mask, **kwargs)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         raise RuntimeError(

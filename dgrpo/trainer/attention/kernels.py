@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from dgrpo.trainer.attention.packed import Prefixes, sequences_attention
 
@@ -26,13 +27,9 @@ def find_kernel(query: Tensor, softcap: float | None, dropout: float) -> Callabl
     """The variable-length kernel that can run on such a query, or None for the portable form."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or dropout:
         return None
-    head_dim = query.shape[-1]
-    if head_dim > 256 or head_dim % 8:
+    if query.shape[-1] > 256 or query.shape[-1] % 8:
         return None
-    flash = flash_kernel()
-    if flash is not None:
-        return flash
-    return varlen_kernel() if softcap is None else None
+    return flash_kernel() or (varlen_kernel() if softcap is None else None)
 
 
 @cache
@@ -48,8 +45,8 @@ def takes_prefixes(
 ) -> bool:
     """Whether a kernel agrees with the portable form where branches see a prefix, gradients too.
 
-    They may differ in where the diagonal is when there are more keys than queries, so each is tried
-    once in a process on a small example. A warning tells of one that fails.
+    Kernels differ in where the diagonal is when there are more keys than queries, so each is tried
+    once per process on a small example. A warning names one that fails.
     """
     lengths, window, softcap = (11, 3, 17, 1, 5), 6 if windowed else None, 2.0 if capped else None
     prefixes = Prefixes.of(lengths, (3, 0, 0, 0, 0)).to(device)
@@ -119,32 +116,19 @@ def adapt_flash(function: Callable) -> Callable:
             options["window_size"] = (window - 1, 0)
         if softcap is not None:
             if "softcap" not in known:
-                raise ValueError(
-                    "softcap: this flash-attn has no soft cap of the scores; update it"
-                )
+                raise ValueError("softcap: this flash-attn has no soft cap; update it")
             options["softcap"] = softcap
-        out = function(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=longest_q,
-            max_seqlen_k=longest_k,
-            **options,
-        )
+        options |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+        options |= {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
+        out = function(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return kernel
 
 
 @cache
-def varlen_kernel() -> Callable | None:
-    """torch's `varlen_attn` behind our signature, None where torch lacks it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+def varlen_kernel() -> Callable:
+    """torch's `varlen_attn` behind our signature."""
     return adapt_varlen(varlen_attn)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,15 @@ class Prefixes:
         return torch.cat([pieces[n] for n in self.order])
 
 
+class _Scores(NamedTuple):
+    """What attention does to its scores."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    dropout: float
+
+
 def sequences_attention(
     query: Tensor,
     key: Tensor,
@@ -82,18 +92,22 @@ def sequences_attention(
     A sequence without window or soft cap is one call of sdpa; else blocks of queries see only the
     keys that they need. The branches of a prefix are cut into blocks together.
     """
-    options = (scaling, window, softcap, dropout)
+    scores = _Scores(scaling, window, softcap, dropout)
     runs = list(_runs(lengths, prefixes))
     sizes = [size for length, branches in runs for size in (length, sum(branches)) if size]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     outs, start = [], 0
     for length, branches in runs:
         q, k, v = next(pieces)
-        outs += _sequence(q, k, v, *options)
+        if softcap is None and (window is None or length <= window):
+            outs.append(_sdpa(q, k, v, scores, is_causal=True))
+        else:  # one branch of an empty prefix
+            origin = torch.zeros(length, dtype=torch.int64, device=q.device)
+            outs += _branches(q, k, v, None, [length], origin, scores)
         start += length
         if branches:
-            starts = prefixes.starts[start : start + sum(branches)] - start
-            outs += _branches(*next(pieces), k, v, branches, starts, *options)
+            origin = prefixes.starts[start : start + sum(branches)] - start
+            outs += _branches(*next(pieces), (k, v), branches, origin, scores)
             start += sum(branches)
     return torch.cat(outs, dim=2)
 
@@ -107,47 +121,18 @@ def _runs(lengths: Sequence[int], prefixes: Prefixes | None) -> Iterator[tuple[i
         n += 1 + count
 
 
-def _sequence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    dropout: float,
-) -> Iterator[Tensor]:
-    length = query.shape[2]
-    if softcap is None and (window is None or length <= window):
-        options = {"dropout_p": dropout, "scale": scaling}
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-        yield F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-        return
-    block = max(QUERY_BLOCK, window or 0)
-    for first in range(0, length, block):
-        end = min(first + block, length)
-        low = max(0, first - window + 1) if window else 0
-        i = torch.arange(first, end, device=query.device)[:, None]
-        j = torch.arange(low, end, device=query.device)
-        seen = (j <= i) if window is None else (j <= i) & (i - j < window)
-        q, k, v = query[:, :, first:end], key[:, :, low:end], value[:, :, low:end]
-        yield _masked(q, k, v, seen, scaling, softcap, dropout)
-
-
 def _branches(
     query: Tensor,  # (1, heads, B, D) of all branches, end to end
     key: Tensor,
     value: Tensor,
-    prefix_k: Tensor,  # (1, kv_heads, P, D)
-    prefix_v: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,  # keys and values, (1, kv_heads, P, D) each
     lengths: Sequence[int],
     starts: Tensor,  # (B,) first token of each token's branch, counted from the first branch's
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    dropout: float,
+    scores: _Scores,
 ) -> Iterator[Tensor]:
     """Blocks of queries, each with the prefix and its own branches from the first one's start."""
-    total, size = query.shape[2], prefix_k.shape[2]
+    total, size = query.shape[2], prefix[0].shape[2] if prefix else 0
+    window = scores.window
     reach = math.inf if window is None else window
     block = max(QUERY_BLOCK, window or 0)
     cuts = [sum(lengths[:n]) for n in range(len(lengths))]
@@ -155,38 +140,37 @@ def _branches(
         end = min(first + block, total)
         begin = max(cut for cut in cuts if cut <= first)
         own = max(begin, first - reach + 1)
-        # The query nearest to the prefix: the first of the block, or of a branch within it.
-        near = 0 if any(first <= cut < end for cut in cuts) else first - begin
-        low = min(size, max(0, size + near - reach + 1))
         i = torch.arange(first, end, device=query.device)[:, None]
         j = torch.arange(own, end, device=query.device)
         origin = starts[first:end, None]
         seen = (j <= i) & (starts[own:end] == origin)
-        before = torch.arange(low - size, 0, device=query.device)  # places, from a branch's start
-        ahead = (i - origin - before) < reach
         if window is not None:
             seen &= i - j < window
-        q = query[:, :, first:end]
-        k = torch.cat([prefix_k[:, :, low:], key[:, :, own:end]], dim=2)
-        v = torch.cat([prefix_v[:, :, low:], value[:, :, own:end]], dim=2)
-        yield _masked(q, k, v, torch.cat([ahead, seen], dim=1), scaling, softcap, dropout)
+        k, v = key[:, :, own:end], value[:, :, own:end]
+        if prefix:
+            # The query nearest to the prefix: the first of the block, or of a branch within it.
+            near = 0 if any(first <= cut < end for cut in cuts) else first - begin
+            low = min(size, max(0, size + near - reach + 1))
+            before = torch.arange(low - size, 0, device=query.device)  # from a branch's start
+            seen = torch.cat([(i - origin - before) < reach, seen], dim=1)
+            k, v = (torch.cat([x[:, :, low:], y], 2) for x, y in zip(prefix, (k, v), strict=True))
+        yield _masked(query[:, :, first:end], k, v, seen, scores)
 
 
-def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Tensor,  # (queries, keys) bool
-    scaling: float,
-    softcap: float | None,
-    dropout: float,
-) -> Tensor:
+def _masked(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scores: _Scores) -> Tensor:
+    """Attention where `seen` (queries, keys) bool allows it."""
+    cap, dropout = scores.softcap, scores.dropout
+    if cap is None:
+        return _sdpa(query, key, value, scores, attn_mask=seen)
     groups = query.shape[1] // key.shape[1]
-    if softcap is None:
-        options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": groups > 1}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, **options)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap) * softcap
-    scores = scores.masked_fill(~seen, float("-inf"))
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    z = torch.tanh(query @ key.transpose(-1, -2) * scores.scaling / cap) * cap
+    z = z.masked_fill(~seen, float("-inf"))
+    weights = torch.softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
     return F.dropout(weights.to(value.dtype), dropout, training=dropout > 0) @ value
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scores: _Scores, **mask: Any) -> Tensor:
+    options = {"dropout_p": scores.dropout, "scale": scores.scaling}
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options, **mask)

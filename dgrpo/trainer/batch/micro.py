@@ -50,10 +50,8 @@ class Micro:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """(first token, C) of each sample: tokens whose hidden states predict its completion."""
-        return [
-            (start, sample.completion_ids.numel())
-            for start, sample in zip(self.starts, self.samples, strict=True)
-        ]
+        counts = [len(sample.completion_ids) for sample in self.samples]
+        return list(zip(self.starts, counts, strict=True))
 
     def model_args(self) -> dict[str, Any]:
         """Arguments of `PolicyModel.forward` and `.hidden_states`."""

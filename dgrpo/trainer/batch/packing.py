@@ -22,9 +22,8 @@ def pack(
     """Pack samples into micros of at most `max_tokens` tokens, by first-fit decreasing.
 
     Samples of one group with the same prompt go together and share it; where they are more than
-    `max_tokens`, they are first split into several such units, again by first-fit decreasing. A
-    longer sample gets a micro of its own. The result depends on the samples' order and lengths,
-    and on which share a prompt.
+    `max_tokens`, they are first split into several such units. A longer sample gets a micro of its
+    own. The result depends on the samples' order and lengths, and on which share a prompt.
 
     Args:
         samples: those of one call either all carry `token_weights` (`old_logprobs`, `ref_logprobs`,
@@ -40,36 +39,21 @@ def pack(
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
     fields = shared_fields(samples)
-    alike = _alike(samples) if share_prompts else [[i] for i in range(len(samples))]
-    units = [unit for same in alike for unit in _split(samples, same, max_tokens)]
-    costs = [_prefix(samples, unit) + _branches(samples, unit) for unit in units]
+    alike: dict[Any, list[int]] = {}  # samples of a group with the same prompt
+    for i, sample in enumerate(samples):
+        key = (sample.group, sample.prompt_ids.numpy().tobytes()) if share_prompts else i
+        alike.setdefault(key, []).append(i)
+    units, costs = [], []
+    for same in alike.values():
+        prefix = len(samples[same[0]].prompt_ids) - 1
+        sizes = [len(samples[i].completion_ids) for i in same]
+        for chosen in _first_fit(sizes, max_tokens - prefix):
+            units.append([same[n] for n in chosen])
+            costs.append(prefix + sum(sizes[n] for n in chosen))
     return [
         _micro(samples, [units[n] for n in chosen], fields, coefficients)
         for chosen in _first_fit(costs, max_tokens)
     ]
-
-
-def _alike(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of the samples of each group that have the same prompt."""
-    found: dict[tuple[int, bytes], list[int]] = {}
-    for i, sample in enumerate(samples):
-        found.setdefault((sample.group, sample.prompt_ids.numpy().tobytes()), []).append(i)
-    return list(found.values())
-
-
-def _split(samples: Sequence[Sample], same: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Samples with one prompt in units of at most `max_tokens`, each with the prefix once."""
-    costs = [_branches(samples, [i]) for i in same]
-    bins = _first_fit(costs, max_tokens - _prefix(samples, same))
-    return [[same[n] for n in chosen] for chosen in bins]
-
-
-def _prefix(samples: Sequence[Sample], unit: Sequence[int]) -> int:
-    return samples[unit[0]].prompt_ids.numel() - 1
-
-
-def _branches(samples: Sequence[Sample], unit: Sequence[int]) -> int:
-    return sum(samples[i].completion_ids.numel() for i in unit)
 
 
 def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
@@ -92,27 +76,20 @@ def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
     Raises:
         ValueError: some samples have a field and others lack it.
     """
-    names = []
-    for name in SHARED:
-        have = sum(getattr(sample, name) is not None for sample in samples)
+    counts = {name: sum(getattr(s, name) is not None for s in samples) for name in SHARED}
+    for name, have in counts.items():
         if 0 < have < len(samples):
             raise ValueError(
                 f"{name}: got it for {have} of {len(samples)} samples, expected all or none"
             )
-        if have:
-            names.append(name)
-    return tuple(names)
+    return tuple(name for name, have in counts.items() if have)
 
 
 def balanced_count(micros: list[Micro], **coefficients: Any) -> list[Micro]:
     """Fill up with masked one-token micros to the largest count of any rank. Collective.
 
     A filler has a context with the same fields as the micros of the other ranks, so that all run
-    the same code. Without a process group the list is returned as it is.
-
-    Args:
-        micros: of this rank, possibly none.
-        coefficients: those given to `pack`.
+    the same code; `coefficients` are those given to `pack`.
     """
     if ranks().world == 1:
         return micros
@@ -143,9 +120,8 @@ def _micro(
     ids, positions, branches, starts = _lay_out([[samples[i] for i in unit] for unit in units])
     lengths = tuple(map(len, ids))
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    where = torch.cat(
-        [torch.arange(t, t + len(s.completion_ids)) for s, t in zip(chosen, starts, strict=True)]
-    )
+    counts = [len(sample.completion_ids) for sample in chosen]
+    where = torch.cat([torch.arange(t, t + c) for t, c in zip(starts, counts, strict=True)])
 
     def spread(pieces: list[Tensor], dtype: torch.dtype, empty: float = 0) -> Tensor:
         """(C,) pieces to the (T,) tokens whose hidden states predict them."""
@@ -154,7 +130,7 @@ def _micro(
         return values
 
     def column(name: str, default: float, dtype: torch.dtype, empty: float = 0) -> Tensor:
-        given = ((getattr(s, name), len(s.completion_ids)) for s in chosen)
+        given = zip([getattr(sample, name) for sample in chosen], counts, strict=True)
         pieces = [torch.full((c,), default, dtype=dtype) if x is None else x for x, c in given]
         return spread(pieces, dtype, empty)
 
@@ -165,8 +141,8 @@ def _micro(
         tensors = {name: column(name, 0, torch.float32) for name in ("advantages", *fields)}
         scalars = dict(coefficients)
         if any(sample.teacher_coef is not None for sample in chosen):
-            beta = float(scalars.pop("teacher_coef", Context.teacher_coef))
-            tensors["teacher_coef"] = column("teacher_coef", beta, torch.float32)
+            teacher_coef = float(scalars.pop("teacher_coef", Context.teacher_coef))
+            tensors["teacher_coef"] = column("teacher_coef", teacher_coef, torch.float32)
         context = Context(**tensors, **scalars)
     return Micro(
         input_ids=torch.cat(ids)[None],
@@ -193,19 +169,20 @@ def _lay_out(
     A start is the token that predicts the completion's first one.
     """
     ids, positions, branches, starts, end = [], [], [], [], 0
+
+    def add(tokens: Tensor, position: int, own_branches: int) -> None:
+        nonlocal end
+        ids.append(tokens)
+        positions.append(torch.arange(position, position + len(tokens)))
+        branches.append(own_branches)
+        end += len(tokens)
+
     for unit in units:
         size = len(unit[0].prompt_ids) - 1  # of the prefix
         shared = size if len(unit) > 1 else 0
         if shared:
-            ids.append(unit[0].prompt_ids[:size])
-            positions.append(torch.arange(size))
-            branches.append(len(unit))
-            end += size
+            add(unit[0].prompt_ids[:size], 0, len(unit))
         for sample in unit:
-            own = torch.cat([sample.prompt_ids[shared:], sample.completion_ids[:-1]])
-            ids.append(own)
-            positions.append(torch.arange(shared, shared + len(own)))
-            branches.append(0)
             starts.append(end + size - shared)
-            end += len(own)
+            add(torch.cat([sample.prompt_ids[shared:], sample.completion_ids[:-1]]), shared, 0)
     return ids, positions, branches, starts

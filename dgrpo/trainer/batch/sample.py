@@ -46,8 +46,7 @@ class Sample:
     """One prompt and its completion, on the CPU. `(C,)` tensors are aligned with `completion_ids`.
 
     The packed sequence is prompt + completion without its last token, which predicts nothing: the
-    hidden state at position `P - 1 + i` predicts completion token i. Samples of one `group` with
-    the same prompt share all of it but its last token.
+    hidden state at position `P - 1 + i` predicts completion token i.
 
     Raises:
         ValueError: an empty prompt or completion, or a per-token tensor of another length.
@@ -105,8 +104,7 @@ class Sample:
 
     def seen_by_teacher(self) -> Sample:
         """The sample as the teacher reads it: its prompt, masked to the tokens that it guides."""
-        own = self.teacher_prompt_ids
-        prompt = self.prompt_ids if own is None else own
+        prompt = self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
         return Sample(prompt, self.completion_ids, loss_mask=self.guided, group=self.group)
 
     def state(self) -> dict[str, Any]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+import collections
+import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from dgrpo.distributed import ranks
 from dgrpo.trainer.checkpoint import files, storage
-from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat, by_rank, failures
+from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat, together
 from dgrpo.trainer.checkpoint.state import (
     RunState,
     decode,
@@ -36,8 +35,6 @@ from dgrpo.trainer.checkpoint.tensors import (
     optimizer_tensors,
 )
 
-_T = TypeVar("_T")
-
 
 class Checkpointer:
     """The checkpoints of one run: `folder/step-00000012`, each complete or not there at all.
@@ -49,21 +46,13 @@ class Checkpointer:
         folder: where the checkpoints lie, on a file system that all ranks share.
         keep: how many complete ones stay; older ones go once a new one is complete.
         asynchronous: `save` returns when parameters and optimiser state are copied to host memory,
-            and the rest happens in a thread. False: no copy is made, `save` returns when all is on
-            the disk.
+            and a thread does the rest. False: `save` makes no copy and returns when all is on disk.
         frozen: save parameters that need no gradient too. False for LoRA: the base model comes from
             where it came from at the start.
-
-    Without `torch.distributed`, or with one rank, everything happens in this process.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        keep: int = 2,
-        asynchronous: bool = True,
-        frozen: bool = True,
+        self, folder: str | Path, *, keep: int = 2, asynchronous: bool = True, frozen: bool = True
     ):
         if keep < 1:
             raise ValueError(f"keep: got {keep}, expected at least 1")
@@ -74,9 +63,6 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._stager: DefaultStager | None = None
-        self._dcp = {"process_group": self.ranks.group, "no_dist": self.ranks.world == 1}
-        # DCP warns on every call that it works in one process, as intended.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints in place, ascending."""
@@ -85,7 +71,7 @@ class Checkpointer:
     def save(
         self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], state: RunState
     ) -> None:
-        """Saves the run at `state.step`. Collective; first waits for the save before.
+        """Save the run at `state.step`. Collective; first waits for the save before.
 
         Raises:
             CheckpointError: that one failed, or, if synchronous, this one.
@@ -104,19 +90,10 @@ class Checkpointer:
                 tensors = self._stage(tensors)
         except Exception as caught:
             error = caught
-        writer = storage.Writer(
-            self.folder / files.folder_name(state.step),
-            step=state.step,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world,
-            state=encoded,
-            error=error,
-            committed=lambda: files.prune(self.folder, self.keep),
-        )
         if self.asynchronous:
-            self._pending = self._thread.submit(self._write, tensors, writer)
+            self._pending = self._thread.submit(self._write, state.step, tensors, encoded, error)
         else:
-            self._write(tensors, writer)
+            self._write(state.step, tensors, encoded, error)
 
     def _stage(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A copy on the host, in buffers that every save uses again."""
@@ -125,39 +102,63 @@ class Checkpointer:
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         return self._stager.stage(tensors)
 
-    def _write(self, tensors: dict[str, torch.Tensor], writer: storage.Writer) -> None:
-        planner = DefaultSavePlanner(flatten_state_dict=False)
-        try:
-            dcp.save(tensors, storage_writer=writer, planner=planner, **self._dcp)
-        except CheckpointException as error:
+    def _write(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        state: tuple[str, dict[str, torch.Tensor]],
+        error: Exception | None,  # what went wrong on this rank so far: all ranks hear of it
+    ) -> None:
+        temporary = self.folder / f"{files.folder_name(step)}.tmp"
+        planner, what = DefaultSavePlanner(flatten_state_dict=False), f"saving step {step} failed"
+
+        def plan() -> SavePlan:
+            if error is not None:
+                raise error
             if self.ranks.first:
-                files.discard(writer.temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            planner.set_up_planner(tensors, is_coordinator=self.ranks.first)
+            return planner.create_local_plan()
+
+        def write() -> tuple[list[SavePlan], dict[str, dict]]:
+            own, _ = planner.create_global_plan(plans)  # without what another rank writes too
+            items = own[self.ranks.rank].items
+            pieces = {storage.piece_key(item): planner.resolve_data(item) for item in items}
+            return own, storage.write_rank(temporary, self.ranks.rank, state, pieces)
+
+        def publish() -> None:
+            if self.ranks.first:
+                storage.publish(temporary, step, plans, listed)
+                files.prune(self.folder, self.keep)
+
+        try:
+            plans = self.ranks.gather(together(self.ranks, what, plan))
+            plans, own = together(self.ranks, what, write)
+            listed = dict(collections.ChainMap(*self.ranks.gather(own)))
+            together(self.ranks, what, publish)
+        except CheckpointError as failed:
+            if self.ranks.first:
+                shutil.rmtree(temporary, ignore_errors=True)
             kept = self.steps()
             rest = f"the checkpoint of step {kept[-1]} is in place" if kept else "there is no other"
-            text = f"saving step {writer.step} failed; {failures(error)}; {rest}"
-            raise CheckpointError(text) from error
+            raise CheckpointError(f"{failed}; {rest}") from failed.__cause__
 
     def wait(self) -> None:
-        """Waits for the save under way; raises its error, on every rank."""
+        """Wait for the save under way; raises its error, on every rank."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def restore(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | Sequence[Optimizer],
-        step: int | None = None,
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], step: int | None = None
     ) -> RunState | None:
-        """Loads a checkpoint in place and returns its state; None if there is none. Collective.
+        """Load a checkpoint in place and return its state; None if there is none. Collective.
 
         The newest by default; where it is damaged that is printed and the one before is taken.
-        Later ones than that restored are set aside, and removed by the next save. Random numbers
-        are restored too, so call this last, after the model is built, sharded and its optimiser
-        made.
-
-        With another number of ranks than at the save, rollouts in flight are distributed over the
-        ranks in their order, and a new rank gets random numbers seeded from rank 0's.
+        Later ones are set aside, and removed by the next save. Random numbers are restored too, so
+        call this last. With another number of ranks than at the save, rollouts in flight are
+        distributed over them in order, and a new rank's random numbers are seeded from rank 0's.
 
         Raises:
             CheckpointError: all are damaged, or `step`'s is; or one is of another format.
@@ -166,26 +167,29 @@ class Checkpointer:
         folder = self._choose(step)
         if folder is None:
             return None
-        optimizers, what = _sequence(optimizer), f"{folder} cannot be loaded"
-        reader, first, tensors, templates = self._together(what, lambda: self._plan(folder, model))
-        try:
-            planner = DefaultLoadPlanner(flatten_state_dict=False)
-            dcp.load(tensors | templates, storage_reader=reader, planner=planner, **self._dcp)
-        except CheckpointException as error:
-            raise CheckpointError(f"{what}: {failures(error)}") from error
 
-        def finish() -> RunState:
-            load_optimizers(model, optimizers, first["optimizers"], templates)
-            state = self._own_state(folder, first)
-            later = files.set_aside(self.folder, state.step) if self.ranks.first else []
-            if later:
+        def load() -> RunState:
+            metadata = storage.read_index(folder)
+            first = decode(*storage.read_rank(folder, 0))
+            rest = first["optimizers"]
+            templates = optimizer_templates(model, rest, metadata.state_dict_metadata)
+            tensors = model_tensors(model, self.frozen) | templates
+            storage.read_tensors(folder, metadata, tensors)
+            load_optimizers(model, _sequence(optimizer), rest, templates)
+            return self._own_state(folder, first)
+
+        def set_later_aside() -> None:
+            later = [other for other in self.steps() if other > state.step]
+            if later and self.ranks.first:
+                files.set_aside(self.folder, later)
                 print(f"checkpoint: set aside those of the later steps {later}", flush=True)
-            return state
 
-        return self._together(what, finish)
+        state = together(self.ranks, f"{folder} cannot be loaded", load)
+        together(self.ranks, str(self.folder), set_later_aside)
+        return state
 
     def close(self) -> None:
-        """Waits for the save under way and frees the staging buffers."""
+        """Wait for the save under way and free the staging buffers."""
         try:
             self.wait()
         finally:
@@ -202,7 +206,7 @@ class Checkpointer:
                 files.recover(self.folder)
             return self.steps()
 
-        steps = self.ranks.gather(self._together(str(self.folder), scan))[0]
+        steps = self.ranks.gather(together(self.ranks, str(self.folder), scan))[0]
         if step is not None:
             if step not in steps:
                 raise CheckpointError(f"{self.folder}: no step {step}, expected one of {steps}")
@@ -221,7 +225,7 @@ class Checkpointer:
         return None
 
     def _damages(self, folder: Path) -> list[str]:
-        """What is wrong with a checkpoint; every rank verifies its share of the files."""
+        """What is wrong with a checkpoint; every rank checks its share of the files."""
         found, other = [], None
         try:
             listed = files.read_manifest(folder)["files"]
@@ -236,51 +240,19 @@ class Checkpointer:
             raise OtherFormat(others[0])  # an older one in its place would cost its steps
         return sorted({text for part, _ in answers for text in part})
 
-    def _plan(self, folder: Path, model: nn.Module) -> tuple:
-        """Reader, rank 0's state, and what is loaded in place: the model, the optimisers' state."""
-        reader = storage.Reader(folder)
-        saved = reader.saved()
-        tensors = model_tensors(model, self.frozen)
-        problems = [f"it has no {name}" for name in tensors if name not in saved] + [
-            f"{name} has shape {list(saved[name][1])}, here {list(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if name in saved and saved[name][1] != tensor.shape
-        ]
-        if problems:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise CheckpointError(f"the model is another: {problems[0]}{more}")
-        first = decode(*storage.read_rank(folder, 0))
-        return reader, first, tensors, optimizer_templates(model, first["optimizers"], saved)
-
     def _own_state(self, folder: Path, first: dict) -> RunState:
         """This rank's state out of the rank files of a run with any number of ranks."""
-        world_size = files.read_manifest(folder)["world_size"]
-        if world_size == self.ranks.world:
-            own = first if self.ranks.first else decode(*storage.read_rank(folder, self.ranks.rank))
-            rollouts = own["rollouts"]
+        world, rank = files.read_manifest(folder)["world_size"], self.ranks.rank
+        needed = [rank] if world == self.ranks.world else range(world)
+        saved = {r: decode(*storage.read_rank(folder, r)) if r else first for r in needed}
+        if rank in saved:
+            set_random_state(saved[rank]["random"])
         else:
-            every = [first, *(decode(*storage.read_rank(folder, r)) for r in range(1, world_size))]
-            own = every[self.ranks.rank] if self.ranks.rank < world_size else None
-            rollouts = [entry for rank in every for entry in rank["rollouts"]]
-            rollouts = share(rollouts, self.ranks.rank, self.ranks.world)
-        if own is not None:
-            set_random_state(own["random"])
-        else:
-            fork_random_state(first["random"], self.ranks.rank)
+            fork_random_state(first["random"], rank)
+        rollouts = [entry for part in saved.values() for entry in part["rollouts"]]
+        if world != self.ranks.world:
+            rollouts = share(rollouts, rank, self.ranks.world)
         return RunState.restore(first["shared"], rollouts)
-
-    def _together(self, what: str, call: Callable[[], _T]) -> _T:
-        """`call()`, or CheckpointError on every rank if it fails on any."""
-        value, error = None, None
-        try:
-            value = call()
-        except Exception as caught:
-            error = caught
-        texts = self.ranks.gather(error and f"{type(error).__name__}: {error}")
-        failed = {rank: text for rank, text in enumerate(texts) if text}
-        if failed:
-            raise CheckpointError(f"{what}: {by_rank(failed)}") from error
-        return value
 
 
 def _sequence(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch.distributed.checkpoint.api import CheckpointException
+from collections.abc import Callable
+from typing import TypeVar
+
+from dgrpo.distributed import Ranks
+
+_T = TypeVar("_T")
 
 
 class CheckpointError(RuntimeError):
@@ -13,15 +18,23 @@ class OtherFormat(CheckpointError):
     """A checkpoint is whole as far as one can tell, but of another version of dgrpo."""
 
 
-def failures(error: CheckpointException) -> str:
-    """What DCP gathered from the ranks that failed, without its tracebacks."""
-    causes = ((rank, cause) for rank, (cause, _) in error.failures.items())
-    return by_rank({rank: f"{type(cause).__name__}: {cause}" for rank, cause in causes})
+def together(ranks: Ranks, what: str, call: Callable[[], _T]) -> _T:
+    """`call()`, or CheckpointError on every rank if it fails on any. COLLECTIVE.
 
-
-def by_rank(failed: dict[int, str]) -> str:
-    """One line; ranks that say the same share it."""
-    ranks: dict[str, list[int]] = {}
-    for rank, text in sorted(failed.items()):
-        ranks.setdefault(text, []).append(rank)
-    return "; ".join(f"rank {', '.join(map(str, who))}: {text}" for text, who in ranks.items())
+    A collective within `call` must run on every rank, whatever fails.
+    """
+    value, error = None, None
+    try:
+        value = call()
+    except BaseException as caught:  # an interrupt too must not leave the other ranks waiting
+        error = caught
+    failed: dict[str, list[str]] = {}  # ranks that say the same share it
+    for rank, text in enumerate(ranks.gather(error and f"{type(error).__name__}: {error}")):
+        if text:
+            failed.setdefault(text, []).append(str(rank))
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    if failed:
+        texts = (f"rank {', '.join(who)}: {text}" for text, who in failed.items())
+        raise CheckpointError(f"{what}: {'; '.join(texts)}") from error
+    return value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,52 +14,10 @@ import torch
 
 from dgrpo.distributed import ranks
 from dgrpo.trainer.checkpoint import files
-from dgrpo.trainer.checkpoint.errors import CheckpointError
+from dgrpo.trainer.checkpoint.errors import together
 
 if TYPE_CHECKING:
     from dgrpo.trainer.policy import PolicyModel
-
-
-class _Shards:
-    """Fills `model-00001-of-00003.safetensors`, …; holds one file's tensors in host memory."""
-
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
-        self.held: dict[str, torch.Tensor] = {}
-        self.bytes, self.total = 0, 0
-        self.written: list[list[str]] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.held and self.bytes + size > self.limit:
-            self.flush()
-        self.held[name] = tensor.detach().to("cpu", copy=True)
-        self.bytes += size
-        self.total += size
-
-    def flush(self) -> None:
-        pieces = [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in self.held.items()]
-        part = self.folder / f"part-{len(self.written)}"
-        files.write_tensors(part, pieces, {"format": "pt"})
-        self.written.append(list(self.held))
-        self.held, self.bytes = {}, 0
-
-    def has(self, name: str) -> bool:
-        return any(name in names for names in self.written)
-
-    def finish(self) -> None:
-        """The last file, the names with their count, and the index where there are several."""
-        self.flush()
-        count, places = len(self.written), {}
-        for number, names in enumerate(self.written):
-            final = "model.safetensors"
-            if count > 1:
-                final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(self.folder / f"part-{number}", self.folder / final)
-            places |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self.total}, "weight_map": places}
-            files.write_json(self.folder / "model.safetensors.index.json", index)
 
 
 def export(
@@ -77,48 +36,42 @@ def export(
 
     Args:
         model: sharded or not, with LoRA or without.
-        folder: configuration, generation configuration, weights and tokenizer go here.
-        tokenizer: saved beside the weights, if given.
+        folder: configuration, weights and, if given, tokenizer go here.
         dtype: of the floating-point weights; None keeps that of the parameters.
         merge: with LoRA, merge it into the weights; False writes the adapter that
             `PeftModel.from_pretrained` puts on its base model.
         shard_bytes: largest size of a weight file, and the host memory that rank 0 needs.
     """
-    from dgrpo.trainer.policy.fsdp import (
-        full_tensors,  # imports transformers, which a Checkpointer does not need
-    )
+    # Imports transformers, which a Checkpointer does not need.
+    from dgrpo.trainer.policy.fsdp import full_tensors
 
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     adapter = not merge and model.model is not model.causal
     tensors = full_tensors(model, merge=not adapter, dtype=dtype)
-    writes, error = ranks().first, None
+    writes = ranks().first
+
+    def write() -> None:
+        try:
+            if writes:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                if adapter:
+                    _write_adapter(model, tensors, temporary)
+                else:
+                    _write_model(model, tensors, temporary, dtype, shard_bytes)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
+        finally:  # every rank takes part in gathering each tensor, also after an error on rank 0
+            collections.deque(tensors, maxlen=0)
+        if writes:
+            files.replace_folder(temporary, folder)
+
     try:
+        together(ranks(), f"export to {folder}", write)
+    finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            if adapter:
-                _write_adapter(model, tensors, temporary)
-            else:
-                _write_model(model, tensors, temporary, dtype, shard_bytes)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-    except Exception as caught:
-        error = caught
-    try:
-        for (
-            _
-        ) in tensors:  # what is left: the other ranks' part in the collectives, or after an error
-            pass
-        if writes and error is None:
-            files.replace_folder(temporary, folder)
-    except Exception as caught:
-        error = error or caught
-    if writes:
-        files.discard(temporary)
-    texts = ranks().gather(error and f"{type(error).__name__}: {error}")
-    if any(texts):
-        raise CheckpointError(f"export to {folder}: {next(filter(None, texts))}") from error
     return folder
 
 
@@ -129,19 +82,52 @@ def _write_model(
     dtype: torch.dtype | None,
     shard_bytes: int,
 ) -> None:
-    shards = _Shards(folder, shard_bytes)
-    for name, tensor in tensors:
-        shards.add(name, tensor)
-    shards.finish()
+    places = _write_weights(tensors, folder, shard_bytes)
     causal = model.causal
     config = copy.deepcopy(causal.config)
     config.architectures = [type(causal).__name__]
     config.dtype = dtype or model.head.weight.dtype
-    if model.tied and shards.has("lm_head.weight"):  # merging LoRA has untied it
+    if model.tied and "lm_head.weight" in places:  # merging LoRA has untied it
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     config.save_pretrained(folder)
     if causal.generation_config is not None:
         causal.generation_config.save_pretrained(folder)
+
+
+def _write_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limit: int
+) -> dict[str, str]:
+    """Write `model-00001-of-00003.safetensors`, …, and their index; the file of each tensor."""
+    written, total = [], 0
+    for held in _filled(tensors, limit):
+        files.write_tensors(folder / f"part-{len(written)}", held, {"format": "pt"})
+        written.append(list(held))
+        total += sum(tensor.nbytes for tensor in held.values())
+    count, places = len(written), {}
+    for number, names in enumerate(written):
+        final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        final = final if count > 1 else "model.safetensors"
+        os.rename(folder / f"part-{number}", folder / final)
+        places |= dict.fromkeys(names, final)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        files.write_json(folder / "model.safetensors.index.json", index)
+    return places
+
+
+def _filled(
+    tensors: Iterable[tuple[str, torch.Tensor]], limit: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of one file after the other, copied to the host and freed before the next."""
+    held, size = {}, 0
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > limit:
+            yield held
+            held.clear()
+            size = 0
+        held[name] = tensor.detach().to("cpu", copy=True)
+        size += tensor.nbytes
+    yield held
 
 
 def _write_adapter(
@@ -151,8 +137,7 @@ def _write_adapter(
 
     own = {name: tensor.cpu() for name, tensor in tensors if ".lora_" in name}
     own = get_peft_model_state_dict(model.model, state_dict=own, save_embedding_layers=False)
-    pieces = [(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in own.items()]
-    files.write_tensors(folder / "adapter_model.safetensors", pieces, {"format": "pt"})
+    files.write_tensors(folder / "adapter_model.safetensors", own, {"format": "pt"})
     config = copy.copy(model.model.active_peft_config)
     config.inference_mode = True  # as peft saves it
     config.save_pretrained(folder)

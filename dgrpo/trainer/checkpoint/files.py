@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,29 +25,25 @@ FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 24
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # by safetensors' names
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a dtype, such as `"BF16"`.
-
-    Raises:
-        TypeError: the format has no such dtype.
-    """
+    """The safetensors name of a dtype, such as `"BF16"`; TypeError where it has none."""
     if dtype not in _NAMES:
         raise TypeError(f"dtype: got {dtype}, expected one of {sorted(_NAMES.values())}")
     return _NAMES[dtype]
@@ -58,14 +54,8 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def folder_step(path: Path) -> int | None:
-    """The step in a complete checkpoint's name; None for temporary and abandoned ones."""
-    match = _STEP.fullmatch(path.name)
-    return int(match.group(1)) if match else None
-
-
 def _write(path: Path, chunks: Iterable) -> dict:
-    """Write bytes to a file and flush it to the disk; its size and CRC-32."""
+    """Write bytes to a file and flush it to the disk; its size and CRC-32. OSErrors name it."""
     size = crc = 0
     try:
         with path.open("wb") as file:
@@ -79,27 +69,22 @@ def _write(path: Path, chunks: Iterable) -> dict:
     return {"bytes": size, "crc32": f"{crc:08x}"}
 
 
-Piece = tuple[str, torch.dtype, tuple[int, ...], Callable[[], torch.Tensor]]
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]
+) -> dict:
+    """Write one safetensors file and flush it to the disk; returns `{"bytes", "crc32"}`.
 
-
-def write_tensors(path: Path, pieces: Iterable[Piece], metadata: dict[str, str]) -> dict:
-    """Writes one safetensors file, a tensor at a time, and flushes it to the disk.
-
-    `pieces` are `(key, dtype, shape, tensor)` with `tensor()` called when its turn comes, so that
-    only one is on the host. Returns `{"bytes", "crc32"}`.
-
-    Raises:
-        OSError: with the path.
+    Unlike safetensors' own writer, it copies one tensor at a time from the GPU.
     """
     # Widest dtypes first, as readers want every tensor aligned to its item size.
-    pieces = sorted(pieces, key=lambda piece: -piece[1].itemsize)
+    ordered = sorted(tensors.items(), key=lambda pair: -pair[1].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
-    for key, dtype, shape, _ in pieces:
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+    for key, tensor in ordered:
+        start, end = end, end + tensor.nbytes
         header[key] = {
-            "dtype": dtype_name(dtype),
-            "shape": list(shape),
+            "dtype": dtype_name(tensor.dtype),
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
@@ -107,8 +92,8 @@ def write_tensors(path: Path, pieces: Iterable[Piece], metadata: dict[str, str])
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
-        for _, _, _, tensor in pieces:
-            flat = tensor().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             for start in range(0, len(flat), _CHUNK):
                 yield memoryview(flat[start : start + _CHUNK])
 
@@ -116,12 +101,12 @@ def write_tensors(path: Path, pieces: Iterable[Piece], metadata: dict[str, str])
 
 
 def write_json(path: Path, value: object) -> dict:
-    """Writes JSON and flushes it to the disk; returns `{"bytes", "crc32"}`."""
+    """Write JSON and flush it to the disk; returns `{"bytes", "crc32"}`."""
     return _write(path, [json.dumps(value, indent=1).encode()])
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the folder's entries durable: renames and new names in it."""
+    """Make the folder's entries durable: renames and new names in it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -179,13 +164,12 @@ def damages(folder: Path, names: Iterable[str], files: dict[str, dict]) -> list[
 
 def complete_steps(folder: Path) -> list[int]:
     """The steps, ascending, whose folder is in place. Loading checks what is in it."""
-    if not folder.is_dir():
-        return []
-    return sorted(step for path in folder.iterdir() if (step := folder_step(path)) is not None)
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match.group(1)) for name in names if (match := _STEP.fullmatch(name)))
 
 
 def recover(folder: Path) -> None:
-    """Renames a checkpoint whose writer was killed between its manifest and the rename."""
+    """Rename a checkpoint whose writer was killed between its manifest and the rename."""
     for path in folder.glob("step-*.tmp") if folder.is_dir() else ():
         final = path.with_suffix("")
         try:
@@ -196,26 +180,25 @@ def recover(folder: Path) -> None:
             os.rename(path, final)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what kills and resumes left behind.
-
-    A folder is renamed before it is emptied: a kill leaves no half of one under a valid name.
-    """
-    for step in complete_steps(folder)[:-keep]:
+def set_aside(folder: Path, steps: Iterable[int]) -> None:
+    """Rename checkpoints, for `prune` to delete: a kill leaves no half of one under its name."""
+    for step in steps:
         path = folder / folder_name(step)
-        os.rename(path, path.with_suffix(".abandoned"))
+        abandoned = path.with_suffix(".abandoned")
+        shutil.rmtree(abandoned, ignore_errors=True)
+        os.rename(path, abandoned)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what kills and resumes left behind."""
+    set_aside(folder, complete_steps(folder)[:-keep])
     for pattern in ("step-*.abandoned", "step-*.tmp"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def discard(path: Path) -> None:
-    """Deletes an unfinished folder; what cannot be deleted is left to the next `prune`."""
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Makes all files in `temporary` durable and replaces `folder` by it."""
+    """Make all files in `temporary` durable and replace `folder` by it."""
     for path in temporary.iterdir():
         if path.is_file():
             with path.open("rb") as file:
@@ -228,13 +211,3 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     os.rename(temporary, folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def set_aside(folder: Path, after: int) -> list[int]:
-    """Renames the checkpoints later than `after`, for `prune` to remove. Returns their steps."""
-    steps = [step for step in complete_steps(folder) if step > after]
-    for step in steps:
-        path = folder / folder_name(step)
-        shutil.rmtree(path.with_suffix(".abandoned"), ignore_errors=True)
-        os.rename(path, path.with_suffix(".abandoned"))
-    return steps

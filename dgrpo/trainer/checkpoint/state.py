@@ -59,10 +59,9 @@ def encode(tree: object, name: str = "state") -> tuple[str, dict[str, torch.Tens
             return {"__tensor__": path}
         if value is None or isinstance(value, str | bool | int | float):
             return value
-        if isinstance(value, tuple):
-            return {"__tuple__": [walk(v, f"{path}.{i}") for i, v in enumerate(value)]}
-        if isinstance(value, list):
-            return [walk(v, f"{path}.{i}") for i, v in enumerate(value)]
+        if isinstance(value, list | tuple):
+            items = [walk(v, f"{path}.{i}") for i, v in enumerate(value)]
+            return {"__tuple__": items} if isinstance(value, tuple) else items
         if isinstance(value, dict):
             if all(isinstance(k, str) and k not in _TAGS for k in value):
                 return {k: walk(v, f"{path}.{k}") for k, v in value.items()}
@@ -109,7 +108,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Puts the generators where `random_state` found them."""
+    """Put the generators where `random_state` found them."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, numpy.asarray(keys, dtype=numpy.uint32), *rest))
@@ -119,7 +118,7 @@ def set_random_state(state: dict) -> None:
 
 
 def fork_random_state(state: dict, rank: int) -> None:
-    """Seeds the generators of a rank that the saved run did not have, from another's state."""
+    """Seed the generators of a rank that the saved run did not have, from another's state."""
     digest = hashlib.sha256(bytes(state["torch"].tolist()) + rank.to_bytes(8, "little")).digest()
     seed = int.from_bytes(digest[:4], "little")
     random.seed(seed)

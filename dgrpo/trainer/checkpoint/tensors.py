@@ -1,16 +1,17 @@
 """Every tensor of a model and its optimisers under one flat name, sharded or not.
 
-torch's `get_optimizer_state_dict` is not used: on an optimiser that has no state yet it takes a
-step to make some, so that a checkpoint before the first step would change the run (Adam's step
-count starts at 1).
+torch's `get_optimizer_state_dict` takes a step on an optimiser that has no state yet, so that a
+checkpoint before the first step would change the run (Adam's step count would start at 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from dgrpo.trainer.checkpoint.errors import CheckpointError
@@ -28,7 +29,7 @@ def _clean(name: str) -> str:
 def model_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tensor]:
     """`{"model.<name>": tensor}`: parameters and saved buffers, a shared one once, not copied.
 
-    `frozen=False` leaves out parameters that need no gradient, and all buffers.
+    `frozen=False` leaves out what needs no gradient.
     """
     tensors, seen = {}, set()
     # state_dict() and not named_parameters(): its hooks reshard what FSDP2 has left gathered.
@@ -46,12 +47,12 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def optimizer_tensors(
-    model: nn.Module, optimizers: Iterable[Optimizer]
+    model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The optimisers' state as `{"optimizer.<i>.<name>.<key>": tensor}`, and the rest of it.
 
     The rest, one dict per optimiser: `kind` (its class), `groups` (each group's settings, `params`
-    as names) and `state` (`{name: {key: value, or None where the value is a tensor}}`).
+    as names) and `state` (`{name: {key: {"value": value}, or None for a tensor}}`).
     """
     tensors, rest = {}, []
     names = _names(model)
@@ -65,9 +66,11 @@ def optimizer_tensors(
             name = _name(names, parameter)
             state[name] = {}
             for key, value in values.items():
-                state[name][key] = None if isinstance(value, torch.Tensor) else {"value": value}
                 if isinstance(value, torch.Tensor):
+                    state[name][key] = None
                     tensors[f"optimizer.{i}.{name}.{key}"] = value.detach()
+                else:
+                    state[name][key] = {"value": value}
         rest.append({"kind": type(optimizer).__name__, "groups": groups, "state": state})
     return tensors, rest
 
@@ -82,28 +85,23 @@ def _name(names: dict[nn.Parameter, str], parameter: nn.Parameter) -> str:
 
 
 def optimizer_templates(
-    model: nn.Module, rest: list[dict], saved: dict[str, tuple[torch.dtype, torch.Size]]
+    model: nn.Module, rest: list[dict], saved: dict[str, TensorStorageMetadata]
 ) -> dict[str, torch.Tensor]:
     """Empty tensors to load the saved optimiser state into, sharded like its parameter.
 
-    `saved` gives the dtype and the whole shape under each name. What is not shaped like its
-    parameter (a step count) is whole on every rank, on the CPU; `load_optimizers` moves it to where
-    the optimiser wants it.
+    What is not shaped like its parameter (a step count) is whole on every rank, on the CPU, until
+    the optimiser loads it.
     """
     parameters = {name: parameter for parameter, name in _names(model).items()}
     templates = {}
     for i, part in enumerate(rest):
         for name, values in part["state"].items():
-            for key, value in values.items():
+            for key in [key for key, value in values.items() if value is None]:
                 full = f"optimizer.{i}.{name}.{key}"
-                if value is not None or full not in saved:
-                    continue
-                dtype, shape = saved[full]
+                dtype, shape = saved[full].properties.dtype, saved[full].size
                 parameter = parameters.get(name)
                 if parameter is not None and parameter.shape == shape and shape:
-                    templates[full] = torch.empty_like(
-                        parameter.detach(), dtype=dtype, requires_grad=False
-                    )
+                    templates[full] = torch.empty_like(parameter.detach(), dtype=dtype)
                 else:
                     templates[full] = torch.empty(shape, dtype=dtype)
     return templates
@@ -111,19 +109,16 @@ def optimizer_templates(
 
 def load_optimizers(
     model: nn.Module,
-    optimizers: Iterable[Optimizer],
+    optimizers: Sequence[Optimizer],
     rest: list[dict],
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    """Gives the optimisers the saved state and learning rate.
-
-    Other options (betas, weight decay) stay those that they were made with.
+    """Give the optimisers the saved state and learning rate; other options stay as they are.
 
     Raises:
         CheckpointError: the optimisers' number, kind or parameters differ.
     """
     names = _names(model)
-    optimizers = list(optimizers)
     if len(optimizers) != len(rest):
         raise CheckpointError(
             f"optimizer: got {len(optimizers)} of them, the checkpoint has {len(rest)}"
@@ -136,7 +131,7 @@ def load_optimizers(
         there = [group["params"] for group in part["groups"]]
         if here != there:
             raise CheckpointError(f"optimizer {i}: {_difference(here, there)}")
-        index = {name: n for n, name in enumerate(name for group in here for name in group)}
+        index = {name: n for n, name in enumerate(itertools.chain(*here))}
         state = {
             index[name]: {
                 key: tensors[f"optimizer.{i}.{name}.{key}"] if value is None else value["value"]
@@ -144,24 +139,20 @@ def load_optimizers(
             }
             for name, values in part["state"].items()
         }
-        groups, first = [], 0
+        groups = []
         for group, saved in zip(optimizer.param_groups, part["groups"], strict=True):
-            ids = list(range(first, first + len(saved["params"])))
-            moving = {key: saved[key] for key in ("lr", "initial_lr") if key in saved}
-            groups.append({**group, **moving, "params": ids})
-            first += len(ids)
+            rates = {key: saved[key] for key in ("lr", "initial_lr") if key in saved}
+            groups.append({**group, **rates, "params": [index[name] for name in saved["params"]]})
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _difference(here: list[list[str]], there: list[list[str]]) -> str:
-    """Says in one line how the parameter groups of a run and of a checkpoint differ."""
+    """How the parameter groups of a run and of a checkpoint differ, in one line."""
     if len(here) != len(there):
         return f"got {len(here)} parameter groups, the checkpoint has {len(there)}"
     for number, (mine, saved) in enumerate(zip(here, there, strict=True)):
-        for name in mine:
-            if name not in saved:
-                return f"parameter group {number} has {name}, the checkpoint's has not"
-        for name in saved:
-            if name not in mine:
-                return f"parameter group {number} lacks {name}, which the checkpoint's has"
+        if more := [name for name in mine if name not in saved]:
+            return f"parameter group {number} has {more[0]}, the checkpoint's has not"
+        if less := [name for name in saved if name not in mine]:
+            return f"parameter group {number} lacks {less[0]}, which the checkpoint's has"
     return "the parameters of its groups are in another order than in the checkpoint"

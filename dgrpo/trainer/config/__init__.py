@@ -3,8 +3,15 @@
 from dgrpo.trainer.config.help import describe, settings_help
 from dgrpo.trainer.config.load import dump, load, parse_file, validate
 from dgrpo.trainer.config.method import PRESETS, Coefficient, Method, Schedule
-from dgrpo.trainer.config.run import RunSettings
-from dgrpo.trainer.config.settings import Data, DataSource, Evaluate, Model, Optimizer, Reward
+from dgrpo.trainer.config.run import Evaluate, RunSettings
+from dgrpo.trainer.config.settings import (
+    Data,
+    DataSource,
+    Model,
+    Optimizer,
+    Reward,
+    Teacher,
+)
 
 __all__ = [
     "PRESETS",
@@ -18,6 +25,7 @@ __all__ = [
     "Reward",
     "RunSettings",
     "Schedule",
+    "Teacher",
     "describe",
     "dump",
     "load",

@@ -4,13 +4,13 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from dgrpo.trainer.config.base import Settings
 from dgrpo.trainer.config.method import PRESETS
 from dgrpo.trainer.config.run import RunSettings
+from dgrpo.trainer.config.settings import Settings
 
 
 class Described(NamedTuple):
@@ -43,10 +43,8 @@ def settings_help() -> str:
         if head != group:
             group = head
             lines.append("")
-        shown = (
-            "null" if default is None else repr(default) if isinstance(default, str) else default
-        )
-        shown = str(default) if default == "required" else str(shown)
+        shown = "null" if default is None else repr(default)
+        shown = default if default == "required" else shown
         if len(shown) > 40:
             shown = shown[:37] + "..."
         lines.append(f"  {name}  ({kind}, {shown})")
@@ -65,8 +63,8 @@ def explain(problem: Any) -> str:
     dotted = ".".join(inside)
     if problem["type"] == "extra_forbidden":
         return f"{dotted}: unknown setting{_nearest(dotted)}"
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # of a validator of ours: names a field of its group
+        return f"{dotted}.{problem['ctx']['error']}".removeprefix(".")
     if problem["type"] == "missing":
         return f"{dotted}: missing, expected a value"
     expected = re.sub(r"^(Input|List) should (be )?", "", problem["msg"])
@@ -82,16 +80,14 @@ def _group(annotation: Any) -> type[Settings] | None:
 
 def _kind(annotation: Any) -> str:
     """A type as a reader of YAML wants it: "int", "sft|kd", "float|null"."""
+    inner, origin = get_args(annotation), get_origin(annotation)
     if annotation is type(None):
         return "null"
-    if isinstance(annotation, str):
-        return annotation
-    if not get_args(annotation):
-        return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    kinds = [_kind(a) for a in get_args(annotation)]
-    origin = getattr(annotation, "__origin__", None)
-    if hasattr(annotation, "__metadata__"):  # Annotated: the type and its bounds
-        return _kind(get_args(annotation)[0])
+    if not inner:
+        return getattr(annotation, "__name__", str(annotation))
+    if origin is Annotated:  # the type and its bounds
+        return _kind(inner[0])
+    kinds = [_kind(a) for a in inner]
     return f"{origin.__name__}[{', '.join(kinds)}]" if origin in (list, dict) else "|".join(kinds)
 
 

@@ -12,15 +12,16 @@ do not start that group anew, `stages.NAME.optimizer.lr=1e-6` in one.
 import copy
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from dgrpo.trainer.config.base import Settings
 from dgrpo.trainer.config.help import explain
 from dgrpo.trainer.config.run import RunSettings
+from dgrpo.trainer.config.settings import Settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,13 +30,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.nan$"),
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$|^[-+]\.\d+$"),
     list("-+0123456789."),
 )
-_Loader.yaml_implicit_resolvers = {
-    first: sorted(found, key=lambda pair: pair[0].endswith(":float"))
-    for first, found in _Loader.yaml_implicit_resolvers.items()
-}  # an integer is still an integer: its resolver comes first
 
 
 def load(
@@ -46,18 +43,16 @@ def load(
     `path` may be None: then all comes from the overrides. `stage` picks one. Raises ValueError
     with one line per wrong setting.
     """
-    tree = parse_file(path) if path is not None else {}
-    stages = merge_stages(override(tree, overrides))
-    if stage is not None and list(stages) == [""]:
-        raise ValueError(
-            f"stage: got {stage!r}, but {path or 'the command'} has no stages; leave --stage out"
-        )
-    if stage is not None and stage not in stages:
-        raise ValueError(f"stage: got {stage!r}, expected one of {list(stages)}")
+    stages = merge_stages(override({} if path is None else parse_file(path), overrides))
+    if stage is not None:
+        if list(stages) == [""]:
+            where = path or "the command"
+            raise ValueError(f"stage: got {stage!r}, but {where} has no stages; leave --stage out")
+        if stage not in stages:
+            raise ValueError(f"stage: got {stage!r}, expected one of {list(stages)}")
+        stages = {stage: stages[stage]}
     return {
-        name: validate(values, f"stages.{name}." if name else "")
-        for name, values in stages.items()
-        if stage in (None, name)
+        name: validate(values, f"stages.{name}." if name else "") for name, values in stages.items()
     }
 
 
@@ -77,12 +72,10 @@ def parse_file(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{what}, which is not YAML: {text}; {hint}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         kind = type(tree).__name__
         raise ValueError(f"{what}, which holds a {kind}, expected keys and values")
-    return tree
+    return tree or {}
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -107,17 +100,15 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
                 )
             _set(named[0], keys[2:], parsed)
             continue
-        before = merge_stages(tree) if stages else {}
-        _set(tree, keys, parsed)
-        for values in stages:
-            if _get(values, keys) is not None:
-                _set(values, keys, parsed)
-        if before and keys != ["out"] and merge_stages(tree) == before:
-            if all(_get(values, keys) != parsed for values in before.values()):
-                raise ValueError(
-                    f"override: {text!r} changes no stage, for each starts {keys[0]!r} anew; "
-                    f"write stages.NAME.{text}"
-                )
+        before = merge_stages(tree)
+        for values in [tree, *(own for own in stages if _get(own, keys) is not None)]:
+            _set(values, keys, parsed)
+        seen = keys == ["out"] or any(_get(own, keys) == parsed for own in before.values())
+        if stages and not seen and merge_stages(tree) == before:
+            raise ValueError(
+                f"override: {text!r} changes no stage, for each starts {keys[0]!r} anew; "
+                f"write stages.NAME.{text}"
+            )
     return tree
 
 
@@ -151,8 +142,15 @@ def merge_stages(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
             values.pop("method", None)
         values = _merge(values, difference)
         values["out"] = str(out / name)
-        for group in ("model", "teacher"):
-            _resolve_stage(values.get(group), group, out, merged)
+        for group, key in product(("model", "teacher"), ("name", "tokenizer")):
+            value = (values.get(group) or {}).get(key)
+            if isinstance(value, str) and value.startswith("stage:"):
+                stage = value.removeprefix("stage:")
+                if stage not in merged:
+                    raise ValueError(
+                        f"{group}.{key}: got {value!r}, expected an earlier stage: {list(merged)}"
+                    )
+                values[group][key] = str(out / stage / "export")
         merged[name] = values
     return merged
 
@@ -162,11 +160,7 @@ def validate(values: dict[str, Any], prefix: str = "") -> RunSettings:
     try:
         return RunSettings.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            line = prefix + explain(problem)
-            if line not in lines:
-                lines.append(line)
+        lines = dict.fromkeys(prefix + explain(problem) for problem in error.errors())
         raise ValueError("\n".join(lines)) from None
 
 
@@ -179,24 +173,9 @@ def _merge(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:
     """`difference` over `base`, group by group; lists and values are replaced."""
     merged = dict(base)
     for key, value in difference.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "config":
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "config"
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _resolve_stage(group: Any, where: str, out: Path, earlier: dict[str, Any]) -> None:
-    """Replace "stage:NAME" by the folder of its exported model."""
-    for key in ("name", "tokenizer"):
-        value = (group or {}).get(key)
-        if isinstance(value, str) and value.startswith("stage:"):
-            stage = value.removeprefix("stage:")
-            if stage not in earlier:
-                raise ValueError(
-                    f"{where}.{key}: got {value!r}, expected an earlier stage: {list(earlier)}"
-                )
-            group[key] = str(out / stage / "export")
 
 
 def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:

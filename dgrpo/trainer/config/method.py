@@ -5,11 +5,12 @@ the defaults below, which are dGRPO as published (arXiv 2605.12227); every singl
 overridden after it (`method.preset=grpo method.normalizer=token`).
 """
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from dgrpo.trainer.config.base import Settings
+from dgrpo.trainer.config.settings import Settings
 
 
 class Schedule(Settings):
@@ -20,9 +21,19 @@ class Schedule(Settings):
     end: float
     """Value from step `steps` on."""
     shape: Literal["constant", "linear", "cosine"] = "linear"
-    """Form of the way from start to end (constant stays at start)."""
+    """Interpolation from start to end (constant stays at start)."""
     steps: PositiveInt | None = None
     """Steps from start to end; null: all steps of the run."""
+
+    def at(self, step: int, total: int | None) -> float:
+        """The coefficient at the 0-based `step` of `total`, a function of these alone."""
+        steps = self.steps or total
+        if self.shape == "constant" or steps is None:
+            return self.start
+        done = min(1.0, step / max(1, steps - 1))
+        if self.shape == "cosine":
+            done = (1.0 - math.cos(math.pi * done)) / 2.0
+        return self.start + (self.end - self.start) * done
 
 
 Coefficient = float | Schedule
@@ -108,7 +119,7 @@ class Method(Settings):
     """Ratio clipped below at 1 - clip_low."""
     clip_high: NonNegativeFloat = 0.2
     """Ratio clipped above at 1 + clip_high."""
-    clip_dual: PositiveFloat | None = None
+    clip_dual: float | None = Field(None, gt=1.0)
     """Dual clip: bound of the loss at negative advantages (above 1); null: none."""
     teacher: Literal["none", "model", "self", "served"] = "model"
     """No teacher, a frozen model, the current policy, or an endpoint's top-k."""
@@ -117,7 +128,7 @@ class Method(Settings):
     teacher_template: str = "{prompt}\n\nA correct answer, for reference:\n{context}\n"
     """How correct_rollout and privileged write the teacher's prompt."""
     teacher_coef: Coefficient = 0.5
-    """Beta, the weight of the divergence to the teacher: a number or a schedule."""
+    """Weight of the divergence to the teacher: a number or a schedule."""
     divergence: Literal["reverse_kl", "forward_kl", "clipped_forward_kl", "jsd", "jeffreys"] = (
         "reverse_kl"
     )
@@ -129,7 +140,7 @@ class Method(Settings):
     jeffreys_weight: float = Field(0.5, ge=0.0, le=1.0)
     """Share of the forward KL in jeffreys; the rest is the reverse KL."""
     gate: str = "none"
-    """Factor on each sample's beta: none, wrong, mixed or "module:function"."""
+    """Factor on each sample's teacher_coef: none, wrong, mixed or "module:function"."""
     ref_coef: Coefficient = 0.0
     """Weight of the k3 penalty to the starting policy (dGRPO has none)."""
     entropy_coef: Coefficient = 0.0
@@ -154,6 +165,46 @@ class Method(Settings):
             return values
         preset = values.get("preset", "dgrpo")
         return {**PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values
+
+    @model_validator(mode="after")
+    def _terms_agree(self) -> Self:
+        if self.teacher == "none" and self.teacher_coef != 0.0:
+            raise ValueError("teacher_coef: got a value above 0 without a teacher, expected 0")
+        if self.teacher == "self" and self.teacher_context == "same":
+            raise ValueError(
+                'teacher_context: got "same" for a self-teacher, which then equals the policy; '
+                "expected another prompt, e.g. evidence, privileged or correct_rollout"
+            )
+        if self.advantage == "none" and self.teacher_coef == 0.0 and self.objective == "dgrpo":
+            raise ValueError("advantage: got none with teacher_coef 0; there would be no loss")
+        clipped, bound = self.divergence == "clipped_forward_kl", self.divergence_clip
+        if clipped and bound is None:
+            raise ValueError("divergence_clip: got null, expected a bound for clipped_forward_kl")
+        if not clipped and bound is not None:
+            raise ValueError(f"divergence_clip: got {bound} with {self.divergence}, expected null")
+        if self.importance != "none" and self.old_logprobs == "sampler":
+            raise ValueError(
+                f"importance: got {self.importance} while the ratio is already taken to the "
+                "sampler; expected none, or old_logprobs: trainer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _given_sequences_need_no_rollouts(self) -> Self:
+        reads_rollouts = {
+            "advantage": self.advantage == "group",
+            "teacher_context": self.teacher_context == "correct_rollout",
+            "gate": self.gate in ("wrong", "mixed"),
+            "importance": self.importance != "none",
+            "old_logprobs": self.old_logprobs == "sampler",
+        }
+        for name, reads in reads_rollouts.items():
+            if reads and self.sequences == "given":
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, which reads rollouts; expected another "
+                    "value with sequences: given"
+                )
+        return self
 
     def teaches(self) -> bool:
         """Whether any step of this method compares the policy with a teacher."""

@@ -1,23 +1,22 @@
-"""The whole of a run: all groups, and the rules that hold between them."""
+"""The whole of a run: how it ends, what it leaves, all groups and the rules between them."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from dgrpo.trainer.config.base import Settings
 from dgrpo.trainer.config.method import Method, Schedule
 from dgrpo.trainer.config.settings import (
     Batch,
-    Checkpoint,
     Data,
-    Evaluate,
+    DataSource,
+    DtypeName,
     Fsdp,
     Head,
-    Log,
     Model,
     Optimizer,
     Rewards,
     Rollout,
+    Settings,
     Teacher,
 )
 
@@ -33,6 +32,60 @@ class Until(Settings):
     """Weight of the past in the moving average."""
     min_steps: NonNegativeInt = 10
     """Steps before it is looked at."""
+
+
+class Checkpoint(Settings):
+    """What is kept on disk."""
+
+    every: PositiveInt = 50
+    """Steps between checkpoints; the last step has one too."""
+    keep: PositiveInt = 2
+    """Checkpoints kept."""
+    asynchronous: bool = True
+    """Write in the background, where it can be."""
+    export: bool = True
+    """Write a Hugging Face folder at the end (a later stage needs it), and LoRA's adapter."""
+    export_dtype: DtypeName | None = None
+    """Type of the exported weights; null: that of the masters."""
+
+
+class Evaluate(Settings):
+    """Held-out prompts, scored by the rewards during the run."""
+
+    sources: list[DataSource] = []
+    """Where they come from; none: no evaluation."""
+    count: PositiveInt = 200
+    """Prompts, the same ones each time."""
+    every: PositiveInt | None = None
+    """Steps between evaluations; null: only before the first step and after the last."""
+    greedy: bool = True
+    """Most probable token, or sampling as in training."""
+    max_tokens: PositiveInt | None = None
+    """Longest completion; null: rollout.max_tokens."""
+
+
+class Log(Settings):
+    """Logging and display."""
+
+    progress: bool = True
+    """Live display on a terminal."""
+    samples: NonNegativeInt = 8
+    """Completions written with rewards and token values, each time."""
+    samples_every: PositiveInt = 10
+    """Steps between them."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    wandb: str | None = None
+    """Weights & Biases project to log to."""
+    profile_steps: list[NonNegativeInt] | None = Field(None, min_length=2, max_length=2)
+    """First and last step of a profiler trace and a memory snapshot."""
+
+    @model_validator(mode="after")
+    def _profile_steps_ascend(self) -> Self:
+        steps = self.profile_steps
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"profile_steps: got {steps}, expected [first, last], from step 1 on")
+        return self
 
 
 class RunSettings(Settings):
@@ -67,144 +120,51 @@ class RunSettings(Settings):
     log: Log = Log()
 
     @model_validator(mode="after")
-    def _rules(self) -> "RunSettings":
-        for broken, message in _rules(self):
-            if broken:
-                raise ValueError(message)
+    def _groups_agree(self) -> Self:
+        method, model, teacher = self.method, self.model, self.teacher
+        lora, served = model.lora, method.teacher == "served"
+        if model.name is None and model.config is None:
+            raise ValueError("model.name: got neither it nor model.config, expected one of them")
+        if method.sequences == "rollout" and lora is not None and lora.dropout > 0:
+            raise ValueError(
+                "model.lora.dropout: got a value above 0 with method.sequences=rollout, expected "
+                "0; dropout makes the ratio to the sampled policy noise"
+            )
+        if model.name is None and method.ref_coef != 0.0:
+            raise ValueError("method.ref_coef: got a value above 0 with random weights, expected 0")
+        if not self.data.sources:
+            raise ValueError("data.sources: got none, expected some, e.g. [{path: rows.jsonl}]")
+        if method.teacher == "model" and method.teacher_coef != 0.0 and teacher.name is None:
+            raise ValueError(
+                "teacher.name: got null, expected a name or folder; for none: method.preset=grpo"
+            )
+        if served and (teacher.url is None or teacher.name is None):
+            raise ValueError(
+                "teacher.url: got null (or teacher.name), expected an endpoint and its model's name"
+            )
+        if served and teacher.temperature != 1:
+            raise ValueError(
+                f"teacher.temperature: got {teacher.temperature} with a served teacher, expected "
+                "1; its log-probabilities come at the server's own temperature"
+            )
+        if method.advantage == "group":
+            if self.rollout.group_size == 1:
+                raise ValueError(
+                    "rollout.group_size: got 1, expected more; a group of one has no advantage"
+                )
+            if method.old_logprobs == "none" and self.batch.updates > 1:
+                raise ValueError(
+                    "method.old_logprobs: got none with batch.updates > 1, expected trainer or "
+                    "sampler; without it the ratio is 1 and never clips"
+                )
+        if self.steps is not None:
+            return self
+        if self.epochs is None:
+            raise ValueError("steps: got null with epochs null; the run would have no end")
+        if self.optimizer.decay != "constant":
+            raise ValueError("steps: got null with optimizer.decay, which needs their number")
+        for name in ("teacher_coef", "ref_coef", "entropy_coef"):
+            value = getattr(method, name)
+            if isinstance(value, Schedule) and value.steps is None:
+                raise ValueError(f"method.{name}.steps: got null without steps, expected either")
         return self
-
-
-def _rules(run: RunSettings) -> list[tuple[bool, str]]:
-    """(broken, message) for each rule between groups."""
-    method, model, teacher = run.method, run.model, run.teacher
-    rollout = method.sequences == "rollout"
-    always_zero = method.teacher_coef == 0.0
-    coefficients = {
-        name: getattr(method, name) for name in ("teacher_coef", "ref_coef", "entropy_coef")
-    }
-    endless = [n for n, c in coefficients.items() if isinstance(c, Schedule) and c.steps is None]
-    profiled = run.log.profile_steps
-    reads_group = method.advantage == "group" or method.teacher_context == "correct_rollout"
-    return [
-        (
-            (model.name is None) == (model.config is None),
-            "model.name: got "
-            + ("neither it nor" if model.name is None else "both it and")
-            + " model.config, expected one of them; model.config makes random weights",
-        ),
-        (
-            model.config is not None and "model_type" not in (model.config or {}),
-            "model.config: got no model_type, expected one that transformers knows, e.g. qwen3",
-        ),
-        (
-            model.config is not None and model.tokenizer is None,
-            "model.tokenizer: got null with model.config, expected a name or folder",
-        ),
-        (
-            model.lora is not None and model.lora.head and model.lora.targets == "all-linear",
-            "model.lora.targets: got all-linear with model.lora.head, expected a list; all-linear "
-            "never means the head, e.g. [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
-            "down_proj]",
-        ),
-        (
-            rollout and model.lora is not None and model.lora.dropout > 0,
-            "model.lora.dropout: got a value above 0 with method.sequences=rollout, expected 0; "
-            "dropout makes the ratio to the sampled policy noise",
-        ),
-        (
-            run.steps is None and run.epochs is None,
-            "steps: got null with epochs null, expected one of them; the run would have no end",
-        ),
-        (
-            not run.data.sources,
-            "data.sources: got none, expected at least one; e.g. data.sources=[{path: rows.jsonl}]",
-        ),
-        (
-            method.teacher == "none" and not always_zero,
-            "method.teacher_coef: got a value above 0 without a teacher, expected 0; "
-            "set method.teacher",
-        ),
-        (
-            method.teacher == "model" and not always_zero and teacher.name is None,
-            "teacher.name: got null, expected a name or folder; for none: method.preset=grpo",
-        ),
-        (
-            method.teacher == "served" and (teacher.url is None or teacher.name is None),
-            "teacher.url: got null (or teacher.name), expected the endpoint and its model's name",
-        ),
-        (
-            method.teacher == "served" and teacher.temperature != 1,
-            f"teacher.temperature: got {teacher.temperature} with a served teacher, expected 1; "
-            "its log-probabilities come at the server's own temperature",
-        ),
-        (
-            method.teacher == "self" and method.teacher_context == "same",
-            'method.teacher_context: got "same" for a self-teacher, which then equals the '
-            "policy; expected another prompt, e.g. evidence, privileged or correct_rollout",
-        ),
-        (
-            not rollout and reads_group,
-            "method.advantage: got group values with given sequences, expected none; "
-            "advantages and correct_rollout need method.sequences=rollout",
-        ),
-        (
-            not rollout and method.gate in ("wrong", "mixed"),
-            f"method.gate: got {method.gate} with given sequences, expected none; "
-            "it reads the rewards of rollouts",
-        ),
-        (
-            not rollout and (method.importance != "none" or method.old_logprobs == "sampler"),
-            "method.importance, method.old_logprobs: got a correction to the sampler with given "
-            "sequences, expected none; nothing was sampled",
-        ),
-        (
-            method.importance != "none" and method.old_logprobs == "sampler",
-            "method.importance: got a correction while the ratio is already taken to the "
-            "sampler; expected none, or method.old_logprobs=trainer",
-        ),
-        (
-            run.batch.updates > 1 and method.old_logprobs == "none" and method.advantage == "group",
-            "method.old_logprobs: got none with batch.updates > 1, expected trainer or sampler; "
-            "without it the ratio is 1 and never clips",
-        ),
-        (
-            method.advantage == "group" and run.rollout.group_size == 1,
-            "rollout.group_size: got 1, expected 2 or more; a group of one has no advantage",
-        ),
-        (
-            method.advantage == "none" and always_zero and method.objective == "dgrpo",
-            "method.advantage: got none with method.teacher_coef 0, expected one of the two; "
-            "there would be no loss",
-        ),
-        (
-            method.divergence == "clipped_forward_kl" and method.divergence_clip is None,
-            "method.divergence_clip: got null, expected a bound for clipped_forward_kl",
-        ),
-        (
-            method.divergence != "clipped_forward_kl" and method.divergence_clip is not None,
-            f"method.divergence_clip: got a value with {method.divergence}, expected null; "
-            "it belongs to clipped_forward_kl",
-        ),
-        (
-            method.clip_dual is not None and method.clip_dual <= 1.0,
-            f"method.clip_dual: got {method.clip_dual}, expected more than 1",
-        ),
-        (
-            run.batch.updates > run.batch.prompts,
-            f"batch.updates: got {run.batch.updates}, expected at most batch.prompts "
-            f"({run.batch.prompts}); each update has at least one prompt",
-        ),
-        (
-            run.steps is None and bool(endless),
-            f"method.{endless[0] if endless else ''}.steps: got null without steps, expected one "
-            "of them; the length of the schedule is not known",
-        ),
-        (
-            run.optimizer.decay != "constant" and run.steps is None,
-            "steps: got null with optimizer.decay, expected a number; the decay needs the end",
-        ),
-        (
-            profiled is not None and not 1 <= profiled[0] <= profiled[1],
-            f"log.profile_steps: got {profiled}, expected [first, last], from step 1 on",
-        ),
-    ]

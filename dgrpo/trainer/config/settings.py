@@ -1,12 +1,27 @@
 """Every setting of a run, by group. A field's docstring is its line in `dgrpo train --help`."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from dgrpo.trainer.config.base import Settings
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class Settings(BaseModel):
+    """A group of settings; the docstring under a field is its one-line help."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 class Lora(Settings):
@@ -22,6 +37,15 @@ class Lora(Settings):
     """Modules that get an adapter, by the end of their names, or all-linear."""
     head: bool = False
     """An adapter on the LM head too (its weight is merged for the loss)."""
+
+    @model_validator(mode="after")
+    def _targets_can_name_the_head(self) -> Self:
+        if self.head and self.targets == "all-linear":
+            raise ValueError(
+                "targets: got all-linear with head, expected a list; all-linear never means the "
+                "head, e.g. [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+            )
+        return self
 
 
 class Model(Settings):
@@ -45,6 +69,18 @@ class Model(Settings):
     """Recompute each layer's activations in the backward pass."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _config_is_complete(self) -> Self:
+        if self.config is None:
+            return self
+        if self.name is not None:
+            raise ValueError("name: got both it and model.config, expected one of them")
+        if "model_type" not in self.config:
+            raise ValueError("config: got no model_type, expected one such as qwen3")
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: got null with config, expected a name or folder")
+        return self
 
 
 class Teacher(Settings):
@@ -73,7 +109,7 @@ class Teacher(Settings):
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the endpoint's key, if it wants one."""
     top_k: PositiveInt = 64
-    """Log-probabilities a token asked of the endpoint."""
+    """Log-probabilities per token asked of the endpoint."""
     timeout: PositiveFloat = 600.0
     """Seconds until a request to the endpoint counts as failed."""
     trust_remote_code: bool = False
@@ -190,6 +226,14 @@ class Batch(Settings):
     share_prompts: bool = True
     """Read a prompt once for all of its completions in a micro-batch."""
 
+    @model_validator(mode="after")
+    def _each_update_has_a_prompt(self) -> Self:
+        if self.updates > self.prompts:
+            raise ValueError(
+                f"updates: got {self.updates}, expected at most batch.prompts ({self.prompts})"
+            )
+        return self
+
 
 class Head(Settings):
     """The loss head."""
@@ -224,7 +268,7 @@ class Optimizer(Settings):
     warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Form of the decay."""
+    """Shape of the decay."""
     decay_fraction: float = Field(1.0, gt=0.0, le=1.0)
     """Last part of the steps over which the rate decays."""
     final_fraction: float = Field(0.0, ge=0.0, le=1.0)
@@ -246,50 +290,3 @@ class Fsdp(Settings):
     """Parameters, gradients and optimiser state in host memory (GPU only)."""
     reduce_every_micro: bool = True
     """False: keep unsharded gradients and reduce once per step."""
-
-
-class Checkpoint(Settings):
-    """What is kept on disk."""
-
-    every: PositiveInt = 50
-    """Steps between checkpoints; the last step has one too."""
-    keep: PositiveInt = 2
-    """Checkpoints kept."""
-    asynchronous: bool = True
-    """Write in the background, where it can be."""
-    export: bool = True
-    """Write a Hugging Face folder at the end (a later stage needs it), and LoRA's adapter."""
-    export_dtype: DtypeName | None = None
-    """Type of the exported weights; null: that of the masters."""
-
-
-class Evaluate(Settings):
-    """Held-out prompts, scored by the rewards during the run."""
-
-    sources: list[DataSource] = []
-    """Where they come from; none: no evaluation."""
-    count: PositiveInt = 200
-    """Prompts, the same ones each time."""
-    every: PositiveInt | None = None
-    """Steps between evaluations; null: only before the first step and after the last."""
-    greedy: bool = True
-    """Most probable token, or sampling as in training."""
-    max_tokens: PositiveInt | None = None
-    """Longest completion; null: rollout.max_tokens."""
-
-
-class Log(Settings):
-    """What one sees of the run."""
-
-    progress: bool = True
-    """Live display on a terminal."""
-    samples: NonNegativeInt = 8
-    """Completions written with rewards and token values, each time."""
-    samples_every: PositiveInt = 10
-    """Steps between them."""
-    tensorboard: bool = False
-    """Also write TensorBoard events."""
-    wandb: str | None = None
-    """Weights & Biases project to log to."""
-    profile_steps: list[NonNegativeInt] | None = Field(None, min_length=2, max_length=2)
-    """First and last step of a profiler trace and a memory snapshot."""

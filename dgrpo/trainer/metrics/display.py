@@ -39,9 +39,8 @@ def duration(seconds: float) -> str:
 class Display:
     """Shows the last steps as a table above a bar with the time left; on no terminal, prints lines.
 
-    A terminal that hung up or a pipe whose reader ended costs what would be shown, never the run.
-
-    `done` steps are behind the run when it starts; the time left is estimated from those since.
+    A terminal or pipe that is closed meanwhile does not end the run. The time left is estimated
+    from the steps after the first `done` ones.
     """
 
     def __init__(self, total: int | None, *, done: int = 0, live: bool | None = None):
@@ -64,24 +63,19 @@ class Display:
             for name, title, form in COLUMNS
             if isinstance(record.get(name), int | float)
         ]
-        with contextlib.suppress(OSError):
-            self._update(record["step"], shown)
-
-    def _update(self, step: int, shown: list[tuple[str, str]]) -> None:
+        step = record["step"]
         left = self.time_left(step)
         if self._live is None:
-            count = f"{step}/{self.total}" if self.total else f"{step}"
-            parts = [f"{title} {text}" for title, text in shown]
-            print(
-                "  ".join([f"step {count}", *parts, *([f"left {left}"] if left else [])]),
-                flush=True,
-            )
+            count = f"step {step}/{self.total}" if self.total else f"step {step}"
+            parts = [f"{title} {text}" for title, text in [*shown, ("left", left)] if text]
+            self.message("  ".join([count, *parts]))
             return
         titles = ["step", *(title for title, _ in shown)]
         if titles != self.titles:
             self.rows, self.titles = [], titles
         self.rows = [*self.rows, [str(step), *(text for _, text in shown)]][-_HISTORY:]
-        self._live.update(self._table(step, left), refresh=True)
+        with contextlib.suppress(OSError):
+            self._live.update(self._table(step, left), refresh=True)
 
     def time_left(self, step: int) -> str:
         """An estimate from the steps since the start; empty where there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from dgrpo.distributed import ranks
 from dgrpo.trainer.metrics.display import Display
-from dgrpo.trainer.metrics.lines import cut, plain
 from dgrpo.trainer.metrics.rollouts import cut_rollouts
 
 METRICS = "metrics.jsonl"
@@ -22,13 +22,11 @@ class RunLog:
 
     Args:
         folder: of the run.
-        resume_step: the step of the checkpoint that the run goes on from: later lines of
-            `metrics.jsonl` and later rollouts are removed. None for a run that starts: a folder
-            that has metrics raises.
+        resume_step: of the checkpoint that the run goes on from: later lines of `metrics.jsonl` and
+            later rollouts are removed. None for a new run: a folder that has metrics raises.
         total_steps: for the display's time left, if known.
         tensorboard: also write event files to `folder/tensorboard`.
-        wandb: a W&B project to log to as well; the run's id is kept in `folder/wandb.json` and
-            resumed.
+        wandb: a W&B project to log to as well; `folder/wandb.json` keeps the run's id to resume.
         settings: what W&B shows as the run's configuration.
         live: a live display; None shows one where the output is a terminal, else plain lines.
     """
@@ -68,15 +66,10 @@ class RunLog:
         if not self.active:
             return
         record = {"step": step} | {name: plain(value) for name, value in metrics.items()}
-        # One write of a whole line: a kill leaves at most an unfinished last line, which `cut`
-        # drops.
+        # One write of a whole line: a kill leaves at most an unfinished last one for `cut` to drop.
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        numbers = {
-            name: value
-            for name, value in record.items()
-            if isinstance(value, int | float) and name != "step"
-        }
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -85,24 +78,24 @@ class RunLog:
         self.display.update(record)
 
     def expect(self, total_steps: int | None) -> None:
-        """Says anew how many steps the run has in all."""
+        """Set anew how many steps the run has in all."""
         if self.active:
             self.display.total = total_steps
 
     def message(self, text: str) -> None:
-        """Prints above the display."""
+        """Print above the display."""
         if self.active:
             self.display.message(text)
 
     def sync(self) -> None:
-        """Puts what was logged on the disk; call it before a checkpoint."""
+        """Put what was logged on the disk; call it before a checkpoint."""
         if self.active:
             os.fsync(self._file.fileno())
             if self._tensorboard is not None:
                 self._tensorboard.flush()
 
     def close(self) -> None:
-        """Ends the display and every sink; may be called again."""
+        """End the display and every sink; may be called again."""
         if not self.active:
             return
         self.active = False
@@ -113,12 +106,6 @@ class RunLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _require(module: str, setting: str, package: str) -> Any:
@@ -151,3 +138,35 @@ def _wandb(folder: Path, project: str, settings: Mapping[str, Any] | None) -> An
     )
     known.write_text(json.dumps({"id": run.id}))
     return run
+
+
+def plain(value: object) -> object:
+    """A metric as a JSON value; what is not finite is null, as JSON has no NaN."""
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    number = float(value)  # type: ignore[arg-type]  # NumPy's and torch's scalars too
+    return number if math.isfinite(number) else None
+
+
+def cut(path: Path, step: int) -> None:
+    """Keep the lines up to `step`, and no unfinished last one; atomic."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+    if len(kept) == len(lines):
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _step(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

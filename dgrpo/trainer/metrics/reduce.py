@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import torch
@@ -21,8 +23,8 @@ class StepMetrics:
     """
 
     def __init__(self):
-        # Kind, value, weight; of a mean its sum. fp64 scalars, on a device or plain.
-        self._values: dict[str, tuple[str, Value, Value]] = {}
+        # Kind, values, weights; a mean's values are weighted. fp64 scalars, on a device or plain.
+        self._given: dict[str, tuple[str, list[Value], list[Value]]] = {}
 
     def mean(self, name: str, values: Value, weights: Value | None = None) -> None:
         """Adds values, any shape, to a mean; `weights`, a mask or counts, has their shape.
@@ -59,14 +61,11 @@ class StepMetrics:
         self._add(name, "min", _scalar(value, torch.amin), 1.0)
 
     def _add(self, name: str, kind: str, value: Value, weight: Value) -> None:
-        if name in self._values:
-            known, before, count = self._values[name]
-            if known != kind:
-                raise ValueError(
-                    f"{name}: got {kind}, expected {known} as before; use another name"
-                )
-            value, weight = _fold(kind, before, value), count + weight
-        self._values[name] = (kind, value, weight)
+        known, values, weights = self._given.setdefault(name, (kind, [], []))
+        if known != kind:
+            raise ValueError(f"{name}: got {kind}, expected {known} as before; use another name")
+        values.append(value)
+        weights.append(weight)
 
     def reduce(self) -> dict[str, float]:
         """The step's numbers, the same on every rank, and a fresh start. Collective; one sync.
@@ -74,40 +73,39 @@ class StepMetrics:
         A mean with no weight at all is left out. Folded in rank order, so that every rank has the
         same bits.
         """
-        values, self._values = self._values, {}
-        flat = _numbers([number for _, *pair in values.values() for number in pair])
-        own = {
-            name: (values[name][0], total, weight)
-            for name, total, weight in zip(values, flat[::2], flat[1::2], strict=True)
-        }
-        folded: dict[str, tuple[str, float, float]] = {}
-        for part in ranks().gather(own):
+        for part in ranks().gather(self._folded()):
             for name, (kind, total, weight) in part.items():
-                if name in folded:
-                    _, before, count = folded[name]
-                    total, weight = _fold(kind, before, total), count + weight
-                folded[name] = (kind, total, weight)
+                self._add(name, kind, total, weight)
         return {
             name: total / weight if kind == "mean" else total
-            for name, (kind, total, weight) in folded.items()
+            for name, (kind, total, weight) in self._folded().items()
             if kind != "mean" or weight != 0.0
         }
 
+    def _folded(self) -> dict[str, tuple[str, float, float]]:
+        """Kind, folded value and weight under each name, which are then forgotten."""
+        given, self._given = self._given, {}
+        every = [number for _, *pair in given.values() for part in pair for number in part]
+        numbers = iter(_numbers(every))
+        return {
+            name: (
+                kind,
+                _fold(kind, [next(numbers) for _ in values]),
+                _fold("sum", [next(numbers) for _ in weights]),
+            )
+            for name, (kind, values, weights) in given.items()
+        }
 
-def _fold(kind: str, a: Value, b: Value) -> Value:
+
+def _fold(kind: str, numbers: list[float]) -> float:
     if kind in ("mean", "sum"):
-        return a + b
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        return max(a, b) if kind == "max" else min(a, b)
-    pair = [torch.as_tensor(x, dtype=torch.float64) for x in (a, b)]
-    device = next((x.device for x in pair if x.device.type != "cpu"), pair[0].device)
-    return (torch.maximum if kind == "max" else torch.minimum)(*(x.to(device) for x in pair))
+        return functools.reduce(operator.add, numbers)  # in order: `sum` rounds otherwise
+    tensor = torch.tensor(numbers, dtype=torch.float64)  # whose NaN wins
+    return (tensor.max() if kind == "max" else tensor.min()).item()
 
 
 def _scalar(value: Value, fold: Callable[[Tensor], Tensor]) -> Value:
-    if not isinstance(value, Tensor):
-        return float(value)
-    return fold(value.detach().double())
+    return fold(value.detach().double()) if isinstance(value, Tensor) else float(value)
 
 
 def _numbers(values: list[Value]) -> list[float]:

@@ -36,8 +36,8 @@ FOLDER = "rollouts"
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
 _PROMPT_CHARACTERS = 8000
 PER_TOKEN = (
-    *("advantage", "divergence", "clipped", "ratio", "entropy", "logprob", "teacher_logprob"),
-    "loss",
+    *("advantage", "divergence", "clipped", "ratio"),
+    *("entropy", "logprob", "teacher_logprob", "loss"),
 )
 PerToken = torch.Tensor | Sequence[float] | float | None
 
@@ -45,9 +45,8 @@ PerToken = torch.Tensor | Sequence[float] | float | None
 def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[str]:
     """The text that each token adds; the pieces join to the decoded sequence.
 
-    Bytes of a character that ends in a later token are given to that token. Decodes a window of
-    tokens before each one, as spaces depend on what comes before, so the cost is linear in the
-    length.
+    A character belongs to the token that completes it. Each token is decoded with a window of those
+    before it, as spaces depend on them; the cost is linear in the length.
     """
 
     def decode(part: Sequence[int]) -> str:
@@ -57,8 +56,7 @@ def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[st
     pieces, start, before = [], 0, ""
     for end in range(1, len(ids) + 1):
         text = decode(ids[start:end])
-        # A replacement character at the end is a character that is not complete yet, unless it
-        # stays so.
+        # A replacement character at the end is an incomplete character, unless it stays so.
         unfinished = text.endswith("\ufffd") and end < len(ids) and end - start < window + 4
         if unfinished or not text.startswith(before):
             pieces.append("")
@@ -77,12 +75,12 @@ def rollout_record(
 ) -> dict[str, Any]:
     """One rollout as a line of the file; `values` by their names in it."""
     prompt, tokens = sample.prompt_ids.tolist(), sample.completion_ids.tolist()
-    scored, sampled, origin = sample.scored, sample.sampled, sample.origin
+    scored, sampled = sample.scored, sample.sampled
     parts = scored.parts if scored else {}
     optional = {
         "rewards": {name: _number(value) for name, value in parts.items()} or None,
         "finish_reason": "length" if sampled and sampled.truncated else "stop",
-        "tags": vars(origin) if origin else None,
+        "tags": sample.origin and vars(sample.origin),
         **{name: _per_token(name, values.get(name), len(tokens)) for name in PER_TOKEN},
     }
     return {
@@ -99,8 +97,10 @@ def rollout_record(
 
 
 def _per_token(name: str, values: PerToken, count: int) -> list[float | None] | float | None:
-    if values is None or isinstance(values, int | float):
-        return None if values is None else _number(values)
+    if values is None:
+        return None
+    if isinstance(values, int | float):
+        return _number(values)
     numbers = values.tolist() if isinstance(values, torch.Tensor) else list(values)
     if len(numbers) != count:
         raise ValueError(

@@ -1,10 +1,9 @@
 """Sharded training with FSDP2: what is sharded how, gradients, full tensors.
 
-How it composes, from the inside: activation checkpointing of each decoder layer, then `fully_shard`
-of each layer, of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the head
-where it is tied or has LoRA), which is the root. Mixed precision never casts the inputs of a
-forward: it would round the log-probabilities and weights of the loss to bf16, also inside
-dataclasses.
+From the inside: activation checkpointing of each decoder layer, then `fully_shard` of each layer,
+of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the head where it is
+tied or has LoRA), which is the root. Mixed precision never casts the inputs of a forward: it would
+round the log-probabilities and weights of the loss to bf16, also inside dataclasses.
 
 FSDP averages gradients over the mesh, so token weights are multiplied by `gradient_scale(mesh)`.
 Everything here also takes a model that is not sharded.
@@ -47,17 +46,16 @@ def shard(
     """Shard `model` over `mesh`, in place. Every rank holds the same full model on the CPU before.
 
     A model to be trained is loaded in fp32, so that its optimiser keeps fp32 master weights, and
-    given `compute_dtype=torch.bfloat16` on GPUs. A frozen one (`requires_grad_(False)` before) is
-    loaded in bf16 and needs no `compute_dtype`.
+    given `compute_dtype=torch.bfloat16` on GPUs. A frozen one is loaded in bf16 and needs none.
 
     Args:
         model: on the CPU; its parameters become DTensors on the mesh's device.
         mesh: of one or two dimensions, see `dgrpo.distributed.make_mesh`.
-        compute_dtype: dtype of gathered parameters and activations; None = the parameters' own.
-        reduce_dtype: dtype in which gradients are summed over ranks; None = `compute_dtype`.
-        cpu_offload: keep shards, gradients and optimiser state in host memory (GPU only).
-        checkpoint_activations: keep only the input of each decoder layer, and compute the layer
-            again in backward.
+        compute_dtype: of gathered parameters and activations; None = the parameters' own.
+        reduce_dtype: in which gradients are summed over ranks; None = `compute_dtype`.
+        cpu_offload: keep shards, gradients and optimiser state in host memory.
+        checkpoint_activations: keep only each decoder layer's input and compute it again in
+            backward.
 
     Raises:
         ValueError: `cpu_offload` without an accelerator, or a model that is sharded already.
@@ -71,15 +69,13 @@ def shard(
     reset_rotary(model)
     if checkpoint_activations:
         checkpoint_layers(model)
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-        ),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-    }
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
 
     def wrap(module: nn.Module, reshards: bool) -> None:
+        options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
         fully_shard(module, reshard_after_forward=reshards, **options)
         model.sharded.append((module, reshards))
 
@@ -90,17 +86,15 @@ def shard(
     if not model.tied and not model.adapted_head:
         wrap(model.head, again)
     wrap(model, again)
-    cuda = mesh.device_type == "cuda"
-    model.mesh_device = (
-        torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    )
+    index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
+    model.mesh_device = torch.device(mesh.device_type, index)
     for method in ("hidden_states", "next_logits"):
         register_fsdp_forward_method(model, method)
     return model
 
 
 def checkpoint_layers(model: PolicyModel) -> None:
-    """Recompute each decoder layer in backward, in place; FSDP's hooks stay outside of it."""
+    """Recompute each decoder layer in backward, in place; FSDP's hooks stay outside it."""
     for layer in model.layers:
         layer.forward = MethodType(_recomputed, layer)
 
@@ -140,17 +134,16 @@ def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> No
         every_micro: reduce-scatter after each micro-batch (replicas of HSDP sum at the last alone).
             False accumulates gradients of the full size on every rank and reduces them at the last.
     """
-    if not isinstance(model, FSDPModule):
-        return
-    model.set_requires_gradient_sync(last or every_micro)
-    model.set_requires_all_reduce(last)
-    model.set_is_last_backward(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or every_micro)
+        model.set_requires_all_reduce(last)
+        model.set_is_last_backward(last)
 
 
 def grad_norm(model: nn.Module) -> Tensor:
     """2-norm of all gradients, fp32 scalar, the same on all ranks. Collective if sharded."""
-    local = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in local if g.numel()]
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g.numel()]
     total = torch.stack(norms).square().sum() if norms else torch.zeros(())
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     if mesh is not None:
@@ -165,10 +158,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """
     norm = grad_norm(model)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    scale = torch.where(torch.isfinite(norm), scale, torch.ones_like(scale))
-    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-    for grad in grads:
-        grad.mul_(scale.to(grad.device, non_blocking=True))
+    scale = torch.where(torch.isfinite(norm), scale, 1.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            grad = local(parameter.grad)
+            grad.mul_(scale.to(grad.device, non_blocking=True))
     return norm
 
 
@@ -185,9 +179,8 @@ def full_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Full parameters (and saved buffers) under Hugging Face's names, one at a time. Collective.
 
-    Every rank must run through the whole iterator; each tensor may be dropped before the next is
-    gathered. A tied head comes once, as the embedding; one with LoRA comes as well, since merging
-    unties it.
+    Every rank must run through the whole iterator. A tied head comes once, as the embedding; one
+    with LoRA comes as well, since merging unties it.
 
     Args:
         model: sharded or not.
@@ -214,7 +207,7 @@ def full_tensors(
         full = _full(value, None)
         if leaf == "weight":
             full = _merged(root.get_submodule(owner), full)
-        yield f"{owner}.{leaf}", full if dtype is None else full.to(dtype)
+        yield f"{owner}.{leaf}", full.to(dtype or full.dtype)
 
 
 def _merged(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -231,7 +224,8 @@ def _merged(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,10 @@ from dgrpo.head import FusedHead, transformed
 class LoraHead(FusedHead):
     """A loss head inside peft's LoRA layer: its logits are those of `W + s B A`.
 
-    The layer keeps its place in the model, and all parameters their names; autograd splits the
-    gradient of the merged weight among them.
+    All parameters keep their names; autograd splits the gradient of the merged weight among them.
     """
 
-    def attached(self, layer: nn.Module) -> LoraHead:
-        """This head with the peft layer whose adapters it merges."""
-        self.layer = (layer,)  # in a tuple: as a submodule it would make a cycle
-        return self
+    layer: tuple[nn.Module]  # peft's; in a tuple, as a submodule would make a cycle
 
     def merged_weight(self) -> Tensor:
         """(V, H) `W + s B A` over the active adapters, in the dtype of `W`."""
@@ -60,19 +56,20 @@ def install_head(causal: PreTrainedModel) -> None:
         ValueError: see `logit_transform`.
     """
     linear, holder = head_of(causal), causal.get_output_embeddings()
-    scale, softcap = logit_transform(causal)
+    transform = logit_transform(causal)
     if holder is linear:
-        causal.set_output_embeddings(FusedHead.from_linear(linear, scale, softcap))
+        causal.set_output_embeddings(FusedHead.from_linear(linear, *transform))
     else:
-        holder.base_layer = LoraHead.from_linear(linear, scale, softcap).attached(holder)
+        holder.base_layer = LoraHead.from_linear(linear, *transform)
+        holder.base_layer.layer = (holder,)
 
 
 def logit_transform(causal: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, soft cap) that a model applies to its logits, from its configuration.
+    """The (scale, soft cap) that a model applies to its logits, from its configuration.
 
     Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma-2 and -3 cap at
-    `final_logit_softcapping`. The model's own forward is then run on given logits in place of its
-    head's, and without its body, which costs nothing.
+    `final_logit_softcapping`. To check that, the model's own forward runs on given logits in place
+    of its head's, without its body, which costs nothing.
 
     Raises:
         ValueError: the model's forward changes logits in another way.
@@ -111,9 +108,8 @@ class _Given(BaseModelOutputWithPast):
 @contextlib.contextmanager
 def _replaced(module: nn.Module, result: object) -> Iterator[None]:
     """Within the context, the module returns `result`."""
-    forward: Callable = lambda *args, **kwargs: result  # noqa: E731
     before = module.__dict__.get("forward")
-    module.forward = forward
+    module.forward = lambda *args, **kwargs: result
     try:
         yield
     finally:

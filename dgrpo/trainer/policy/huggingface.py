@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ def from_pretrained(
         path: folder or hub name.
         dtype: of the parameters: fp32 to train (master weights), bf16 for a frozen model.
         lora: a `peft.LoraConfig`; None trains all parameters.
-        liger: replace RMSNorm, the gated MLP and RoPE by Liger-Kernel's (GPU only).
+        liger: see `apply_liger`.
         trust_remote_code: run Python code from the folder.
         kwargs: more arguments of `AutoModelForCausalLM.from_pretrained`.
 
@@ -36,7 +36,7 @@ def from_pretrained(
         ValueError: weights that do not fit the folder's `config.json`; transformers alone would
             fill in random ones.
     """
-    with _report_after() as emit:
+    with _report_last():
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -47,7 +47,6 @@ def from_pretrained(
             **kwargs,
         )
         _check_weights(info)
-        emit()
     return _adapted(model, lora, liger)
 
 
@@ -81,36 +80,33 @@ def apply_liger(model: PreTrainedModel) -> None:
 
 
 def liger_options(parameters: Iterable[str]) -> dict[str, bool]:
-    """Switches for one of Liger's functions with these parameters: layers on, losses off."""
+    """Switches of one of Liger's functions with these parameters: layers on, losses off."""
     layers = {"rope", "rms_norm", "swiglu", "geglu"}
     losses = {"cross_entropy", "fused_linear_cross_entropy"}
     return {name: name in layers for name in parameters if name in layers | losses}
 
 
 @contextmanager
-def _report_after() -> Iterator[Callable[[], None]]:
-    """Holds back transformers' table of odd weights until the function it yields is called.
+def _report_last() -> Iterator[None]:
+    """Hold back transformers' table of odd weights until the end; drop it where an error is raised.
 
-    Where they raise, the error says in one line what the table would say before it.
+    The error says in one line what the table would say before it.
     """
     logger, held = logging.getLogger("transformers.modeling_utils"), []
 
     def hold(record: logging.LogRecord) -> bool:
-        if "LOAD REPORT" in record.getMessage():
-            held.append(record)
-            return False
-        return True
-
-    def emit() -> None:
-        logger.removeFilter(hold)
-        for record in held:
-            logger.handle(record)
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        held.append(record)
+        return False
 
     logger.addFilter(hold)
     try:
-        yield emit
+        yield
     finally:
         logger.removeFilter(hold)
+    for record in held:
+        logger.handle(record)
 
 
 def _check_weights(info: dict[str, Any]) -> None:

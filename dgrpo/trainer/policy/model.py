@@ -24,12 +24,11 @@ from dgrpo.trainer.policy.heads import LoraHead, head_of, install_head
 class PolicyModel(nn.Module):
     """A causal language model of transformers, or a peft LoRA model around one, with a loss head.
 
-    The model is changed in place: its attention becomes packed attention, its `lm_head` a
-    `FusedHead` that shares the parameters. Parameter names are those of `model` after `model.`.
-    Student and teacher are both policy models.
+    Student and teacher are both policy models. Parameter names are those of `model` after `model.`.
 
     Args:
-        model: what `AutoModelForCausalLM` or `peft.get_peft_model` returned.
+        model: what `AutoModelForCausalLM` or `peft.get_peft_model` returned; changed in place: its
+            attention becomes packed attention, its `lm_head` a `FusedHead` with its parameters.
 
     Raises:
         ValueError: a model whose logits or attention are not understood.
@@ -128,17 +127,10 @@ class PolicyModel(nn.Module):
     ) -> HeadOutput:
         """One pass of training or scoring: `policy(**micro.model_args(), inputs=...)`.
 
-        Args:
-            input_ids: (1, T) int64 packed tokens.
-            position_ids: (1, T) int64, from 0 in each sequence; a branch's go on from its prefix.
-            cu_seqlens: (S + 1,) int32 ends of the sequences.
-            lengths: the S lengths.
-            inputs: everything that the head needs; neither cast nor moved.
-            prefixes: which of the sequences others see, None = none.
+        The other arguments are fields of `Micro`. FSDP neither casts nor moves what is in `inputs`.
         """
         # Not self.hidden_states: registered with FSDP, it would end the root's forward pass.
-        packing = packed_arguments(cu_seqlens, tuple(lengths), prefixes=prefixes)
-        return self.head(self._run(input_ids, position_ids, packing), inputs)
+        return self.head(self._run(input_ids, position_ids, cu_seqlens, lengths, prefixes), inputs)
 
     def hidden_states(
         self,
@@ -149,15 +141,13 @@ class PolicyModel(nn.Module):
         prefixes: Prefixes | None = None,
     ) -> Tensor:
         """(T, H) last hidden states; arguments as for `forward`. Registered with FSDP."""
-        packing = packed_arguments(cu_seqlens, tuple(lengths), prefixes=prefixes)
-        return self._run(input_ids, position_ids, packing)
+        return self._run(input_ids, position_ids, cu_seqlens, lengths, prefixes)
 
     @torch.no_grad()
     def next_logits(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        cu_seqlens: Tensor | None,
         lengths: Sequence[int] | None,
         *,
         rows: Tensor,
@@ -165,26 +155,21 @@ class PolicyModel(nn.Module):
     ) -> Tensor:
         """(R, V) fp32 logits at the tokens `rows` (R,) int64, for sampling. Registered with FSDP.
 
-        Args:
-            input_ids: (1, T) int64: prompts end to end, or, with `cu_seqlens` and `lengths` None,
-                one new token of each running sample.
-            position_ids: (1, T) int64.
-            cu_seqlens: (S + 1,) int32, or None.
-            lengths: the S lengths, or None.
-            rows: tokens whose logits are wanted.
-            cache: keys and values so far; its `attend` is the attention of every layer.
+        The tokens, (1, T) int64, are prompts of these lengths end to end, or, with `lengths` None,
+        one new token of each running sample. `cache.attend` is the attention of every layer.
         """
-        lengths = None if lengths is None else tuple(lengths)
-        packing = packed_arguments(cu_seqlens, lengths, cache)
-        return self.head.fp32_logits(self._run(input_ids, position_ids, packing)[rows])
+        ends = None
+        if lengths is not None:
+            ends = torch.tensor([0, *lengths], device=input_ids.device).cumsum(0).to(torch.int32)
+        hidden = self._run(input_ids, position_ids, ends, lengths, cache=cache)
+        return self.head.fp32_logits(hidden[rows])
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Evaluation mode with all parameters gathered: forward passes need no communication.
 
         For sampling, which would otherwise gather them for every token. Under FSDP all ranks must
-        enter together; inside they may run different numbers of passes. At the end the parameters
-        are sharded again, and training mode is as before.
+        enter together; inside they may run different numbers of passes.
         """
         training = self.training
         self.eval()
@@ -199,6 +184,8 @@ class PolicyModel(nn.Module):
                 module.reshard()
             self.train(training)
 
-    def _run(self, input_ids: Tensor, position_ids: Tensor, packing: dict[str, Any]) -> Tensor:
-        out = self.body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packing)
+    def _run(self, tokens, positions, cu_seqlens, lengths, prefixes=None, cache=None) -> Tensor:
+        lengths = None if lengths is None else tuple(lengths)
+        packing = packed_arguments(cu_seqlens, lengths, cache, prefixes)
+        out = self.body(input_ids=tokens, position_ids=positions, use_cache=False, **packing)
         return out.last_hidden_state[0]

@@ -27,7 +27,7 @@ class Report(NamedTuple):
 def write_report(
     *run_dirs: str | Path, out: str | Path | None = None, page_bytes: int = 24 * 2**20
 ) -> Report:
-    """Writes `curves.png` and `report.html` of one or several runs, finished or not.
+    """Write `curves.png` and `report.html` of one or several runs, finished or not.
 
     Args:
         run_dirs: folders of runs, each with `metrics.jsonl`; or with sub-folders that are the
@@ -46,20 +46,19 @@ def write_report(
         folders.setdefault(folder.resolve(), folder)
     names = distinct(list(folders))
     stages: list[Stage] = []
-    shown: list[bool] = []
     for folder, name in zip(folders, names, strict=True):
         found = read_run(folder)
+        found[-1].shown = True
         for stage in found if len(folders) > 1 else ():
             stage.name = name if len(found) == 1 else f"{name}/{stage.name}"
         stages += found
-        shown += [stage is found[-1] for stage in found]
     target = next(iter(folders.values())) if out is None else Path(out)
     target.mkdir(parents=True, exist_ok=True)
     curves, page = target / "curves.png", target / "report.html"
     draw(stages, curves)
     temporary = page.with_name(page.name + ".tmp")
     title = " · ".join(names) if len(names) < 5 else f"{len(names)} runs"
-    temporary.write_text(make_page(title, stages, shown, page_bytes), encoding="utf-8")
+    temporary.write_text(make_page(title, stages, page_bytes), encoding="utf-8")
     os.replace(temporary, page)
     return Report(curves, page)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -34,11 +35,10 @@ def _draw_stage(stage: Stage, part, rows: int) -> None:
     part.suptitle(f"{stage.name}, {last}", fontsize="medium", fontweight="bold")
     axes = part.subplots(rows, _COLUMNS, squeeze=False).flat
     drawn = panels(stage.series)
-    for place, axis in enumerate(axes):
-        if place >= len(drawn):
+    for axis, panel in itertools.zip_longest(axes, drawn):
+        if panel is None:
             axis.set_axis_off()
             continue
-        panel = drawn[place]
         axis.set_title(panel.title, fontsize="small")
         axis.tick_params(labelsize="x-small")
         axis.grid(alpha=0.25, linewidth=0.5)

@@ -22,11 +22,8 @@ def embed(value: object) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def make_page(title: str, stages: list[Stage], shown: list[bool], page_bytes: int) -> str:
-    """The HTML text, with about `page_bytes` of rollouts; the page says how many it lacks.
-
-    `shown` tells of each stage whether the charts have it at first.
-    """
+def make_page(title: str, stages: list[Stage], page_bytes: int) -> str:
+    """The HTML text, with about `page_bytes` of rollouts; the page says how many it lacks."""
     common, own = settings(stages)
     names = dict.fromkeys(name for stage in stages for name in stage.series)
     data = {
@@ -34,8 +31,8 @@ def make_page(title: str, stages: list[Stage], shown: list[bool], page_bytes: in
         "settings": common,
         "panels": [panel._asdict() for panel in panels(names)],
         "runs": [
-            _run(stage, mine, page_bytes // len(stages)) | {"shown": first}
-            for stage, mine, first in zip(stages, own, shown, strict=True)
+            _run(stage, mine, page_bytes // len(stages))
+            for stage, mine in zip(stages, own, strict=True)
         ],
     }
     parts = {
@@ -63,6 +60,7 @@ def _run(stage: Stage, own: Settings, limit: int) -> dict:
         "file": stage.settings_text,
         "series": {name: _line(stage, name) for name in stage.series},
         "rollouts": chosen,
+        "shown": stage.shown,
     }
 
 
@@ -73,22 +71,17 @@ def _line(stage: Stage, name: str) -> dict:
     kept = [*range(0, last, -(-len(steps) // _MOST_POINTS)), last]
     return {
         "steps": [steps[i] for i in kept],
-        "values": [_digits(values[i]) for i in kept],
-        "mean": [_digits(mean[i]) for i in kept] if mean else None,
+        "values": [float(f"{values[i]:.5g}") for i in kept],
+        "mean": [float(f"{mean[i]:.5g}") for i in kept] if mean else None,
         "top": top,
     }
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.5g}")
 
 
 def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
     """Rollouts of about `limit` bytes, by step, group and index; and notes on those left out.
 
-    One group of every step, then the steps' other groups. Where not even one group per step fits,
-    the steps are spread evenly; files that nothing is taken from are not read. At least one group
-    is taken.
+    One group of every step, at least one in all, then the steps' other groups. Where not even one
+    per step fits, the steps are spread evenly; files that nothing is taken from are not read.
     """
     by_step: dict[int, list[Path]] = {}
     for path in paths:
@@ -103,16 +96,16 @@ def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
             records, bad = read_rollouts(path)
             unreadable += bad
             for record in records:
-                groups.setdefault(record["group"], []).append(_clean(record))
+                groups.setdefault(record["group"], []).append(record)
         sized = [(len(embed(groups[g]).encode()), groups[g]) for g in sorted(groups)]
         if sized and chosen and used + sized[0][0] > limit:
             break
         seen += 1
-        for number, (size, group) in enumerate(sized):
-            if number == 0:
-                chosen += group
-                used += size
-            elif waiting < limit:
+        for size, group in sized[:1]:
+            chosen += group
+            used += size
+        for size, group in sized[1:]:
+            if waiting < limit:
                 others.append((size, group))
                 waiting += size
     left = 0
@@ -130,23 +123,10 @@ def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
     return sorted(chosen, key=lambda r: (r["step"], r["group"], r.get("index", 0))), notes
 
 
-def _clean(value: object):
-    """The value without NaN and infinity, which are no JSON."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, list):
-        return [_clean(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _clean(v) for k, v in value.items()}
-    return value
-
-
 def spread(count: int) -> list[int]:
     """0 … count - 1, every beginning spread over the whole: last, first, middle, quarters, …"""
-    order = [count - 1, 0]
-    parts = 2
+    order, parts = [count - 1, 0], 2
     while len(order) < 2 * count + 2:
         order += [round((count - 1) * i / parts) for i in range(1, parts, 2)]
         parts *= 2
-    order += range(count)
-    return [place for place in dict.fromkeys(order) if 0 <= place < count]
+    return [place for place in dict.fromkeys([*order, *range(count)]) if 0 <= place < count]

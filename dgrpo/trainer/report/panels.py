@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 # Alone in a panel each, in this order, before all others.
@@ -47,20 +47,18 @@ def panels(names: Iterable[str]) -> list[Panel]:
     found = [
         Panel(title, ((name, _label(name)),)) for name, title in FIRST.items() if name in names
     ]
-    rest = [name for name in names if name not in FIRST]
     grouped: dict[str, list[str]] = {}
-    for name in rest:
-        prefix = name.partition("/")[0]
-        grouped.setdefault(prefix if "/" in name else name, []).append(name)
-    order: Mapping[str, int] = {prefix: place for place, prefix in enumerate(GROUPS)}
+    for name in names:
+        if name not in FIRST:
+            grouped.setdefault(name.partition("/")[0], []).append(name)
+    order = {prefix: place for place, prefix in enumerate(GROUPS)}
     for prefix in sorted(grouped, key=lambda p: (order.get(p, len(order)), p)):
+        title = GROUPS.get(prefix, _label(prefix))
         lines = tuple((name, _label(name.partition("/")[2] or name)) for name in grouped[prefix])
-        # Evaluation has scores and lengths: each its own scale.
-        parts = [(line,) for line in lines] if prefix == "evaluation" else [lines]
-        for part in parts:
-            title = GROUPS.get(prefix, _label(prefix))
-            title = f"{title}: {part[0][1]}" if prefix == "evaluation" else title
-            found.append(Panel(title, part))
+        if prefix == "evaluation":  # scores and lengths: each its own scale
+            found += [Panel(f"{title}: {line[1]}", (line,)) for line in lines]
+        else:
+            found.append(Panel(title, lines))
     return found
 
 
@@ -75,10 +73,7 @@ def points(steps: list[int], values: list[float | None]) -> tuple[list[int], lis
 
 
 def smooth(values: list[float], top: float | None = None) -> list[float] | None:
-    """The mean of the values around each; None for a curve that is short or has few values.
-
-    Values above `top` count as `top`: they do not drag the mean along.
-    """
+    """The mean of the values around each, cut off at `top`; None for a short or coarse curve."""
     count = len(values)
     if count < 40 or len(set(values)) < count / 4:
         return None
@@ -89,10 +84,7 @@ def smooth(values: list[float], top: float | None = None) -> list[float] | None:
 
 
 def ceiling(name: str, values: list[float]) -> float | None:
-    """Where the axis of a time ends so that a few slow steps do not flatten it; None: at the top.
-
-    A step that also evaluates, saves or compiles takes many times as long as the others.
-    """
+    """Where the axis of a time ends, so that steps that also save do not flatten it, or None."""
     if not name.startswith("time/") or name in FIRST or len(values) < 4:
         return None
     usual = 2.5 * sorted(values)[math.ceil(0.75 * len(values)) - 1]

@@ -22,19 +22,21 @@ class Stage:
     """One stage of a run."""
 
     name: str
+    rollouts: list[Path]
+    """The files of its rollouts, by step."""
+    finished: bool
+    """Whether the run came to its end."""
     steps: list[int] = field(default_factory=list)
     series: dict[str, list[float | None]] = field(default_factory=dict)
     """Each numeric metric at each of `steps`; None where it has no finite value."""
-    rollouts: list[Path] = field(default_factory=list)
-    """The files of its rollouts, by step."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, or is not a finite number."""
     settings: dict = field(default_factory=dict)
     """The tree of its settings file; empty where there is none."""
     settings_text: str = ""
     """The settings file as it is."""
-    finished: bool = False
-    """Whether the run came to its end."""
+    shown: bool = False
+    """Whether the charts show it at first."""
 
 
 def read_run(folder: Path) -> list[Stage]:
@@ -58,51 +60,36 @@ def read_run(folder: Path) -> list[Stage]:
 
 
 def _stage(folder: Path, name: str) -> Stage:
-    stage = Stage(
-        name,
-        rollouts=sorted((folder / ROLLOUTS).glob("step-*.jsonl.gz")),
-        finished=(folder / DONE).exists(),
-    )
-    _read_settings(stage, folder / SETTINGS)
+    rollouts = sorted((folder / ROLLOUTS).glob("step-*.jsonl.gz"))
+    stage = Stage(name, rollouts, (folder / DONE).exists())
+    path = folder / SETTINGS
+    try:
+        if path.exists():
+            stage.settings, stage.settings_text = parse_file(path), path.read_text()
+    except (ValueError, OSError):
+        stage.notes.append(f"{SETTINGS}: unreadable")
     records, bad = read_lines((folder / METRICS).read_bytes())
     if bad:
         stage.notes.append(f"{METRICS}: {bad} unreadable line{'s' * (bad > 1)}")
     by_step: dict[int, dict] = {}
     for record in records:
-        if isinstance(record.get("step"), int):
-            by_step.setdefault(record["step"], {}).update(record)
+        if isinstance(step := record.pop("step", None), int):
+            by_step.setdefault(step, {}).update(record)
     stage.steps = sorted(by_step)
-    names = {name: None for step in stage.steps for name in by_step[step] if name != "step"}
-    lost: dict[str, list[int]] = {}
-    for metric in names:
-        values = [_finite(by_step[step].get(metric)) for step in stage.steps]
-        if any(value is not None for value in values):
-            stage.series[metric] = values
-        if steps := [step for step in stage.steps if _is_lost(by_step[step].get(metric, 0))]:
-            lost[metric] = steps
+    lost = []
+    for metric in dict.fromkeys(metric for step in stage.steps for metric in by_step[step]):
+        values = [by_step[step].get(metric, "") for step in stage.steps]
+        finite = [_finite(value) for value in values]
+        if any(value is not None for value in finite):
+            stage.series[metric] = finite
+        steps = [step for step, value in zip(stage.steps, values, strict=True) if value is None]
+        if steps:
+            at = f"{len(steps)} steps from {steps[0]} on" if steps[1:] else f"step {steps[0]}"
+            lost.append(f"{metric} at {at}")
     if lost:
-        shown = [f"{metric} at {_count(steps)}" for metric, steps in lost.items()]
-        more = f" and {len(shown) - 4} more metrics" if len(shown) > 4 else ""
-        stage.notes.append(f"not finite: {', '.join(shown[:4])}{more}")
+        more = f" and {len(lost) - 4} more metrics" if len(lost) > 4 else ""
+        stage.notes.append(f"not finite: {', '.join(lost[:4])}{more}")
     return stage
-
-
-def _read_settings(stage: Stage, path: Path) -> None:
-    if not path.exists():
-        return
-    try:
-        stage.settings, stage.settings_text = parse_file(path), path.read_text()
-    except (ValueError, OSError):
-        stage.notes.append(f"{SETTINGS}: unreadable")
-
-
-def _count(steps: list[int]) -> str:
-    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps from {steps[0]} on"
-
-
-def _is_lost(value: object) -> bool:
-    """Whether a metric was logged as a number that is not finite, which the log writes as null."""
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _finite(value: object) -> float | None:
@@ -111,11 +98,11 @@ def _finite(value: object) -> float | None:
 
 
 def read_lines(data: bytes) -> tuple[list[dict], int]:
-    """The JSON objects of a file of lines, and how many other lines there are."""
+    """The JSON objects of a file of lines, NaN as None, and how many other lines there are."""
     records, bad = [], 0
     for line in data.splitlines():
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=lambda _: None)
         except ValueError:
             record = None
         if isinstance(record, dict):
@@ -127,18 +114,14 @@ def read_lines(data: bytes) -> tuple[list[dict], int]:
 
 def read_rollouts(path: Path) -> tuple[list[dict], int]:
     """The rollouts of one file, up to where it is cut off; and how many are unreadable."""
-    unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    data, cut = b"", 0
+    lines, cut = [], 0
     try:
-        data = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            for line in file:
+                lines.append(line)
     except (EOFError, zlib.error, OSError):
         cut = 1
-        try:
-            data = unpack.decompress(path.read_bytes())
-        except (zlib.error, OSError):
-            data = b""
-        data = data[: data.rfind(b"\n") + 1]
-    records, bad = read_lines(data)
+    records, bad = read_lines(b"".join(lines))
     whole = [record for record in records if _is_rollout(record)]
     return whole, bad + cut + len(records) - len(whole)
 

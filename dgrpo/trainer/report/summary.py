@@ -19,6 +19,7 @@ _ELSEWHERE = {"out", "resume", "steps", "model.name", "teacher.name", "method.pr
 _ASIDE = ("log.", "checkpoint.")
 _ALWAYS = {"optimizer.lr", "batch.prompts"}
 _LONGEST = 400
+_DEFAULTS = {described.name: described.default for described in describe()}
 
 Settings = list[tuple[str, str]]
 
@@ -56,10 +57,14 @@ def facts(stage: Stage) -> Settings:
     total = _get(stage.settings, "steps")
     steps = f"{stage.steps[-1] if stage.steps else 0}" + (f" of {total}" if total else "")
     found.append(("steps", f"{steps}, {'finished' if stage.finished else 'not finished'}"))
-    training, evaluation = (_total(stage, name) for name in ("time/step", "time/evaluation"))
-    time = f"{duration(training)} training" if training else ""
-    time += f", {duration(evaluation)} evaluation" if training and evaluation else ""
-    found.append(("time", time))
+    training, evaluation = (
+        math.fsum(value for value in stage.series.get(name, ()) if value is not None)
+        for name in ("time/step", "time/evaluation")
+    )
+    if training:
+        time = f"{duration(training)} training"
+        time += f", {duration(evaluation)} evaluation" if evaluation else ""
+        found.append(("time", time))
     return [(name, text) for name, text in found if text]
 
 
@@ -80,10 +85,6 @@ def _teacher(settings: dict) -> str:
     return f"{_get(settings, 'teacher.name') or ''}" + (" (endpoint)" if kind == "served" else "")
 
 
-def _total(stage: Stage, name: str) -> float:
-    return math.fsum(value for value in stage.series.get(name, ()) if value is not None)
-
-
 def duration(seconds: float) -> str:
     """`8.5 s`, `0:04:05`."""
     if seconds < 59.95:
@@ -92,16 +93,16 @@ def duration(seconds: float) -> str:
 
 
 def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
-    """The settings that matter: those that all runs share, and each run's own.
+    """The settings that all runs share, and each run's own.
 
-    Those that differ from their default, or from what the run's method sets, or between the runs.
+    Of those that differ from their default, from what the run's method sets, or between the runs.
     """
     known = [stage for stage in stages if stage.settings]
     flat = [_flat(stage.settings) for stage in known]
-    defaults = [_defaults(values.get("method.preset")) for values in flat]
+    pairs = [(values, _defaults(values.get("method.preset"))) for values in flat]
     names = dict.fromkeys(
         name
-        for values, default in zip(flat, defaults, strict=True)
+        for values, default in pairs
         for name, value in values.items()
         if (name in _ALWAYS or name not in default or value != default[name])
         and name not in _ELSEWHERE
@@ -110,15 +111,12 @@ def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
     common: Settings = []
     own: dict[int, Settings] = {id(stage): [] for stage in stages}
     for name in names:
-        texts = [
-            _text(_without_defaults(_value(name, values, default), name, default))
-            for values, default in zip(flat, defaults, strict=True)
-        ]
+        texts = [_text(_without_defaults(_value(name, *pair), name, pair[1])) for pair in pairs]
         if len(set(texts)) == 1:
             common.append((name, texts[0]))
-            continue
-        for stage, text in zip(known, texts, strict=True):
-            own[id(stage)].append((name, text))
+        else:
+            for stage, text in zip(known, texts, strict=True):
+                own[id(stage)].append((name, text))
     return common, [own[id(stage)] for stage in stages]
 
 
@@ -127,9 +125,6 @@ def _value(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> Any:
     parts = name.split(".")
     off = any(".".join(parts[:i]) in values for i in range(1, len(parts)))
     return values.get(name, None if off else defaults.get(name))
-
-
-_DEFAULTS = {described.name: described.default for described in describe()}
 
 
 def _defaults(preset: Any) -> dict[str, Any]:
@@ -167,9 +162,8 @@ def _get(tree: Any, dotted: str) -> Any:
 
 def _text(value: Any) -> str:
     """The value on one line of YAML."""
-    if isinstance(value, str):
-        text = value
-    else:
+    text = value
+    if not isinstance(value, str):
         text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
         text = text.removesuffix("...\n").strip()
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -2,15 +2,14 @@
 
 Samples run in waves that fit the cache. A wave prefills its prompts without padding, each once,
 then draws a token for all of its samples in one forward pass, and drops those that have ended.
-Under FSDP the parameters are gathered once per call, so that decoding needs no communication and
-ranks may finish at different lengths.
+Under FSDP the parameters are gathered once per call, so that ranks may finish at different lengths.
 
 Left out: refilling a running wave with waiting prompts, a cache shared between prompts with a
 common beginning, paged memory. A serving engine behind the same protocol has them.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from dgrpo.trainer.rollout.sampling import Rollout, Sampling, draw, stream_keys,
 from dgrpo.trainer.rollout.stops import Record, Stops
 
 _PREFILL = 1 << 15  # prompt tokens of a forward pass
+_T = TypeVar("_T")
 
 
 class _Unit(NamedTuple):
@@ -31,17 +31,16 @@ class _Unit(NamedTuple):
     prompt: int
     first: int
     width: int
-    tokens: int  # of the prompt
 
 
 class HFSampler:
     """Samples from a `PolicyModel`, sharing its parameters.
 
     Args:
-        policy: the model; it is switched to evaluation for the time of a call.
+        policy: the model; in evaluation mode during a call.
         tokenizer: for stop strings and the end-of-sequence token.
-        vocab_size: sample among the first `vocab_size` columns of the head only, as the loss with
-            the same option does; None: all.
+        vocab_size: sample among this many first columns of the head, as the loss with the same
+            option does; None: all.
         batch_tokens: tokens (prompts once, completions at their longest) in the cache at once. A
             single sample that is longer runs alone.
     """
@@ -90,16 +89,22 @@ class HFSampler:
                 record = self._run([prompts[u.prompt] for u in wave], own, sampling)
                 places = [u.prompt * n + u.first + j for u in wave for j in range(u.width)]
                 for row, place in enumerate(places):
-                    rollouts[place] = self._rollout(record, row, prompts[place // n])
+                    size = int(record.lengths[row])
+                    rollouts[place] = Rollout(
+                        prompt_ids=prompts[place // n],
+                        completion_ids=record.tokens[row, :size].clone(),
+                        logprobs=record.logprobs[row, :size].clone(),
+                        finish_reason="stop" if record.stopped[row] else "length",
+                        version=self.version,
+                    )
         return rollouts
 
     def stops(self, sampling: Sampling) -> Stops:
         """What ends a completion: by default the end tokens of model and tokenizer."""
-        key = sampling.stop_token_ids, sampling.stop_strings
+        ids, strings = key = sampling.stop_token_ids, sampling.stop_strings
         if key not in self._stops:
-            ids = sampling.stop_token_ids
             ids = _end_of_sequence(self.policy.config, self.tokenizer) if ids is None else ids
-            self._stops[key] = Stops(ids, sampling.stop_strings, self.tokenizer)
+            self._stops[key] = Stops(ids, strings, self.tokenizer)
         return self._stops[key]
 
     def _run(self, prompts: list[Tensor], keys: list[Tensor], sampling: Sampling) -> Record:
@@ -141,7 +146,7 @@ class HFSampler:
     def _prefill(self, cache: KVCache, prompts: list[Tensor]) -> Tensor:
         """Fill the cache; the logits after each prompt, (G, V) fp32."""
         parts = []
-        for some in _chunks(prompts, _PREFILL):
+        for some in _parts(prompts, len, _PREFILL):
             lengths = [len(p) for p in some]
             cache.prefill(lengths)
             positions = torch.cat([torch.arange(n) for n in lengths])
@@ -152,27 +157,9 @@ class HFSampler:
     def _logits(self, tokens, positions, lengths, rows, cache) -> Tensor:
         """A packed forward pass: tokens, positions (T,), rows (R,) -> (R, V) fp32."""
         device = self.policy.device
-        cu = None
-        if lengths is not None:
-            cu = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-        return self.policy.next_logits(
-            tokens[None].to(device),
-            positions[None].to(device),
-            cu,
-            None if lengths is None else tuple(lengths),
-            rows=torch.as_tensor(rows, device=device),
-            cache=cache,
-        )
-
-    def _rollout(self, record: Record, row: int, prompt: Tensor) -> Rollout:
-        size = int(record.lengths[row])
-        return Rollout(
-            prompt_ids=prompt,
-            completion_ids=record.tokens[row, :size].clone(),
-            logprobs=record.logprobs[row, :size].clone(),
-            finish_reason="stop" if record.stopped[row] else "length",
-            version=self.version,
-        )
+        tokens, positions = tokens[None].to(device), positions[None].to(device)
+        rows = torch.as_tensor(rows, device=device)
+        return self.policy.next_logits(tokens, positions, lengths, rows=rows, cache=cache)
 
     def _check(self, prompts, n: int, sampling: Sampling, keys) -> None:
         if n < 1:
@@ -206,29 +193,23 @@ def _waves(lengths: list[int], n: int, sampling: Sampling, budget: int) -> Itera
     for i, length in enumerate(lengths):
         width = min(n, max(1, (budget - length) // sampling.max_tokens))
         for first in range(0, n, width):
-            units.append(_Unit(i, first, min(width, n - first), length))
-    wave: list[_Unit] = []
+            units.append(_Unit(i, first, min(width, n - first)))
+    units.sort(key=lambda u: (-lengths[u.prompt], -u.width, u.prompt, u.first))
+    return _parts(units, lambda u: lengths[u.prompt] + u.width * sampling.max_tokens, budget)
+
+
+def _parts(items: Iterable[_T], cost: Callable[[_T], int], budget: int) -> Iterator[list[_T]]:
+    """Neighbours that cost at most `budget` together; one that costs more alone."""
+    part: list[_T] = []
     used = 0
-    for unit in sorted(units, key=lambda u: (-u.tokens, -u.width, u.prompt, u.first)):
-        cost = unit.tokens + unit.width * sampling.max_tokens
-        if wave and used + cost > budget:
-            yield wave
-            wave, used = [], 0
-        wave.append(unit)
-        used += cost
-    if wave:
-        yield wave
-
-
-def _chunks(prompts: list[Tensor], size: int) -> Iterable[list[Tensor]]:
-    """Neighbours of at most `size` tokens together, at least one."""
-    some: list[Tensor] = []
-    for prompt in prompts:
-        if some and sum(map(len, some)) + len(prompt) > size:
-            yield some
-            some = []
-        some.append(prompt)
-    yield some
+    for item in items:
+        if part and used + cost(item) > budget:
+            yield part
+            part, used = [], 0
+        part.append(item)
+        used += cost(item)
+    if part:
+        yield part
 
 
 def _end_of_sequence(config, tokenizer) -> set[int]:

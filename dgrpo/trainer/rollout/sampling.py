@@ -3,8 +3,7 @@
 Every random number is a function of (seed, step, prompt, index, position) and of nothing else: a
 sample draws the same whatever is generated beside it, in which order and on which rank, and so does
 a resumed run. `stream_keys` hashes the first four into one key per sample, `uniforms` turns key and
-position into a number by SplitMix64 (Steele et al., OOPSLA 2014), which needs no state, and `draw`
-inverts the cumulative distribution at it.
+position into a number, and `draw` inverts the cumulative distribution at it.
 """
 
 import hashlib
@@ -23,8 +22,8 @@ _CHUNK = 1 << 24  # logits turned into probabilities at once
 class Sampling:
     """How completions are sampled.
 
-    There is no top-p or top-k: the ratio of the policy objective is taken to the whole
-    distribution, and would be biased by sampling from a part of it.
+    No top-p or top-k: the policy ratio is taken to the whole distribution, and sampling from a part
+    of it would bias it.
     """
 
     max_tokens: int = 256
@@ -89,9 +88,9 @@ class Sampler(Protocol):
         """Sample from these weights from now on; called on all ranks.
 
         Args:
-            weights: the policy's names and full tensors, one at a time. To advance the iterator
-                may take a collective, so a sampler consumes it on all ranks or on none.
-            version: number that the rollouts are to carry.
+            weights: the policy's names and full tensors, one at a time. Advancing the iterator may
+                be collective, so a sampler consumes it on all ranks or on none.
+            version: number that the rollouts carry.
         """
 
 
@@ -112,8 +111,8 @@ def stream_keys(sampling: Sampling, keys: Iterable[int | str | bytes], n: int) -
 def uniforms(keys: Tensor, position: int) -> Tensor:
     """Number `position` of each key's stream: fp64 in [0, 1), shaped like `keys`.
 
-    SplitMix64: the state is key + (position + 1) * gamma, the output its mixed bits. All in
-    wrapping int64 arithmetic, hence the same bits on every device.
+    SplitMix64 (Steele et al., OOPSLA 2014): the state is key + (position + 1) * gamma, the output
+    its mixed bits, in wrapping int64 arithmetic and hence the same on every device.
     """
     x = keys + _signed((position + 1) * 0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -123,7 +122,7 @@ def uniforms(keys: Tensor, position: int) -> Tensor:
 
 
 def draw(logits: Tensor, u: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token per row.
+    """Draw one token per row: tokens (R,) int64, and their log-probabilities (R,) fp32.
 
     Args:
         logits: (R, V) fp32.
@@ -131,18 +130,13 @@ def draw(logits: Tensor, u: Tensor | None, temperature: float) -> tuple[Tensor, 
             temperature 0.
         temperature: divisor of the logits; 0 takes the likeliest token, whose log-probability is
             then that at temperature 1.
-
-    Returns:
-        tokens (R,) int64, and their log-probabilities (R,) fp32.
     """
     size = max(1, _CHUNK // logits.shape[1])
     if logits.shape[0] > size:
-        starts = range(0, logits.shape[0], size)
-        parts = [
-            draw(logits[i : i + size], None if u is None else u[i : i + size], temperature)
-            for i in starts
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        rows = logits.split(size)
+        numbers = [None] * len(rows) if u is None else u.split(size)
+        parts = [draw(*part, temperature) for part in zip(rows, numbers, strict=True)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
     lse = logits.logsumexp(1, keepdim=True)
@@ -154,7 +148,7 @@ def _invert(logprobs: Tensor, u: Tensor) -> Tensor:
     """First token at which the cumulative probability exceeds u times its total.
 
     Block sums first, then the columns of one block, all in fp64: an fp32 cumulative sum over a
-    whole vocabulary would be off by 1e-5 and drop rare tokens.
+    vocabulary is off by 1e-5 and drops rare tokens.
     """
     rows, vocab = logprobs.shape
     blocks = -(-vocab // _BLOCK)

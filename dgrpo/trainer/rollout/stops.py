@@ -7,12 +7,7 @@ from torch import Tensor
 
 
 class Stops:
-    """The tokens and the texts that end a completion.
-
-    Args:
-        token_ids: tokens that end it.
-        strings: texts that end it, wherever token borders lie.
-        tokenizer: needed for texts.
+    """The tokens and the texts, wherever token borders lie, that end a completion.
 
     Raises:
         ValueError: texts without a tokenizer.
@@ -32,14 +27,9 @@ class Stops:
         self.may_end = _may_end(tokenizer, strings) if strings else None
 
     def first(self, drawn: Tensor, known: Tensor) -> Tensor:
-        """Tokens up to and with the first stop.
+        """Tokens up to and with the first stop: (R,) int64 in 1..c, or 0 where nothing stops.
 
-        Args:
-            drawn: (R, c) int64, the latest tokens.
-            known: (R, t + c) int64, those and all before them.
-
-        Returns:
-            (R,) int64 in 1..c, or 0 where nothing stops.
+        `drawn` (R, c) int64 are the latest tokens, `known` (R, t + c) those and all before them.
         """
         hits = torch.isin(drawn, self.token_ids)
         if self.may_end is not None:
@@ -47,12 +37,10 @@ class Stops:
             for row, column in (self.may_end[drawn] & ~hits).nonzero().tolist():
                 if not hits[row, :column].any():
                     end = before + column + 1
-                    hits[row, column] = self._ends(known[row, max(0, end - self.tail) : end])
+                    last = known[row, max(0, end - self.tail) : end]
+                    text = _text(self.tokenizer, last.tolist())
+                    hits[row, column] = any(stop in text for stop in self.strings)
         return torch.where(hits.any(1), hits.byte().argmax(1) + 1, 0)
-
-    def _ends(self, tokens: Tensor) -> bool:
-        text = _text(self.tokenizer, tokens.tolist())
-        return any(stop in text for stop in self.strings)
 
 
 class Record:
@@ -67,14 +55,10 @@ class Record:
         self.drawn = 0
 
     def add(self, samples: Tensor, tokens: list[Tensor], logprobs: list[Tensor]) -> Tensor:
-        """Take the latest c tokens of each row.
+        """Take the latest c tokens of each row; (R,) bool says which rows' samples go on.
 
-        Args:
-            samples: (R,) int64, the sample of each row, -1 where it has none.
-            tokens, logprobs: c tensors (R,), on any device.
-
-        Returns:
-            (R,) bool: the rows whose sample goes on.
+        `samples` (R,) int64 is the sample of each row, -1 where it has none; `tokens` and
+        `logprobs` are c tensors (R,), on any device.
         """
         new, logp = torch.stack(tokens, 1).cpu(), torch.stack(logprobs, 1).cpu()
         start, self.drawn = self.drawn, self.drawn + new.shape[1]

@@ -1,9 +1,8 @@
-"""Top-k log-probabilities of a teacher that a server runs, over HTTP.
+"""A teacher that a server runs: its top-k log-probabilities, over HTTP.
 
 Any server with vLLM's extension of the OpenAI completions interface will do: token ids as the
-prompt, and `prompt_logprobs` in the answer. Prompt and completion are sent as one prompt, after
-which one token is generated. The server must allow as many log-probabilities as are asked for
-(`--max-logprobs`).
+prompt, and `prompt_logprobs` in the answer. Prompt and completion are sent as one prompt. The
+server must allow as many log-probabilities as are asked for (`--max-logprobs`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dgrpo.endpoint import Endpoint, EndpointError
-from dgrpo.trainer.batch import Sample
+from dgrpo.ops import TopKTeacher
+from dgrpo.trainer.batch import Micro, Sample
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,9 @@ class HttpTopK:
         retries: int = 3,
         workers: int = 16,
     ):
-        base = url.rstrip("/").removesuffix("/v1")
-        self.endpoint = Endpoint(
-            base, model, key_variable, timeout=timeout, retries=retries, workers=workers
-        )
+        url = url.rstrip("/").removesuffix("/v1")
+        options = {"timeout": timeout, "retries": retries, "workers": workers}
+        self.endpoint = Endpoint(url, model, key_variable, **options)
 
     def topk(self, samples: Sequence[Sample], k: int) -> list[tuple[Tensor, Tensor] | None]:
         """For each sample (C, k + 1) ids and log-probabilities: the sampled token, the k likeliest.
@@ -67,21 +66,54 @@ class HttpTopK:
                 return error
 
         answers = dict(self.endpoint.each(ask, samples))
-        failed = {i: answer for i, answer in answers.items() if isinstance(answer, Exception)}
+        failed = [answer for answer in answers.values() if isinstance(answer, Exception)]
         if samples and len(failed) == len(samples):
             raise ConnectionError(
-                f"teacher: no request to {url} succeeded, the last failed with: "
-                f"{list(failed.values())[-1]}"
+                f"teacher: no request to {url} succeeded, the last failed with: {failed[-1]}"
             )
-        return [None if i in failed else answers[i] for i in range(len(samples))]
+        ordered = [answers[i] for i in range(len(samples))]
+        return [None if isinstance(answer, Exception) else answer for answer in ordered]
 
     def _ask(self, sample: Sample, k: int) -> tuple[Tensor, Tensor]:
         seen = sample.seen_by_teacher()
         ids = torch.cat([seen.prompt_ids, seen.completion_ids]).tolist()
         body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        return parse_prompt_logprobs(
-            self.endpoint.post(PATH, body), ids, seen.completion_ids.numel(), k
-        )
+        answer = self.endpoint.post(PATH, body)
+        return parse_prompt_logprobs(answer, ids, len(seen.completion_ids), k)
+
+
+class ServedTeacher:
+    """A teacher known by its k likeliest tokens at each position; the rest is one bucket."""
+
+    def __init__(self, source: HttpTopK, k: int):
+        if k < 1:
+            raise ValueError(f"k: got {k}, expected at least 1")
+        self.source = source
+        self.k = k
+        self.missing = 0  # samples of the last batch that got no answer: they have no teacher
+
+    def attach(self, samples: Sequence[Sample], *_: Any, **__: Any) -> None:
+        """Ask for the batch and write `sample.topk`. Called as `Teacher.attach`; not collective."""
+        answers = self.source.topk(samples, self.k)
+        for sample, answer in zip(samples, answers, strict=True):
+            sample.topk = None
+            if answer is not None:
+                ids, logprobs = answer
+                sample.topk = ids.masked_fill(~sample.guided[:, None], -1), logprobs
+        self.missing = sum(answer is None for answer in answers)
+
+    def head(self, micro: Micro) -> TopKTeacher:
+        """The loss head's teacher for `micro`, on its device."""
+        pieces = [sample.topk for sample in micro.samples]
+        width = max((ids.shape[1] for ids, _ in filter(None, pieces)), default=1)
+        tokens, device = micro.targets.numel(), micro.targets.device
+        ids = torch.full((tokens, width), -1, dtype=torch.int64)
+        logprobs = torch.zeros(tokens, width)
+        for (start, count), piece in zip(micro.spans, pieces, strict=True):
+            if piece is not None:
+                place = slice(start, start + count), slice(piece[0].shape[1])
+                ids[place], logprobs[place] = piece
+        return TopKTeacher(ids.to(device), logprobs.to(device))
 
 
 def parse_prompt_logprobs(
@@ -89,22 +121,19 @@ def parse_prompt_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(C, k + 1) ids, -1 = padding, and log-probabilities of the last C = `tokens` of `ids`.
 
-    Args:
-        answer: the server's, parsed.
-        ids: the tokens that were sent.
-        tokens: how many of them are the completion's.
-        k: log-probabilities that were asked for.
+    `answer` is the server's, for these `ids` and this `k`.
 
     Raises:
         ValueError: an answer of another form, or without the log-probability of a token of `ids`.
     """
     try:
         entries = answer["choices"][0]["prompt_logprobs"]
-        entries = entries[-tokens:] if len(entries) == len(ids) else None
-    except (KeyError, IndexError, TypeError):
-        entries = None
-    if entries is None:
-        raise _unexpected(answer, f"choices[0].prompt_logprobs of {len(ids)} entries")
+        if len(entries) != len(ids):
+            raise ValueError
+        entries = entries[-tokens:]
+    except (KeyError, IndexError, TypeError, ValueError):
+        expected = f"choices[0].prompt_logprobs of {len(ids)} entries"
+        raise _unexpected(answer, expected) from None
     out_ids = torch.full((tokens, k + 1), -1, dtype=torch.int64)
     out_logprobs = torch.zeros(tokens, k + 1)
     for n, (entry, token) in enumerate(zip(entries, ids[-tokens:], strict=True)):

@@ -113,6 +113,7 @@ def test_bad_rows_are_counted(tmp_path, name):
         ("longbench", {"dataset": "other"}, "unknown data set"),
         ("infinitebench", {"answer": ["three"]}, "the answer is no option"),
         ("longbench_v2", {"answer": "E"}, "the answer is no option"),
+        ("longbench_v2", {"answer": "AB"}, "the answer is no option"),
         ("gsm8k", {"answer": "42"}, "no number after ####"),
         ("mmlu_pro", {"answer": "D"}, "the answer is no option"),
         ("ifeval", {"kwargs": [{}]}, "as many kwargs"),

@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 
 from dgrpo.longblocks.rewards import worker
-from dgrpo.longblocks.rewards.runner import Scorer, score
+from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.trainer.config import Reward
 
 SAMPLES = str(Path(__file__).with_name("samples.py"))
 ROOT = Path(__file__).parents[3]
+
+
+def score(rewards, prompts, completions, columns, timeout=30.0):
+    with Scorer(rewards, timeout) as scorer:
+        return scorer(prompts, completions, columns)
 
 
 def run(name, completions, columns=None, timeout=20.0, **fields):

@@ -38,5 +38,7 @@ def test_length_is_the_soft_overlong_penalty_of_dapo():
     assert length([""], [" \n"], completion_tokens=[2], max_tokens=9) == [0], "blank"
     assert length([""], ["a"], completion_tokens=[2], max_tokens=9, min_tokens=3) == [0]
     assert length(["", ""], ["a", "b"], completion_tokens=[9, 10], max_tokens=9) == [1, 0]
+    with pytest.raises(TypeError, match="length: got no completion_tokens, max_tokens, expected"):
+        length([""], ["a"], cache=1)
     with pytest.raises(ValueError, match="cache: got 10"):
         length([""], ["a"], completion_tokens=[2], max_tokens=9, cache=10)

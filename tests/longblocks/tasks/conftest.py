@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from dgrpo.longblocks.tasks import train_tokenizer
-from dgrpo.longblocks.tasks.corpus import build_corpus, counter
+from dgrpo.longblocks.tasks.corpus import build_corpus
 from dgrpo.longblocks.tasks.facts import Ground
-from dgrpo.longblocks.tasks.tracing import code_files
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +23,4 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def ground(tokenizer, haystack):
-    corpus = build_corpus(tokenizer, haystack).part("train")
-    return Ground(corpus, counter(tokenizer), code_files(corpus))
+    return Ground(build_corpus(tokenizer, haystack).part("train"), tokenizer)

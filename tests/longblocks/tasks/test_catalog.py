@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from dgrpo.longblocks import rewards
-from dgrpo.longblocks.dataset import icr_source
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
-from dgrpo.longblocks.tasks.facts import Fact, Names, weave, weave_passages
+from dgrpo.longblocks.tasks.facts import Draft, Names
 from dgrpo.longblocks.tasks.retrieval import from_passages
 from dgrpo.text import count_tokens
 
@@ -136,23 +135,23 @@ def test_the_uniformity_test_can_fail():
 
 
 def test_weaving_keeps_all_text_and_facts(ground):
-    facts = [Fact(f"Fact number {i}.", i == 0) for i in range(9)]
-    woven = weave(ground, np.random.default_rng(0), facts, 3000, "?")
+    facts = [f"Fact number {i}." for i in range(9)]
+    woven = Draft(ground, np.random.default_rng(0), 3000).weave(facts, "?")
     lines = woven.text.split("\n")
-    assert [sum(line == f.text for line in lines) for f in facts] == [1] * 9
-    order = sorted(range(9), key=lambda i: lines.index(facts[i].text))
+    assert [sum(line == f for line in lines) for f in facts] == [1] * 9
+    order = sorted(range(9), key=lambda i: lines.index(facts[i]))
     assert [woven.depths[i] for i in order] == sorted(woven.depths)
     rest = "\n".join(line for line in lines if not line.startswith("Fact number"))
     assert rest in ground.corpus.text(0, 2 * len(ground.corpus))
 
 
 def test_passages_are_numbered_in_order_and_facts_have_theirs(ground):
-    facts = [Fact(f"Fact number {i}.") for i in range(5)]
-    woven = weave_passages(ground, np.random.default_rng(0), facts, 3000, "?")
+    facts = [f"Fact number {i}." for i in range(5)]
+    woven = Draft(ground, np.random.default_rng(0), 3000).weave_passages(facts, "?")
     labels = re.findall(r"(?m)^\[P(\d+)\]", woven.text)
     assert labels == [str(i + 1) for i in range(len(labels))] and len(labels) > 20
     for fact, label in zip(facts, woven.labels, strict=True):
-        assert f"[{label}] {fact.text}\n\n" in woven.text + "\n\n"
+        assert f"[{label}] {fact}\n\n" in woven.text + "\n\n"
 
 
 def test_names_do_not_repeat():
@@ -175,7 +174,6 @@ def test_retrieve_then_generate_from_passages_of_other_data():
     row = from_passages("Who?", ["Ann", "Anna"], ["Ann did\nit."], ["Bob did not.", "Rain."], rng)
     assert score(row, row["response_reference"]) == 1.0
     assert row["passages"] == ["Ann did it."] and len(re.findall(r"\[P\d\]", row["document"])) == 3
-    assert icr_source("x").completion == "response_reference"
     with pytest.raises(ValueError, match="no answer"):
         from_passages("Who?", [], ["a"], [], rng)
     with pytest.raises(ValueError, match="among the others"):

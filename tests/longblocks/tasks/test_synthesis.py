@@ -85,9 +85,12 @@ def settings(tmp_path):
     (folder / "bad.bin").write_bytes(b"\xff\xfe")
 
     def build(url, **changes):
-        base = {"count": 6, "tokens": 9000, "threads": 2, "retries": 1, "pause": 0.01}
-        base |= {"out": str(tmp_path / "out"), "documents": str(folder), "model": "m"}
-        return SynthesisSettings(endpoint=url, **base | changes)
+        server = {
+            name: changes.pop(name) for name in ("retries", "key_variable") if name in changes
+        }
+        endpoint = Endpoint(url, "m", **{"retries": 1, "pause": 0.01, "workers": 2} | server)
+        base = {"count": 6, "tokens": 9000, "documents": str(folder), "out": str(tmp_path / "out")}
+        return SynthesisSettings(endpoint=endpoint, **base | changes)
 
     return build
 
@@ -222,7 +225,7 @@ def test_long_documents_are_asked_about_in_stretches(settings, served):
 
 def test_the_command_line(settings, served, tmp_path):
     wanted = settings(served().url)
-    argv = [wanted.out, "--endpoint", wanted.endpoint, "--model", "m"]
+    argv = [wanted.out, "--endpoint", wanted.endpoint.url, "--model", "m"]
     assert main([*argv, "--documents", wanted.documents, "--count", "3", "--tokens", "8k"]) == 0
 
 
@@ -232,6 +235,6 @@ def test_wrong_settings():
     with pytest.raises(ValueError, match="model: got nothing"):
         Endpoint("http://x", "")
     with pytest.raises(ValueError, match="documents: got nothing"):
-        SynthesisSettings(out="x", endpoint="http://x", model="m", documents="")
+        SynthesisSettings(out="x", endpoint=Endpoint("http://x", "m"), documents="")
     with pytest.raises(BadRow, match="no JSON"):
         parse_object("}{")

@@ -128,11 +128,11 @@ def test_another_model_is_refused_by_name(tmp_path):
     wider = Tiny()
     wider.body = nn.Linear(6, 7)
     with pytest.raises(
-        CheckpointError, match=r"model.body.weight has shape \[6, 6\], here \[7, 6\]"
+        CheckpointError, match=r"mismatch .*\[6, 6\].* and current: .*\[7, 6\].* model.body.weight"
     ):
         Checkpointer(tmp_path).restore(wider, torch.optim.SGD(wider.parameters()))
     wider.body, wider.extra = nn.Linear(6, 6), nn.Linear(2, 2, bias=False)
-    with pytest.raises(CheckpointError, match="it has no model.extra.weight"):
+    with pytest.raises(CheckpointError, match="Missing key in .*: model.extra.weight"):
         Checkpointer(tmp_path).restore(wider, torch.optim.SGD(wider.parameters()))
     with pytest.raises(CheckpointError, match="parameter group 0 lacks body.bias"):
         Checkpointer(tmp_path).restore(

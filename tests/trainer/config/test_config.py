@@ -5,7 +5,7 @@ import re
 import pytest
 
 from dgrpo.trainer.config import PRESETS, Method, RunSettings, describe, dump, load, validate
-from dgrpo.trainer.config.base import Settings
+from dgrpo.trainer.config.settings import Settings
 
 BASE = {
     "model": {"name": "student"},

@@ -4,11 +4,13 @@ import json
 import math
 import sys
 import types
+from contextlib import closing
 
 import pytest
 import torch
 
 from dgrpo.trainer.metrics import RunLog, write_rollouts
+from dgrpo.trainer.metrics.log import cut
 
 
 def lines(path):
@@ -16,7 +18,7 @@ def lines(path):
 
 
 def test_a_line_a_step(tmp_path, capsys):
-    with RunLog(tmp_path, total_steps=2) as log:
+    with closing(RunLog(tmp_path, total_steps=2)) as log:
         log.log(1, {"loss": 0.5, "clipped": torch.tensor(0.25), "stage": "sft", "bad": math.nan})
         assert lines(tmp_path / "metrics.jsonl") == [
             {"step": 1, "loss": 0.5, "clipped": 0.25, "stage": "sft", "bad": None}
@@ -31,7 +33,7 @@ def test_a_line_a_step(tmp_path, capsys):
 
 
 def test_resuming_cuts_back_to_the_checkpoint(tmp_path):
-    with RunLog(tmp_path, live=False) as log:
+    with closing(RunLog(tmp_path, live=False)) as log:
         for step in range(1, 6):
             log.log(step, {"loss": step})
             write_rollouts(tmp_path, step, [{"step": step}])
@@ -39,7 +41,7 @@ def test_resuming_cuts_back_to_the_checkpoint(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 6, "lo')  # killed within a write
     (tmp_path / "rollouts/step-00000009-00000.jsonl.gz.tmp").touch()
-    with RunLog(tmp_path, resume_step=3, live=False) as log:
+    with closing(RunLog(tmp_path, resume_step=3, live=False)) as log:
         log.log(4, {"loss": 40})
     assert [(line["step"], line["loss"]) for line in lines(path)] == [
         (1, 1),
@@ -64,7 +66,7 @@ def test_another_runs_metrics_are_not_appended_to(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    with RunLog(tmp_path, tensorboard=True, live=False) as log:
+    with closing(RunLog(tmp_path, tensorboard=True, live=False)) as log:
         log.log(1, {"loss": 0.5})
         log.sync()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,7 +84,7 @@ def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
         return types.SimpleNamespace(id="abc", log=log, finish=lambda: calls.append("finish"))
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with RunLog(tmp_path, wandb="project", settings={"lr": 1}, live=False) as log:
+    with closing(RunLog(tmp_path, wandb="project", settings={"lr": 1}, live=False)) as log:
         log.log(1, {"loss": 0.5, "stage": "sft"})
     RunLog(tmp_path, resume_step=1, wandb="project", live=False).close()
     assert calls[0]["id"] is None and calls[0]["config"] == {"lr": 1}
@@ -97,3 +99,20 @@ def test_a_missing_sink_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard, or turn tensorboard off"):
         RunLog(tmp_path / "b", tensorboard=True, live=False)
+
+
+def test_cutting_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        cut(path, 1)
+    assert lines(path) == [{"step": 1}, {"step": 2}]
+    cut(path, 1)
+    assert lines(path) == [{"step": 1}]
+    cut(tmp_path / "absent", 1)
+    assert not (tmp_path / "absent").exists()

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from dgrpo.trainer.batch import filler, pack
-from dgrpo.trainer.teachers.local import ServedTeacher
-from dgrpo.trainer.teachers.served import HttpTopK, parse_prompt_logprobs
+from dgrpo.trainer.teachers.served import HttpTopK, ServedTeacher, parse_prompt_logprobs
 from tests.tiny import (
     VOCAB,
     assert_same_gradients,

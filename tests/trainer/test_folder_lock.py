@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from dgrpo.trainer.lock import NAME, FolderInUse, FolderLock
+from dgrpo.trainer.folder import LOCK, FolderInUse, FolderLock
 
 FORK = multiprocessing.get_context("fork")
 
@@ -59,7 +59,7 @@ def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
         FolderLock(tmp_path / "new" / "run")
     lock.release()
     lock.release()
-    assert (tmp_path / "new/run" / NAME).read_text() == ""
+    assert (tmp_path / "new/run" / LOCK).read_text() == ""
     again = FolderLock(tmp_path / "new/run")
     assert not again.notes
     again.release()
@@ -78,7 +78,7 @@ def test_one_of_those_that_start_together_gets_it(tmp_path):
 
 def test_a_killed_run_leaves_the_folder_free(tmp_path):
     killed_holder(tmp_path)
-    assert json.loads((tmp_path / NAME).read_text())["pid"]  # what it wrote does not matter
+    assert json.loads((tmp_path / LOCK).read_text())["pid"]  # what it wrote does not matter
     lock = FolderLock(tmp_path)
     assert not lock.notes
     lock.release()
@@ -109,7 +109,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 
 
 def test_a_holder_on_another_machine_that_did_not_end_is_told(tmp_path):
-    (tmp_path / NAME).write_text('{"host": "elsewhere", "pid": 7, "since": "yesterday"}')
+    (tmp_path / LOCK).write_text('{"host": "elsewhere", "pid": 7, "since": "yesterday"}')
     lock = FolderLock(tmp_path)
     assert "host elsewhere, pid 7, since yesterday" in lock.notes[0]
     assert "may not share locks between machines" in lock.notes[0]
@@ -118,9 +118,9 @@ def test_a_holder_on_another_machine_that_did_not_end_is_told(tmp_path):
 
 @pytest.mark.parametrize("text", ["", '{"host": "el', "[1]", "\x00\x00"])
 def test_any_lock_file_that_nobody_holds_is_fine(tmp_path, text):
-    (tmp_path / NAME).write_text(text)
+    (tmp_path / LOCK).write_text(text)
     lock = FolderLock(tmp_path)
-    assert not lock.notes and json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+    assert not lock.notes and json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     lock.release()
 
 

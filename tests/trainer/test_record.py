@@ -1,12 +1,15 @@
 """When a run that learns nothing is told so."""
 
-from dgrpo.trainer.standstill import Standstill
+from dgrpo.trainer.record import standstill
+from dgrpo.trainer.run import IN_A_ROW, Learned
 
 
 def told(steps):
     """How many warnings each step of (loss, norm, lowest, highest) has."""
-    watcher = Standstill()
-    return [len(watcher.warnings(*step)) for step in steps]
+    seen = [Learned(*step) for step in steps]
+    return [
+        len([*standstill(seen[max(0, n - IN_A_ROW - 1) : n])]) for n in range(1, len(steps) + 1)
+    ]
 
 
 def test_each_stretch_is_told_once():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dgrpo.trainer import train
 from dgrpo.trainer.build import build
-from dgrpo.trainer.vocabulary import common_vocab
+from dgrpo.trainer.loading import check_same_ids, common_vocab
 from tests.trainer.home import make_home, metrics, settings  # noqa: F401
 
 
@@ -24,7 +24,8 @@ class Tokenizer:
 def test_heads_are_compared_in_their_common_columns():
     assert common_vocab(151936, 152064) == common_vocab(152064, 151936) == 151936
     same = Tokenizer("a", "b", "c")
-    assert common_vocab(4, 6, same, Tokenizer("a", "b", "c")) == 4
+    assert common_vocab(4, 6, same) == 4
+    check_same_ids(same, Tokenizer("a", "b", "c"))
 
 
 @pytest.mark.parametrize(
@@ -39,13 +40,12 @@ def test_heads_are_compared_in_their_common_columns():
 )
 def test_tokenizers_that_differ_raise_with_the_first_ids(theirs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        common_vocab(8, 8, Tokenizer("a", "b", "c"), theirs)
+        check_same_ids(Tokenizer("a", "b", "c"), theirs)
 
 
 def test_a_head_smaller_than_the_tokenizer_raises():
-    ours = Tokenizer("a", "b", "c")
     with pytest.raises(ValueError, match="expected at least the 3 ids"):
-        common_vocab(2, 8, ours, ours)
+        common_vocab(2, 8, Tokenizer("a", "b", "c"))
 
 
 # -- in a run ------------------------------------------------------------------------------------
