@@ -13,7 +13,7 @@ from torch import Tensor
 from dgrpo.objectives.context import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
 from dgrpo.ops import checks, rows_torch
-from dgrpo.ops.divergences import SLOPES, Divergence, check_divergence, check_parameter_values
+from dgrpo.ops.divergences import DIVERGENCES, SLOPES, Divergence, check_divergence
 from dgrpo.ops.gemm import accumulator
 from dgrpo.ops.options import Options
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
@@ -190,7 +190,9 @@ def _check_values(
             taught = taught & (context.per_token().get(name, taught) != 0)
     if options.teacher is not None:
         options.teacher.check_values(targets, taught, vocabulary, columns)
-        check_parameter_values(options, taught)
+        parameter = DIVERGENCES[options.divergence].of(options)
+        if isinstance(parameter, Tensor):
+            DIVERGENCES[options.divergence].check_values(parameter[taught])
     checks.check_finite("hidden", hidden, where=with_loss)
     checks.check_finite("weight", weight[:columns])
     checks.check_bias("bias", None if options.bias is None else options.bias[:columns])
@@ -227,8 +229,7 @@ def _lay_out(
     teacher_index = has_teacher = parameter = None
     if options.teacher is not None:
         teacher_index, has_teacher = options.teacher.picks(rows, host_rows, dense)
-        name = SLOPES[options.divergence].parameter
-        parameter = None if name is None else getattr(options, name)
+        parameter = DIVERGENCES[options.divergence].of(options)
         if isinstance(parameter, Tensor):
             parameter = parameter.detach().reshape(-1)[rows].to(accumulator(dtype))
     if context is not None and context.token_weights is None:

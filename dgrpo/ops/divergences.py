@@ -1,7 +1,7 @@
 """Every divergence D between student p and teacher q in plain torch: check, value and slope.
 
-The twin of `dgrpo_kernels.divergences`, whose docstring holds the formulas, on tiles of columns
-(for `rows_torch`) and on the buckets of a top-k teacher (for `topk`). To add one: a class here.
+The twin of `dgrpo_kernels.divergences`, which holds the formulas, on tiles of columns (for
+`rows_torch`) and on the buckets of a top-k teacher (for `topk`). To add one: a class here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ LOWEST = -1e30  # stands for -inf where 0 * inf would arise
 Parameter = float | Tensor | None  # a number, or one per row: (R, 1)
 
 
-class Tile(NamedTuple):
-    """Columns of some rows: u, v, e^u, e^v (R, V), their sums and the logs of these, (R,)."""
+class Side(NamedTuple):
+    """One model's columns of a tile: logits less the row's maximum u and e^u, (R, V)."""
 
     u: Tensor
     e: Tensor
-    total: Tensor
-    log_sum: Tensor
-    v: Tensor
-    f: Tensor
-    total_t: Tensor
-    log_sum_t: Tensor
-    holes: bool  # u may be -inf
+    total: Tensor  # (R,) of e
+    log_sum: Tensor  # (R,)
 
 
 class Terms(NamedTuple):
@@ -63,12 +58,11 @@ class Terms(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """A divergence over a top-k teacher's buckets: `dD/dz` of a column is `p aux - q`."""
+    """A divergence over K + 1 buckets: dD/dz of a column is `p aux - exp(log_q)` of its bucket."""
 
     value: Tensor  # (R,)
-    slope: Tensor  # (R, K) of the K columns
-    aux: Tensor  # (R,) of the tail
-    log_q: Tensor  # (R,) of the tail
+    aux: Tensor  # (R, K + 1)
+    log_q: Tensor  # (R, K + 1)
 
 
 class Divergence:
@@ -85,8 +79,12 @@ class Divergence:
     def check_values(self, values: Tensor) -> None:
         """Raise for values of its option, one per token, that cannot be used. Syncs."""
 
-    def online(self, tile: Tile) -> Tensor:
-        """(R,) value, for one pass. May change u, v and f."""
+    def of(self, options: Any) -> Parameter | None:
+        """The value of its option: a number, or one per token."""
+        return None if self.parameter is None else getattr(options, self.parameter)
+
+    def online(self, z: Side, t: Side, holes: bool) -> Tensor:
+        """(R,) value, for one pass; holes: z.u may be -inf. May change z.u, t.u and t.e."""
         raise NotImplementedError
 
     def columns(self, lp: Tensor, lq: Tensor, parameter: Parameter, holes: bool) -> tuple:
@@ -119,10 +117,10 @@ class ReverseKL(Divergence):
 
     passes, steep = 1, True
 
-    def online(self, tile: Tile) -> Tensor:
-        u = tile.u.clamp_(min=LOWEST) if tile.holes else tile.u
-        cross = torch.sub(u, tile.v, out=tile.v).mul_(tile.e).sum(-1) / tile.total
-        return cross - tile.log_sum + tile.log_sum_t
+    def online(self, z: Side, t: Side, holes: bool) -> Tensor:
+        u = z.u.clamp_(min=LOWEST) if holes else z.u
+        cross = torch.sub(u, t.u, out=t.u).mul_(z.e).sum(-1) / z.total
+        return cross - z.log_sum + t.log_sum
 
     def slope(self, terms: Terms, u: Tensor, v: Tensor, e: Tensor) -> Tensor:
         at, b, c, inverse = terms.at, terms.b, terms.c, terms.inverse
@@ -131,10 +129,9 @@ class ReverseKL(Divergence):
         return u.add_(fixed * inverse).mul_(e)
 
     def buckets(self, lp: Tensor, lq: Tensor, parameter: Parameter) -> Buckets:
-        p, lp, lq, nothing = lp.exp(), known(lp), lq.clamp(min=FLOOR), absent(lq)
-        r = lp - lq
-        value = (p * r).sum(1)
-        return Buckets(value, p[:, 1:] * (r[:, 1:] - value[:, None]), r[:, 0] - value, nothing)
+        r = _known(lp) - lq.clamp(min=FLOOR)
+        value = (lp.exp() * r).sum(1)
+        return Buckets(value, r - value[:, None], torch.full_like(lq, -torch.inf))
 
 
 class ForwardKL(Divergence):
@@ -142,25 +139,22 @@ class ForwardKL(Divergence):
 
     passes, adds_q = 1, True
 
-    def online(self, tile: Tile) -> Tensor:
-        cross = tile.v.sub_(tile.u).mul_(tile.f)
-        cross = cross.masked_fill_(tile.f == 0, 0) if tile.holes else cross
-        return cross.sum(-1) / tile.total_t + tile.log_sum - tile.log_sum_t
+    def online(self, z: Side, t: Side, holes: bool) -> Tensor:
+        cross = t.u.sub_(z.u).mul_(t.e)
+        cross = cross.masked_fill_(t.e == 0, 0) if holes else cross
+        return cross.sum(-1) / t.total + z.log_sum - t.log_sum
 
     def slope(self, terms: Terms, u: Tensor, v: Tensor, e: Tensor) -> Tensor:
         q = terms.log_q(v).exp_()
         return terms.gradient(u, e, terms.plain + terms.b).addcmul_(q, -terms.b)
 
     def buckets(self, lp: Tensor, lq: Tensor, parameter: Parameter) -> Buckets:
-        p, q, tail = lp.exp(), lq.exp(), lq[:, 0]
+        q = lq.exp()
         term = (q * (lq.clamp(min=FLOOR) - lp)).masked_fill(q == 0, 0)
-        kept = torch.ones_like(q, dtype=torch.bool)
         if parameter is not None:
-            kept, term = term < parameter, term.clamp(max=parameter)
-        q = q.where(kept, 0)
-        mass = q.sum(1)
-        slope = p[:, 1:] * mass[:, None] - q[:, 1:]
-        return Buckets(term.sum(1), slope, mass, tail.where(kept[:, 0], absent(lq)))
+            lq = lq.masked_fill(term >= parameter, -torch.inf)
+            term = term.clamp(max=parameter)
+        return Buckets(term.sum(1), lq.exp().sum(1, keepdim=True).expand_as(lq), lq)
 
 
 class ClippedForwardKL(ForwardKL):
@@ -169,17 +163,12 @@ class ClippedForwardKL(ForwardKL):
     passes, parameter, adds_q = 2, "divergence_clip", False
 
     def check(self, value: Any, targets: Tensor, chosen: bool) -> None:
-        if chosen and value is None:
-            raise ValueError(
-                "divergence_clip: got None, expected a positive number (nats per column) with "
-                "divergence='clipped_forward_kl'"
-            )
-        if chosen:
+        if chosen and value is not None:
             check_number("divergence_clip", value, above=0)
-        elif value is not None:
+        elif chosen or value is not None:
+            wanted = "a positive number (nats per column) with" if chosen else "None without"
             raise ValueError(
-                f"divergence_clip: got {value}, expected None; it belongs to "
-                "divergence='clipped_forward_kl'"
+                f"divergence_clip: got {value}, expected {wanted} divergence='clipped_forward_kl'"
             )
 
     def columns(self, lp: Tensor, lq: Tensor, parameter: Parameter, holes: bool) -> tuple:
@@ -206,8 +195,7 @@ class JSD(Divergence):
         if chosen and not 0 < value < 1:
             other = "forward_kl" if value <= 0 else "reverse_kl"
             raise ValueError(
-                f"jsd_beta: got {value}, expected 0 < jsd_beta < 1; at the end of that range use "
-                f"divergence={other!r}"
+                f"jsd_beta: got {value}, expected 0 < jsd_beta < 1, or divergence={other!r}"
             )
 
     def columns(self, lp: Tensor, lq: Tensor, parameter: Parameter, holes: bool) -> tuple:
@@ -216,27 +204,25 @@ class JSD(Divergence):
         log_mix = self._log_mix(lp, lq, parameter)
         student = torch.linalg.vecdot(p, lp.sub_(log_mix))
         teacher = torch.linalg.vecdot(q, lq.sub_(log_mix))
-        return parameter * teacher + (1 - parameter) * student, student
+        return _mixed(parameter, teacher, student), student
 
     def slope(self, terms: Terms, u: Tensor, v: Tensor, e: Tensor) -> Tensor:
         lq, lp, beta = terms.log_q(v), u - terms.log_sum, terms.parameter
         plain = terms.plain - (1 - beta) * terms.times_b(terms.at.aux)
-        share = terms.b * (1 - beta)
-        lp.sub_(self._log_mix(lp, lq, beta)).mul_(share * terms.inverse)
+        lp.sub_(self._log_mix(lp, lq, beta)).mul_(terms.b * (1 - beta) * terms.inverse)
         return lp.addcmul_(u, -terms.c * terms.inverse).add_(plain * terms.inverse).mul_(e)
 
     def buckets(self, lp: Tensor, lq: Tensor, parameter: Parameter) -> Buckets:
-        p, q, lp, lq, nothing = lp.exp(), lq.exp(), known(lp), lq.clamp(min=FLOOR), absent(lq)
-        parts = torch.tensor([1 - parameter, parameter], dtype=torch.float64).log().tolist()
-        student = lp.masked_fill(p == 0, -torch.inf) + parts[0]
-        teacher = lq.masked_fill(q == 0, -torch.inf) + parts[1]
+        p, q, lp, lq = lp.exp(), lq.exp(), _known(lp), lq.clamp(min=FLOOR)
+        student = lp.masked_fill(p == 0, -torch.inf) + math.log(1 - parameter)
+        teacher = lq.masked_fill(q == 0, -torch.inf) + math.log(parameter)
         mix = torch.logaddexp(student, teacher).masked_fill((p == 0) & (q == 0), 0)
         r = lp - mix
         to_student = (p * r).sum(1)
         to_teacher = (q * (lq - mix)).sum(1)
-        value = parameter * to_teacher + (1 - parameter) * to_student
-        r = (1 - parameter) * (r - to_student[:, None])
-        return Buckets(value, p[:, 1:] * r[:, 1:], r[:, 0], nothing)
+        aux = (1 - parameter) * (r - to_student[:, None])
+        value = _mixed(parameter, to_teacher, to_student)
+        return Buckets(value, aux, torch.full_like(lq, -torch.inf))
 
     @staticmethod
     def _log_mix(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
@@ -262,29 +248,28 @@ class Jeffreys(Divergence):
     def columns(self, lp: Tensor, lq: Tensor, parameter: Parameter, holes: bool) -> tuple:
         q = lq.exp()
         teacher = (lq - lp).mul_(q).masked_fill_((q == 0) | (parameter == 0), 0).sum(-1)
-        p = lp.exp()
-        lp = lp.clamp_(min=FLOOR) if holes else lp
+        p, lp = lp.exp(), lp.clamp_(min=FLOOR) if holes else lp
         student = torch.linalg.vecdot(p, lp.sub_(lq))
         return _mixed(parameter, teacher, student), student
 
     def slope(self, terms: Terms, u: Tensor, v: Tensor, e: Tensor) -> Tensor:
         lq, lp, weight = terms.log_q(v), u - terms.log_sum, terms.parameter
-        share = terms.b * (1 - weight)
         plain = terms.plain + terms.b * weight - (1 - weight) * terms.times_b(terms.at.aux)
-        lp.sub_(lq).mul_(share * terms.inverse).addcmul_(u, -terms.c * terms.inverse)
-        g = lp.add_(plain * terms.inverse).mul_(e)
+        lp.sub_(lq).mul_(terms.b * (1 - weight)).addcmul_(u, -terms.c)
+        g = lp.add_(plain).mul_(e).mul_(terms.inverse)
         return g.addcmul_(lq.exp_(), -terms.b * weight)
 
     def buckets(self, lp: Tensor, lq: Tensor, parameter: Parameter) -> Buckets:
         forward, reverse = ForwardKL().buckets(lp, lq, None), ReverseKL().buckets(lp, lq, None)
         weight = lq.new_full((len(lq), 1), 1) * parameter
         teacher = forward.value.masked_fill(weight[:, 0] == 0, 0)
-        return Buckets(
-            _mixed(weight, teacher, reverse.value),
-            weight * forward.slope + (1 - weight) * reverse.slope,
-            _mixed(weight, forward.aux, reverse.aux),
-            forward.log_q + weight[:, 0].log(),
-        )
+        aux = weight * forward.aux + (1 - weight) * reverse.aux
+        return Buckets(_mixed(weight, teacher, reverse.value), aux, forward.log_q + weight.log())
+
+
+def _known(lp: Tensor) -> Tensor:
+    """Log-masses with 0 for -inf, where p = 0."""
+    return lp.masked_fill(lp == -torch.inf, 0)
 
 
 def _mixed(weight: Parameter, teacher: Tensor, student: Tensor) -> Tensor:
@@ -304,16 +289,6 @@ PARAMETERS = tuple(d.parameter for d in DIVERGENCES.values() if d.parameter is n
 SLOPES = {**DIVERGENCES, "none": Divergence(), "bucket": Bucket()}  # what the row kernels know
 
 
-def known(lp: Tensor) -> Tensor:
-    """Log-masses with 0 for -inf, where p = 0."""
-    return lp.masked_fill(lp == -torch.inf, 0)
-
-
-def absent(lq: Tensor) -> Tensor:
-    """(R,) log q of a tail that has no q."""
-    return torch.full_like(lq[:, 0], -torch.inf)
-
-
 def check_divergence(options: Any, targets: Tensor) -> None:
     """Raise for an unknown divergence, and for parameters (by attribute) that cannot be used."""
     if options.divergence not in DIVERGENCES:
@@ -322,13 +297,4 @@ def check_divergence(options: Any, targets: Tensor) -> None:
         )
     for name, divergence in DIVERGENCES.items():
         if divergence.parameter is not None:
-            value = getattr(options, divergence.parameter)
-            divergence.check(value, targets, chosen=name == options.divergence)
-
-
-def check_parameter_values(options: Any, taught: Tensor) -> None:
-    """Raise for a parameter's values that cannot be used at `taught` tokens (bool). Syncs."""
-    divergence = DIVERGENCES[options.divergence]
-    value = None if divergence.parameter is None else getattr(options, divergence.parameter)
-    if isinstance(value, Tensor):
-        divergence.check_values(value[taught])
+            divergence.check(divergence.of(options), targets, chosen=name == options.divergence)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dgrpo.ops.divergences import LOWEST, SLOPES, Parameter, Terms, Tile
+from dgrpo.ops.divergences import LOWEST, SLOPES, Parameter, Side, Terms
 from dgrpo_kernels.rows import FLOOR, Logits, RowStats
 
 FUSES_DGRPO = False
@@ -99,8 +99,8 @@ def row_stats(
             out.teacher_logprobs.copy_(own.where(here[tile], missing))
             _hold(v, t, FLOOR)
             if entry.passes == 1:
-                both = Tile(u, e, total, log_sum, v, f, total_t, log_sum_t, z.holes)
-                out.divergence.copy_(entry.online(both))
+                sides = Side(u, e, total, log_sum), Side(v, f, total_t, log_sum_t)
+                out.divergence.copy_(entry.online(*sides, z.holes))
         _hold(u, z, LOWEST)
         out.entropy.copy_((log_sum - u.mul_(e).sum(-1) / total).where(total > 0, 0))
         if round_policy:

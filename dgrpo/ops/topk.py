@@ -57,7 +57,9 @@ class TopKColumns:
         buckets = torch.cat([both[0], lp], 1), torch.cat([both[1], lq], 1)
         own = call.parameter_at(part)
         own = own[:, None] if isinstance(own, Tensor) else own
-        value, self.slope, aux, log_q = call.formulas.buckets(*buckets, own)
+        value, aux, log_q = call.formulas.buckets(*buckets, own)
+        self.slope = lp.exp() * aux[:, 1:] - log_q[:, 1:].exp()
+        aux, log_q = aux[:, 0], log_q[:, 0]
         known = lp.masked_fill(lp == -torch.inf, 0)
         entropy = tail.exp() * (tail_entropy - tail).nan_to_num(posinf=0.0)
         entropy = entropy - (lp.exp() * known).sum(1)
