@@ -29,7 +29,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from dgrpo_kernels.logits import FLOOR
+from dgrpo_kernels.logits import FLOOR, exp
 
 
 class Divergence(NamedTuple):
@@ -80,7 +80,7 @@ def _move_forward_kl(cross, sum_t, step_z, step_t, decay_t):
 
 @triton.jit
 def _forward_kl_slope(p, lq):
-    return p - tl.exp(lq)
+    return p - exp(lq)
 
 
 # clipped forward KL
@@ -94,7 +94,7 @@ def _clipped_forward_kl_terms(q, lp, lq, clip):
 
 @triton.jit
 def _clipped_forward_kl_slope(p, lp, lq, aux, clip):
-    q = tl.exp(lq)
+    q = exp(lq)
     unclipped = q * (lq - lp) < clip
     return p * aux - tl.where(unclipped, q, 0.0)
 
@@ -106,7 +106,7 @@ def _clipped_forward_kl_slope(p, lp, lq, aux, clip):
 def _jsd_terms(p, q, lp, lq, beta):
     lp = tl.where(p > 0, lp, FLOOR)
     top = tl.maximum(lp, lq)
-    log_mix = top + tl.log((1.0 - beta) * tl.exp(lp - top) + beta * tl.exp(lq - top))
+    log_mix = top + tl.log((1.0 - beta) * exp(lp - top) + beta * exp(lq - top))
     student = tl.where(p > 0, p * (lp - log_mix), 0.0)
     teacher = tl.where(q > 0, q * (lq - log_mix), 0.0)
     return beta * teacher + (1.0 - beta) * student, student
@@ -117,7 +117,7 @@ def _jsd_slope(p, lp, lq, aux, beta):
     x = lp + tl.log(1.0 - beta)
     y = lq + tl.log(beta)
     top = tl.maximum(x, y)
-    log_mix = top + tl.log(tl.exp(x - top) + tl.exp(y - top))
+    log_mix = top + tl.log(exp(x - top) + exp(y - top))
     return (1.0 - beta) * p * (lp - log_mix - aux)
 
 
@@ -133,7 +133,7 @@ def _jeffreys_terms(p, q, lp, lq, weight):
 
 @triton.jit
 def _jeffreys_slope(p, lp, lq, aux, weight):
-    return weight * (p - tl.exp(lq)) + (1.0 - weight) * p * (lp - lq - aux)
+    return weight * (p - exp(lq)) + (1.0 - weight) * p * (lp - lq - aux)
 
 
 # what the row kernels call
@@ -199,5 +199,5 @@ def slope(lp, lq, p, divergence, aux, parameter, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == JEFFREYS:
         g = _jeffreys_slope(p, lp, lq, aux, parameter)
     else:
-        g = p * aux - tl.exp(lq)
+        g = p * aux - exp(lq)
     return g

@@ -29,14 +29,23 @@ CLIPPED, CLAMPED = _OUTPUTS["clipped"], _OUTPUTS["clamped"]
 COEF_A, COEF_B, COEF_C = _OUTPUTS["a"], _OUTPUTS["b"], _OUTPUTS["c"]
 
 
-def stats_block(V: int) -> tuple[int, int, int]:
+def stats_block(V: int, heavy: bool) -> tuple[int, int, int]:
     """Lanes, tiles per step and warps of `row_stats`: a lane takes 4 columns of each tile.
 
-    16 warps per program fill half of a multiprocessor from 256 rows. Four tiles spread the decay
+    512 threads per program fill half of a multiprocessor from 256 rows. Four tiles spread the decay
     of the sums over 16 columns per lane, and put 8 loads of 16 bytes in flight with a teacher.
+    heavy: a soft cap or a rounded policy, whose arithmetic takes the registers of one tile (four
+    spill on sm_90 and gfx942).
     """
     lanes = min(512, triton.next_power_of_2(triton.cdiv(V, 4)))
-    return lanes, 4 if V >= 16 * lanes else 1, max(lanes // 32, 1)
+    return lanes, 1 if heavy or V < 16 * lanes else 4, max(lanes // _warp(), 1)
+
+
+def _warp() -> int:
+    """Threads per warp: 64 on AMD's CDNA."""
+    if triton.knobs.runtime.interpret:
+        return 32
+    return triton.runtime.driver.active.get_current_target().warp_size
 
 
 def divergence_block(V: int) -> tuple[int, int]:

@@ -61,24 +61,16 @@ def _row_divergence_kernel(
     divergence = tl.zeros((BLOCK,), tl.float32)
     aux = divergence
     full = V // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        value_terms, aux_terms = _terms(
-            start + lanes, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
-            z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
-            max_z, log_sum_z, max_t, log_sum_t, parameter,
-            Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, False,
-        )  # fmt: skip
-        divergence += value_terms
-        aux += aux_terms
-    for start in range(full, V, BLOCK):
-        value_terms, aux_terms = _terms(
-            start + lanes, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
-            z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
-            max_z, log_sum_z, max_t, log_sum_t, parameter,
-            Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, True,
-        )  # fmt: skip
-        divergence += value_terms
-        aux += aux_terms
+    for REST in tl.static_range(2):  # whole blocks, then what is left, masked
+        for start in range(full if REST else 0, V if REST else full, BLOCK):
+            value_terms, aux_terms = _terms(
+                start + lanes, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
+                z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+                max_z, log_sum_z, max_t, log_sum_t, parameter,
+                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, REST == 1,
+            )  # fmt: skip
+            divergence += value_terms
+            aux += aux_terms
     tl.store(stats_ptr + stats_row * at.DIVERGENCE_ROW, tl.sum(divergence, 0))
     tl.store(stats_ptr + stats_row * at.AUX, tl.sum(aux, 0))
 

@@ -88,6 +88,15 @@ def _general(
     return tl.where(x == float("-inf"), 0.0, g) if HOLES else g
 
 
+@triton.jit
+def _write(grad_ptr, cols, g, grad_row, MASKED: tl.constexpr):
+    g = g.to(grad_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(grad_ptr + cols, g, mask=cols < grad_row)
+    else:
+        tl.store(grad_ptr + cols, g)
+
+
 @triton.jit(
     do_not_specialize=["stats_row", "coef_row", "in_row", "out_row"],
     do_not_specialize_on_alignment=[
@@ -160,6 +169,7 @@ def _row_grad_kernel(
     blocks = V // BLOCK
     full = blocks * BLOCK
     last = tl.where(split == blocks % SPLITS, V, full)  # whose turn the rest of the columns is
+    STEP: tl.constexpr = SPLITS * BLOCK
     if FOLDED:
         factor = z_scale * z_inv_temperature
         of_u = -c
@@ -178,19 +188,14 @@ def _row_grad_kernel(
         fixed *= factor
         t_factor = t_scale * t_inv_temperature
         log2_sum = log_sum_z * LOG2E
-        for start in range(split * BLOCK, full, SPLITS * BLOCK):
-            g = _folded(
-                start + lanes, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t,
-                log2_sum, of_u, of_v, fixed, Z_FORM, T_FORM, False,
-            )  # fmt: skip
-            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty))
-        for start in range(full, last, BLOCK):
-            g = _folded(
-                start + lanes, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t,
-                log2_sum, of_u, of_v, fixed, Z_FORM, T_FORM, True,
-            )  # fmt: skip
-            inside = start + lanes < grad_row
-            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty), mask=inside)
+        for REST in tl.static_range(2):
+            for start in range(full if REST else split * BLOCK, last if REST else full, STEP):
+                cols = start + lanes
+                g = _folded(
+                    cols, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t, log2_sum,
+                    of_u, of_v, fixed, Z_FORM, T_FORM, REST == 1,
+                )  # fmt: skip
+                _write(grad_ptr, cols, g, grad_row, REST == 1)
         if (target >= 0) & (target < V) & (target // BLOCK % SPLITS == split):
             tl.debug_barrier()  # its column was written above, by another thread
             g = a * factor + _folded(
@@ -199,25 +204,17 @@ def _row_grad_kernel(
             )  # fmt: skip
             tl.store(grad_ptr + target, g.to(grad_ptr.dtype.element_ty))
     else:
-        for start in range(split * BLOCK, full, SPLITS * BLOCK):
-            g = _general(
-                start + lanes, target, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, z_row, t_row,
-                z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
-                max_z, log_sum_z, max_t, log_sum_t, max_b, log_sum_b, entropy, divergence, aux,
-                parameter, a, b, c,
-                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ROUND_POLICY, False,
-            )  # fmt: skip
-            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty))
-        for start in range(full, last, BLOCK):
-            g = _general(
-                start + lanes, target, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, z_row, t_row,
-                z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
-                max_z, log_sum_z, max_t, log_sum_t, max_b, log_sum_b, entropy, divergence, aux,
-                parameter, a, b, c,
-                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ROUND_POLICY, True,
-            )  # fmt: skip
-            inside = start + lanes < grad_row
-            tl.store(grad_ptr + start + lanes, g.to(grad_ptr.dtype.element_ty), mask=inside)
+        for REST in tl.static_range(2):
+            for start in range(full if REST else split * BLOCK, last if REST else full, STEP):
+                cols = start + lanes
+                g = _general(
+                    cols, target, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, z_row, t_row,
+                    z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+                    max_z, log_sum_z, max_t, log_sum_t, max_b, log_sum_b, entropy, divergence, aux,
+                    parameter, a, b, c,
+                    Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ROUND_POLICY, REST == 1,
+                )  # fmt: skip
+                _write(grad_ptr, cols, g, grad_row, REST == 1)
 
 
 def row_grad(

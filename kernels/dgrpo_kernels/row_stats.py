@@ -23,7 +23,7 @@ from torch import Tensor
 from dgrpo_kernels import layout as at
 from dgrpo_kernels.divergences import DIVERGENCES, move_online, online_terms, online_value
 from dgrpo_kernels.logits import FLOOR, LOWEST, exp, load_raw, logits_of, rounded, within
-from dgrpo_kernels.rows import Logits, check_rows
+from dgrpo_kernels.rows import CAPPED, Logits, check_rows
 
 
 @triton.jit
@@ -116,23 +116,18 @@ def _row_stats_kernel(
     max_t = max_z
     sum_t = sum_z
     cross = sum_z  # the sum of the divergence
-    STEP: tl.constexpr = 4 * LANES * TILES
-    full = V // STEP * STEP
-    tiles = tl.arange(0, TILES)[:, None, None] * (4 * LANES)
-    for start in range(0, full, STEP):
-        max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross = _step(
-            start + tiles + within_tile, max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross,
-            z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
-            z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
-            Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ONLINE, ROUND_POLICY, False,
-        )  # fmt: skip
-    for start in range(full, V, 4 * LANES):
-        max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross = _step(
-            start + within_tile, max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross,
-            z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
-            z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
-            Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ONLINE, ROUND_POLICY, True,
-        )  # fmt: skip
+    TILE: tl.constexpr = 4 * LANES
+    full = V // (TILES * TILE) * (TILES * TILE)
+    for REST in tl.static_range(2):  # first whole steps, then the rest tile by tile, masked
+        tiles = tl.arange(0, 1 if REST else TILES)[:, None, None] * TILE + within_tile
+        step = TILE if REST else TILES * TILE
+        for start in range(full if REST else 0, V if REST else full, step):
+            max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross = _step(
+                start + tiles, max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross,
+                z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
+                z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ONLINE, ROUND_POLICY, REST == 1,
+            )  # fmt: skip
 
     top_z = tl.max(max_z, 0)
     step_z = max_z - top_z
@@ -208,7 +203,8 @@ def row_stats(
     check_rows("z", z.raw)
     check_rows("t", teacher.raw)
     rows, V = z.raw.shape
-    lanes, tiles, warps = at.stats_block(V)
+    heavy = round_policy or CAPPED in (z.form, teacher.form)
+    lanes, tiles, warps = at.stats_block(V, heavy)
     with torch.cuda.device_of(z.raw):
         _row_stats_kernel[(rows,)](
             z.raw, None if t is None else t.raw, z.bias, None if t is None else t.bias, targets,
