@@ -27,15 +27,41 @@ from dgrpo_kernels.rows import CAPPED, Logits, check_rows
 
 
 @triton.jit
+def _load(ptr, bias_ptr, cols, row_stride, TILES: tl.constexpr, MASKED: tl.constexpr):
+    """Raw logits of 1 tile, (LANES, 4), or of 4, (LANES, 4, 2, 2): a lane is a thread."""
+    x = load_raw(ptr, bias_ptr, cols, row_stride, MASKED)
+    if TILES == 4:
+        next_tile = 4 * cols.shape[0]
+        x1 = load_raw(ptr, bias_ptr, cols + next_tile, row_stride, MASKED)
+        x2 = load_raw(ptr, bias_ptr, cols + 2 * next_tile, row_stride, MASKED)
+        x3 = load_raw(ptr, bias_ptr, cols + 3 * next_tile, row_stride, MASKED)
+        x = tl.join(tl.join(x, x1), tl.join(x2, x3))
+    return x
+
+
+@triton.jit
 def _top(x):
-    """(TILES, LANES, 4) to each lane's maximum."""
-    return tl.max(tl.max(x, 2), 0)
+    """Each lane's maximum."""
+    if len(x.shape) == 4:
+        x = tl.max(tl.max(x, 3), 2)
+    return tl.max(x, 1)
 
 
 @triton.jit
 def _total(x):
-    """(TILES, LANES, 4) to each lane's sum."""
-    return tl.sum(tl.sum(x, 2), 0)
+    """Each lane's sum."""
+    if len(x.shape) == 4:
+        x = tl.sum(tl.sum(x, 3), 2)
+    return tl.sum(x, 1)
+
+
+@triton.jit
+def _less(x, lane):
+    """All of a lane's logits less a number of that lane."""
+    y = lane[:, None]
+    if len(x.shape) == 4:
+        y = y[:, :, None, None]
+    return x - y
 
 
 @triton.jit
@@ -45,25 +71,25 @@ def _step(
     z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
     Z_FORM: tl.constexpr, T_FORM: tl.constexpr, HOLES: tl.constexpr, T_HOLES: tl.constexpr,
     DIVERGENCE: tl.constexpr, ONLINE: tl.constexpr, ROUND_POLICY: tl.constexpr,
-    MASKED: tl.constexpr,
+    TILES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """All lanes' maxima and sums after the tiles at `cols`, (TILES, LANES, 4)."""
-    x = load_raw(z_ptr, z_bias_ptr, cols, z_row, MASKED)
+    """All lanes' maxima and sums after TILES tiles, of which `cols`, (LANES, 4), is the first."""
+    x = _load(z_ptr, z_bias_ptr, cols, z_row, TILES, MASKED)
     if t_ptr is not None:
-        y = load_raw(t_ptr, t_bias_ptr, cols, t_row, MASKED)
+        y = _load(t_ptr, t_bias_ptr, cols, t_row, TILES, MASKED)
     z = logits_of(x, z_scale, z_softcap, z_inv_temperature, Z_FORM, HOLES)
     z = within(z, cols, V, HOLES, MASKED)
     new_z = tl.maximum(max_z, _top(z))
     step_z = max_z - new_z
     decay_z = exp(step_z)
-    u = z - new_z[None, :, None]
+    u = _less(z, new_z)
     e = exp(u)
     if t_ptr is not None:
         t = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_FORM, T_HOLES)
         t = within(t, cols, V, T_HOLES, MASKED)
         new_t = tl.maximum(max_t, _top(t))
         step_t = max_t - new_t
-        v = t - new_t[None, :, None]
+        v = _less(t, new_t)
         f = exp(v)
         if T_HOLES:
             # No step from a lane so far without a peak: what is held at FLOOR stays there.
@@ -84,7 +110,7 @@ def _step(
         b = logits_of(rounded(x), z_scale, z_softcap, z_inv_temperature, Z_FORM, HOLES)
         b = within(b, cols, V, HOLES, MASKED)
         new_b = tl.maximum(max_b, _top(b))
-        sum_b = exp(max_b - new_b) * sum_b + _total(exp(b - new_b[None, :, None]))
+        sum_b = exp(max_b - new_b) * sum_b + _total(exp(_less(b, new_b)))
         max_b = new_b
     return new_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross
 
@@ -107,7 +133,7 @@ def _row_stats_kernel(
     z_ptr += row * z_row
     if t_ptr is not None:
         t_ptr += row * t_row
-    within_tile = tl.arange(0, LANES)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    tile = tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :]
     max_z = tl.full((LANES,), LOWEST, tl.float32)
     sum_z = tl.zeros((LANES,), tl.float32)
     sum_u = sum_z  # sum e^u u
@@ -116,17 +142,16 @@ def _row_stats_kernel(
     max_t = max_z
     sum_t = sum_z
     cross = sum_z  # the sum of the divergence
-    TILE: tl.constexpr = 4 * LANES
-    full = V // (TILES * TILE) * (TILES * TILE)
+    full = V // (4 * LANES * TILES) * (4 * LANES * TILES)
     for REST in tl.static_range(2):  # first whole steps, then the rest tile by tile, masked
-        tiles = tl.arange(0, 1 if REST else TILES)[:, None, None] * TILE + within_tile
-        step = TILE if REST else TILES * TILE
+        step = 4 * LANES if REST else 4 * LANES * TILES
         for start in range(full if REST else 0, V if REST else full, step):
             max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross = _step(
-                start + tiles, max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross,
+                start + tile, max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross,
                 z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
                 z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
-                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ONLINE, ROUND_POLICY, REST == 1,
+                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ONLINE, ROUND_POLICY,
+                1 if REST else TILES, REST == 1,
             )  # fmt: skip
 
     top_z = tl.max(max_z, 0)
