@@ -174,7 +174,7 @@ def _row_grad_kernel(
         factor = z_scale * z_inv_temperature
         of_u = -c
         of_v = 0.0 * c
-        fixed = c * (log_sum_z - entropy) - a
+        fixed = tl.where(c == 0, 0.0, c * (log_sum_z - entropy)) - a
         if t_ptr is not None:
             # A skipped teacher may hold NaN: the student's own row stands in for it.
             skipped = b == 0
