@@ -26,8 +26,8 @@ from bench.ours import MIB, fused
 from bench.report import console, percent, save
 from bench.sizes import Shape, pair
 from dgrpo.objectives import Context
-from dgrpo.ops.blocks import Plan, make_plan, padded
 from dgrpo.ops.gemm import accumulate, accumulator, grad_hidden, project, writes_fp32
+from dgrpo.ops.plan import CPU_RIDGE, Plan, make_plan, padded, ridge_of
 from dgrpo_kernels.rows import POLICY_INPUTS, POLICY_OUTPUTS, STATS, Logits, PolicyRows
 
 SHAPES = {
@@ -59,6 +59,7 @@ def plan_of(case: Case, budget: int) -> Plan:
         teacher_width=shape.teacher_hidden,
         budget=budget,
         processors=torch.cuda.get_device_properties(0).multi_processor_count if gpu else 0,
+        ridge=ridge_of(device) if gpu else CPU_RIDGE,
         lifts=not writes_fp32("mm", case.weight),
     )
 
@@ -99,19 +100,17 @@ def parts(case: Case, plan: Plan, copied: int, repeats: int) -> list[Part]:
     shape, device = case.shape, case.hidden.device
     tokens, vocab = shape.tokens, shape.vocab
     weight, teacher_weight = case.weight.detach(), case.teacher_weight
-    buffers = [
-        torch.empty(plan.logit_rows, padded(vocab), device=device)[:, :vocab] for _ in range(2)
-    ]
-    z, t = buffers
-    h, h_teacher = case.hidden.detach()[: plan.logit_rows], case.teacher_hidden[: plan.logit_rows]
+    rows_each = plan.mean_rows
+    z, t = (torch.empty(rows_each, padded(vocab), device=device)[:, :vocab] for _ in range(2))
+    h, h_teacher = case.hidden.detach()[:rows_each], case.teacher_hidden[:rows_each]
     grad = torch.zeros(plan.grad_rows, padded(vocab), dtype=weight.dtype, device=device)[:, :vocab]
     wide = case.hidden.detach()[: plan.grad_rows]
     total = torch.zeros(vocab, shape.hidden, dtype=accumulator(weight.dtype), device=device)
     project(h, weight, z, plan.scratch)
     project(h_teacher, teacher_weight, t, plan.scratch)
-    for start in range(0, plan.grad_rows, plan.logit_rows):
+    for start in range(0, plan.grad_rows, rows_each):
         # G holds real gradients: products of zeros run faster.
-        part = grad[start : start + plan.logit_rows]
+        part = grad[start : start + rows_each]
         rows = row_kernels(case, z[: len(part)], t[: len(part)], part, triton=z.is_cuda)
         for run in rows.values():
             run()
@@ -119,7 +118,7 @@ def parts(case: Case, plan: Plan, copied: int, repeats: int) -> list[Part]:
     scale = tokens / min(FLOOR_ROWS, tokens)
     floor = {name: scale * burst_ms(run, repeats=repeats) for name, run in gemms(case).items()}
     rate = copy_rate(copied, device, repeats) / 1e3  # bytes per millisecond
-    many, few = tokens / plan.logit_rows, tokens / plan.grad_rows
+    many, few = tokens / rows_each, tokens / plan.grad_rows
     size = weight.dtype.itemsize
     products = {
         "z": (lambda: project(h, weight, z, plan.scratch), many),
@@ -160,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     body = {
         "shape": str(shape),
         "budget": budget,
-        "logit_rows": plan.logit_rows,
+        "part_rows": plan.parts,
         "grad_rows": plan.grad_rows,
         "step_ms": step_ms,
         "rows": found,
@@ -182,7 +181,7 @@ def whole_step(case: Case, budget: int, repeats: int) -> float:
 
 def print_parts(shape: Shape, plan: Plan, found: list[dict], step_ms: float) -> None:
     """The table, the sum, and what the sum leaves unexplained."""
-    title = f"{shape}; R = {plan.logit_rows} rows of logits, M = {plan.grad_rows} rows of G"
+    title = f"{shape}; M = {plan.grad_rows} rows of G, {plan.mean_rows} rows of logits on average"
     table = Table(title=title, title_justify="left", box=None)
     for heading in ("part", "bound by", "calls", "ms each", "ms", "floor ms", "of floor"):
         table.add_column(heading, justify="right")

@@ -27,7 +27,7 @@ from bench.reference import BOTH, CROSS_ENTROPY, FORWARD_KL, KL, POLICY, errors,
 from bench.resume import UNFINISHED, Report
 from bench.roofline import roofline
 from bench.sizes import Shape, heads, pair
-from dgrpo.ops.blocks import padded
+from dgrpo.ops.plan import padded
 from dgrpo.testing import oracle, relative_error
 
 TINY = Shape("tiny", 64, 48, 64, 1000, "float32")
