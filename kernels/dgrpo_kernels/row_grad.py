@@ -15,8 +15,6 @@ own: over z, a program would overwrite columns that another has not read.
 
 from __future__ import annotations
 
-from math import inf
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from dgrpo_kernels import layout as at
 from dgrpo_kernels import logits
-from dgrpo_kernels.dgrpo_row import dgrpo_row
+from dgrpo_kernels.dgrpo_row import dgrpo_row, policy_flags, policy_numbers, store_policy
 from dgrpo_kernels.divergences import DIVERGENCES, NONE, slope
 from dgrpo_kernels.logits import FLOOR, LOG2E, LOWEST, chain, exp, load_raw, logits_of, rounded
 from dgrpo_kernels.rows import CAPPED, Logits, PolicyRows, check_rows
@@ -33,7 +31,22 @@ FOLDS = ("none", "reverse_kl")  # their slopes are linear in u and v
 
 
 @triton.jit
-def _folded(
+def fold(
+    a, b, c, log_sum_z, log_sum_t, entropy, divergence, factor, TEACHER: tl.constexpr
+):  # fmt: skip
+    """Coefficients with which G is `p (of_u u + of_v v + fixed)`, but for the target's 1."""
+    of_u = -c
+    of_v = 0.0 * c
+    fixed = tl.where(c == 0, 0.0, c * (log_sum_z - entropy)) - a
+    if TEACHER:
+        of_u += b
+        of_v = -b
+        fixed += tl.where(b == 0, 0.0, b * (log_sum_t - log_sum_z - divergence))
+    return of_u * factor, of_v * factor, fixed * factor
+
+
+@triton.jit
+def folded(
     cols, z_ptr, t_ptr, z_row, t_row, z_factor, t_factor, max_z, max_t, log2_sum, of_u, of_v, fixed,
     Z_FORM: tl.constexpr, T_FORM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +102,7 @@ def _general(
 
 
 @triton.jit
-def _write(grad_ptr, cols, g, grad_row, MASKED: tl.constexpr):
+def write(grad_ptr, cols, g, grad_row, MASKED: tl.constexpr):
     g = g.to(grad_ptr.dtype.element_ty)
     if MASKED:
         tl.store(grad_ptr + cols, g, mask=cols < grad_row)
@@ -148,14 +161,7 @@ def _row_grad_kernel(
             HAS_OLD, HAS_REF, HAS_WEIGHTS, HAS_SAMPLER,
         )  # fmt: skip
         if split == 0:
-            out_ptr += row
-            tl.store(out_ptr + out_row * at.LOSSES, loss)
-            tl.store(out_ptr + out_row * at.RATIO, ratio)
-            tl.store(out_ptr + out_row * at.CLIPPED, clipped.to(tl.float32))
-            tl.store(out_ptr + out_row * at.CLAMPED, clamped.to(tl.float32))
-            tl.store(out_ptr + out_row * at.COEF_A, a)
-            tl.store(out_ptr + out_row * at.COEF_B, b)
-            tl.store(out_ptr + out_row * at.COEF_C, c)
+            store_policy(out_ptr + row, out_row, loss, ratio, clipped, clamped, a, b, c)
     else:
         a = tl.load(coef_ptr + row)
         b = tl.load(coef_ptr + row + coef_row)
@@ -172,33 +178,26 @@ def _row_grad_kernel(
     STEP: tl.constexpr = SPLITS * BLOCK
     if FOLDED:
         factor = z_scale * z_inv_temperature
-        of_u = -c
-        of_v = 0.0 * c
-        fixed = tl.where(c == 0, 0.0, c * (log_sum_z - entropy)) - a
+        of_u, of_v, fixed = fold(
+            a, b, c, log_sum_z, log_sum_t, entropy, divergence, factor, t_ptr is not None
+        )  # fmt: skip
         if t_ptr is not None:
             # A skipped teacher may hold NaN: the student's own row stands in for it.
-            skipped = b == 0
-            t_ptr = tl.where(skipped, z_ptr, t_ptr)
-            max_t = tl.where(skipped, max_z, max_t)
-            of_u += b
-            of_v = -b
-            fixed += tl.where(skipped, 0.0, b * (log_sum_t - log_sum_z - divergence))
-        of_u *= factor
-        of_v *= factor
-        fixed *= factor
+            t_ptr = tl.where(b == 0, z_ptr, t_ptr)
+            max_t = tl.where(b == 0, max_z, max_t)
         t_factor = t_scale * t_inv_temperature
         log2_sum = log_sum_z * LOG2E
         for REST in tl.static_range(2):
             for start in range(full if REST else split * BLOCK, last if REST else full, STEP):
                 cols = start + lanes
-                g = _folded(
+                g = folded(
                     cols, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t, log2_sum,
                     of_u, of_v, fixed, Z_FORM, T_FORM, REST == 1,
                 )  # fmt: skip
-                _write(grad_ptr, cols, g, grad_row, REST == 1)
+                write(grad_ptr, cols, g, grad_row, REST == 1)
         if (target >= 0) & (target < V) & (target // BLOCK % SPLITS == split):
             tl.debug_barrier()  # its column was written above, by another thread
-            g = a * factor + _folded(
+            g = a * factor + folded(
                 target, z_ptr, t_ptr, z_row, t_row, factor, t_factor, max_z, max_t,
                 log2_sum, of_u, of_v, fixed, Z_FORM, T_FORM, False,
             )  # fmt: skip
@@ -214,7 +213,7 @@ def _row_grad_kernel(
                     parameter, a, b, c,
                     Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, ROUND_POLICY, REST == 1,
                 )  # fmt: skip
-                _write(grad_ptr, cols, g, grad_row, REST == 1)
+                write(grad_ptr, cols, g, grad_row, REST == 1)
 
 
 def row_grad(
@@ -243,13 +242,6 @@ def row_grad(
     rows, V = z.raw.shape
     block, warps, splits = at.grad_block(V)
     per_row = isinstance(parameter, Tensor)
-    context = None if policy is None else policy.context
-    numbers = (0.0,) * 6
-    if context is not None:
-        numbers = (
-            context.clip_low, context.clip_high, context.clip_dual, context.is_cap,
-            context.ref_coef, context.entropy_coef,
-        )  # fmt: skip
     inputs, outputs = (None, None) if policy is None else (policy.inputs, policy.outputs)
     strides = (0 if x is None else x.stride(0) for x in (coef, inputs, outputs))
     folded = divergence in FOLDS and not (round_policy or z.holes or teacher.holes)
@@ -262,12 +254,9 @@ def row_grad(
             out, outputs,
             V, z.raw.stride(0), teacher.raw.stride(0), out.stride(0), stats.stride(0), *strides,
             *z.scalars, *teacher.scalars, 0.0 if per_row else float(parameter or 0.0),
-            *(inf if number is None else float(number) for number in numbers),
+            *policy_numbers(policy),
             Z_FORM=z.form, T_FORM=teacher.form, HOLES=z.holes, T_HOLES=teacher.holes,
             DIVERGENCE=DIVERGENCES[divergence].code, ROUND_POLICY=round_policy, FOLDED=folded,
-            HAS_OLD=getattr(context, "old_logprobs", None) is not None,
-            HAS_REF=getattr(context, "ref_logprobs", None) is not None,
-            HAS_WEIGHTS=getattr(context, "policy_weights", None) is not None,
-            HAS_SAMPLER=getattr(context, "sampler_logprobs", None) is not None,
+            **policy_flags(policy),
             SPLITS=splits, BLOCK=block, num_warps=warps,
         )  # fmt: skip

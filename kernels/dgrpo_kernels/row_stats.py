@@ -65,7 +65,7 @@ def _less(x, lane):
 
 
 @triton.jit
-def _step(
+def step_of(
     cols, max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross,
     z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
     z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
@@ -115,6 +115,41 @@ def _step(
     return new_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross
 
 
+@triton.jit
+def merge(
+    max_z, sum_z, sum_u, max_t, sum_t, cross,
+    TEACHER: tl.constexpr, T_HOLES: tl.constexpr, ONLINE: tl.constexpr, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """Lanes' (or programs') maxima and sums into those of the row."""
+    top_z = tl.max(max_z, 0)
+    step_z = max_z - top_z
+    decay_z = exp(step_z)
+    total_u = tl.sum(decay_z * (sum_u + step_z * sum_z), 0)
+    total_z = tl.sum(decay_z * sum_z, 0)
+    top_t = top_z
+    total_t = total_z
+    total = 0.0 * total_z
+    if TEACHER:
+        top_t = tl.max(max_t, 0)
+        step_t = max_t - top_t
+        if T_HOLES:
+            step_t = tl.where(max_t == LOWEST, 0.0, step_t)
+        decay_t = exp(step_t)
+        total_t = tl.sum(decay_t * sum_t, 0)
+        if ONLINE:
+            cross = move_online(
+                cross, sum_z, sum_t, step_z, step_t, decay_z, decay_t, DIVERGENCE
+            )  # fmt: skip
+            total = tl.sum(cross, 0)
+    return top_z, total_z, total_u, top_t, total_t, total
+
+
+@triton.jit
+def entropy_of(total_z, total_u):
+    """Entropy from the sums of e^u and e^u u; 0 for a row without columns."""
+    return tl.where(total_z > 0, tl.log(total_z) - total_u / total_z, 0.0)
+
+
 # N never enters: a view of the statistics starts anywhere, and its stride grows with N.
 @triton.jit(
     do_not_specialize=["stats_row"],
@@ -146,7 +181,7 @@ def _row_stats_kernel(
     for REST in tl.static_range(2):  # first whole steps, then the rest tile by tile, masked
         step = 4 * LANES if REST else 4 * LANES * TILES
         for start in range(full if REST else 0, V if REST else full, step):
-            max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross = _step(
+            max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross = step_of(
                 start + tile, max_z, sum_z, sum_u, max_b, sum_b, max_t, sum_t, cross,
                 z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
                 z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
@@ -154,13 +189,11 @@ def _row_stats_kernel(
                 1 if REST else TILES, REST == 1,
             )  # fmt: skip
 
-    top_z = tl.max(max_z, 0)
-    step_z = max_z - top_z
-    decay_z = exp(step_z)
-    total_z = tl.sum(decay_z * sum_z, 0)
+    top_z, total_z, total_u, top_t, total_t, cross = merge(
+        max_z, sum_z, sum_u, max_t, sum_t, cross, t_ptr is not None, T_HOLES, ONLINE, DIVERGENCE
+    )  # fmt: skip
     log_sum_z = tl.log(total_z)
-    total_u = tl.sum(decay_z * (sum_u + step_z * sum_z), 0)
-    entropy = tl.where(total_z > 0, log_sum_z - total_u / total_z, 0.0)
+    entropy = entropy_of(total_z, total_u)
     top_b = top_z
     log_sum_b = log_sum_z
     if ROUND_POLICY:
@@ -184,12 +217,6 @@ def _row_stats_kernel(
     tl.store(out + stats_row * at.POLICY_MAX, top_b)
     tl.store(out + stats_row * at.POLICY_LOG_SUM, log_sum_b)
     if t_ptr is not None:
-        top_t = tl.max(max_t, 0)
-        step_t = max_t - top_t
-        if T_HOLES:
-            step_t = tl.where(max_t == LOWEST, 0.0, step_t)
-        decay_t = exp(step_t)
-        total_t = tl.sum(decay_t * sum_t, 0)
         log_sum_t = tl.log(total_t)
         y = load_raw(t_ptr, t_bias_ptr, target, t_row, False)
         t = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_FORM, T_HOLES)
@@ -198,12 +225,7 @@ def _row_stats_kernel(
         tl.store(out + stats_row * at.LOG_SUM_T, log_sum_t)
         tl.store(out + stats_row * at.TEACHER_LOGPROBS, own)
         if ONLINE:
-            cross = move_online(
-                cross, sum_z, sum_t, step_z, step_t, decay_z, decay_t, DIVERGENCE
-            )  # fmt: skip
-            value = online_value(
-                tl.sum(cross, 0), total_z, total_t, log_sum_z, log_sum_t, DIVERGENCE
-            )  # fmt: skip
+            value = online_value(cross, total_z, total_t, log_sum_z, log_sum_t, DIVERGENCE)
             tl.store(out + stats_row * at.DIVERGENCE_ROW, value)
 
 
