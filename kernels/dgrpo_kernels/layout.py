@@ -4,8 +4,10 @@ Row offsets, in units of the row stride, of the buffers that `RowStats`, `Policy
 `PolicyOutputs` describe.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dgrpo_kernels.rows import PolicyInputs, PolicyOutputs, RowStats
 
@@ -41,6 +43,20 @@ def stats_block(V: int, heavy: bool) -> tuple[int, int, int]:
     return lanes, 1 if heavy or V < 16 * lanes else 4, max(lanes // _warp(), 1)
 
 
+def fused_grid(like: Tensor, V: int) -> tuple[int, int]:
+    """Programs of `row_fused`, one per multiprocessor, and how many of them share a row.
+
+    So many that the logits of all rows under way, 8 V bytes each, fill at most half of L2.
+    """
+    if not like.is_cuda:
+        return 1, 1
+    device = torch.cuda.get_device_properties(like.device)
+    group = 1
+    while group < 16 and device.multi_processor_count // group * 16 * V > device.L2_cache_size:
+        group *= 2
+    return device.multi_processor_count, group
+
+
 def _warp() -> int:
     """Threads per warp: 64 on AMD's CDNA."""
     if triton.knobs.runtime.interpret:
@@ -49,8 +65,9 @@ def _warp() -> int:
 
 
 def divergence_block(V: int) -> tuple[int, int]:
-    """Columns per step and warps of `row_divergence`: 8 columns per thread."""
-    return min(2048, triton.next_power_of_2(V)), 8 if V > 1024 else 4
+    """Columns per step and warps of `row_divergence`: 4 columns per thread (8 spill on sm_100)."""
+    block = min(2048, triton.next_power_of_2(V))
+    return block, max(block // 4 // _warp(), 1)
 
 
 def grad_block(V: int) -> tuple[int, int, int]:
