@@ -86,12 +86,15 @@ def row_kernels(
     else:
         import dgrpo.ops.rows_torch as backend
 
-    return {
+    found = {
         "row_stats": lambda: backend.row_stats(*logits, targets, stats),
         "row_grad": lambda: backend.row_grad(
             *logits, targets, stats, coefficients, grad, **options
         ),
     }
+    if triton:  # both in one kernel: not part of the sum while the op does not use it
+        found["row_fused"] = lambda: backend.row_fused(*logits, targets, stats, grad, **options)
+    return found
 
 
 @torch.no_grad()
@@ -126,10 +129,11 @@ def parts(case: Case, plan: Plan, copied: int, repeats: int) -> list[Part]:
         "dHidden": (lambda: grad_hidden(grad, weight, plan.scratch), few),
         "dW": (lambda: accumulate(total, grad, wide, plan.scratch), few),
     }
-    read = {"row_stats": 8 * tokens * vocab, "row_grad": (8 + size) * tokens * vocab}
+    read = {"row_stats": 8, "row_grad": 8 + size, "row_fused": 8 + size}  # bytes per logit
+    every = tokens * vocab / rate
     return [
         *(Part(n, run, calls, floor[n], "compute") for n, (run, calls) in products.items()),
-        *(Part(n, rows[n], many, read[n] / rate, "memory") for n in ("row_stats", "row_grad")),
+        *(Part(n, run, many, read[n] * every, "memory") for n, run in rows.items()),
     ]
 
 
@@ -195,7 +199,7 @@ def print_parts(shape: Shape, plan: Plan, found: list[dict], step_ms: float) -> 
             f"{row['floor_ms']:.4g}",
             percent(row["floor_ms"] / row["ms"]),
         )
-    total = sum(row["ms"] for row in found)
+    total = sum(row["ms"] for row in found if row["part"] != "row_fused")
     floor = sum(row["floor_ms"] for row in found if row["bound"] == "compute")
     table.add_section()
     table.add_row("sum", "", "", "", f"{total:.4g}", f"{floor:.4g}", percent(floor / total))
