@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgrpo.ops import rows_torch
 from dgrpo.ops.call import Call
 from dgrpo.ops.gemm import accumulator, project, writes_fp32
 from dgrpo.ops.options import Options
@@ -37,9 +38,13 @@ class Head:
             if isinstance(rows, slice):
                 rows = torch.arange(rows.start, rows.stop, device=hidden.device)
             picked = hidden[rows // hidden.shape[1], rows % hidden.shape[1]]
-        else:
-            picked = hidden[rows] if isinstance(rows, slice) else hidden.index_select(0, rows)
-        if picked.is_cpu and self.weight.is_cuda:
+        elif isinstance(rows, slice):
+            picked = hidden[rows]
+        else:  # from the host straight into pinned memory, which the copy reads behind our back
+            streams = hidden.is_cpu and self.weight.is_cuda
+            picked = hidden.new_empty(len(rows), hidden.shape[1], pin_memory=streams)
+            torch.index_select(hidden, 0, rows, out=picked)
+        if picked.is_cpu and self.weight.is_cuda and not picked.is_pinned():
             picked = picked.pin_memory()
         return picked.to(self.weight.device, self.weight.dtype, non_blocking=True)
 
@@ -111,6 +116,7 @@ def plan_of(call: Call, student: Head, teacher: Head | None, gradients: bool) ->
         budget=call.options.memory_budget,
         processors=_processors(call.device) if cuda else 0,
         ridge=ridge_of(call.device) if cuda else CPU_RIDGE,
+        temporaries=rows_torch.TEMPORARIES if cuda and call.backend is rows_torch else 0,
         lifts=not all(writes_fp32(p, head.weight) for head in heads for p in ("mm", "addmm")),
     )
 

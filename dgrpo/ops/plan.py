@@ -81,6 +81,7 @@ class Sizes(NamedTuple):
     budget: int  # bytes, without scratch
     processors: int  # streaming multiprocessors; 0 = a CPU
     ridge: float
+    temporaries: int  # of a logits row's size, that row functions in plain torch make
 
     @property
     def logit_row(self) -> int:
@@ -89,9 +90,10 @@ class Sizes(NamedTuple):
         return models * max(self.itemsize, 4) * padded(self.columns)
 
     @property
-    def teacher_row(self) -> int:
-        """Bytes of one of the teacher's hidden states."""
-        return (self.teacher_width or 0) * (self.itemsize + 4 * self.lifts)
+    def side_row(self) -> int:
+        """Bytes beside the workspace per row of logits: teacher's states and temporaries."""
+        states = (self.teacher_width or 0) * (self.itemsize + 4 * self.lifts)
+        return states + self.temporaries * max(self.itemsize, 4) * padded(self.columns)
 
     @property
     def grad_row(self) -> int:
@@ -108,13 +110,13 @@ class Sizes(NamedTuple):
         """The largest parts of a block of G that keep the budget; None if there are none."""
         free, parts, filled = self.budget - grad_rows * self.state_row - ALIGNED, [], 0
         while filled < grad_rows:
-            row = self.grad_row + self.logit_row + (0 if parts else self.teacher_row)
+            row = self.grad_row + self.logit_row + (0 if parts else self.side_row)
             rows = (free - filled * self.grad_row) // row
             rows -= rows % 32 if rows > 32 else 0
             rows = min(rows, MOST_LOGIT_ROWS, grad_rows - filled)
             if rows < 1:
                 return None
-            free -= 0 if parts else rows * self.teacher_row  # later parts have fewer
+            free -= 0 if parts else rows * self.side_row  # later parts have fewer
             parts.append(rows)
             filled += rows
         return tuple(parts)
@@ -146,6 +148,7 @@ def make_plan(
     budget: int = 2**30,
     processors: int = 0,
     ridge: float = CPU_RIDGE,
+    temporaries: int = 0,
     lifts: bool = False,
 ) -> Plan:
     """Split `count` rows of `columns` logits so that all transient memory fits `budget` bytes.
@@ -157,7 +160,7 @@ def make_plan(
     scratch = max(budget // 8, 1) if lifts else 0
     sizes = Sizes(
         columns, width, teacher_width, dtype.itemsize, gradients, lifts, budget - scratch,
-        processors, ridge,
+        processors, ridge, temporaries,
     )  # fmt: skip
     step, costs = _costs(sizes)
 
