@@ -6,7 +6,6 @@ Anything heavy is imported by the command that needs it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgrpo.extras import MissingExtra
+from dgrpo.extras import MissingExtra, load_function, say
 
 if TYPE_CHECKING:
     from dgrpo.trainer.signals import Interruption
@@ -122,7 +121,7 @@ def train(options: argparse.Namespace) -> int:
             if asked.number is None:
                 raise
             status = 128 + asked.number
-            _tell(f"stopped while starting ({asked.name})")
+            say(f"stopped while starting ({asked.name})")
         _flush()
         return status
 
@@ -140,8 +139,8 @@ def _train(options: argparse.Namespace, asked: Interruption) -> int:
             print(f"# {name}\n{dump(settings)}" if name else dump(settings), end="")
         return 0
     for name, settings in stages.items():
-        _tell(f"{name or 'train'}: {settings.method.preset}, in {settings.out}")
-    _tell("loading torch and transformers")
+        say(f"{name or 'train'}: {settings.method.preset}, in {settings.out}")
+    say("loading torch and transformers")
     from dgrpo.distributed import FirstRankFailed, leave
     from dgrpo.trainer import Diverged, RewardsFailed, train_stages
     from dgrpo.trainer.checkpoint import CheckpointError
@@ -159,16 +158,9 @@ def _train(options: argparse.Namespace, asked: Interruption) -> int:
     for name, outcome in outcomes.items():
         label = f"{name}: " if name else ""
         why = f" ({signal.Signals(outcome.signal).name})" if outcome.signal else ""
-        _tell(f"{label}{outcome.status} at step {outcome.step} in {outcome.folder}{why}")
+        say(f"{label}{outcome.status} at step {outcome.step} in {outcome.folder}{why}")
     number = asked.number or next((o.signal for o in outcomes.values() if o.interrupted), None)
     return 128 + number if number else 0
-
-
-def _tell(text: str) -> None:
-    """Prints a line at once, on rank 0. A terminal or a pipe that is gone is no error."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            print(text, flush=True)
 
 
 def _flush() -> None:
@@ -202,10 +194,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from dgrpo.longblocks.evaluation import evaluate as score
     from dgrpo.longblocks.evaluation.arguments import rows_of, task_names
     from dgrpo.longblocks.evaluation.results import percent
-    from dgrpo.longblocks.rewards.worker import load as load_reward
+    from dgrpo.longblocks.rewards.worker import HOME
 
     tasks, ruler_tasks = task_names(options.tasks, options.ruler)
-    reward = load_reward(options.reward) if options.reward else None
+    reward = load_function("--reward", options.reward, HOME) if options.reward else None
     before = Results.from_json(options.against) if options.against else None
     if options.lm_eval:
         names = options.lm_eval.split(",")

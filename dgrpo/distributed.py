@@ -1,21 +1,12 @@
 """Where this process stands among the ranks, and collectives over them.
 
-`ranks()` is the only place in the trainer that asks `torch.distributed` for rank or world. Without
-a process group it is one rank, and every collective returns its input.
-
-Two pairs of numbers, equal as long as every mesh dimension reads data of its own:
-
-    rank, world             processes: who writes files; `first` speaks for all
-    data_rank, data_world   readers of data: for the data stream and the normalisers
-
-A sequence-parallel dimension would stay out of `DATA`: its ranks share one `data_rank`, and
-`totals` then needs the group of the dimensions in `DATA`.
+`rank` and `world` count processes; `data_rank` and `data_world` count those that read different
+rows. Without a process group there is one rank, and every collective returns its input.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-DATA = ("replicate", "shard")  # mesh dimensions whose ranks read different rows
-
-_mesh: DeviceMesh | None = None  # of this process, made by `start`
+_mesh: dist.DeviceMesh | None = None  # of this process, made by `start`
 
 _T = TypeVar("_T")
 
@@ -44,7 +32,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    mesh: DeviceMesh | None = None  # None: one process, or a group that `start` did not make
+    mesh: dist.DeviceMesh | None = None  # None: one process, or a group that `start` did not make
     group: dist.ProcessGroup | None = None  # of the collectives; None = all ranks
 
     @property
@@ -52,42 +40,32 @@ class Ranks:
         """Whether this rank speaks for all: prints, and writes what there is once."""
         return self.rank == 0
 
-    def size(self, dimension: str) -> int:
-        """Ranks along a dimension of the mesh, 1 where it has none of that name."""
-        names = () if self.mesh is None else self.mesh.mesh_dim_names
-        return self.mesh.size(names.index(dimension)) if dimension in names else 1
-
     @property
     def data_world(self) -> int:
-        """Number of ranks that read different rows."""
-        return self.world if self.mesh is None else math.prod(map(self.size, DATA))
+        """Number of ranks that read different rows: all, as no mesh dimension shares rows."""
+        return self.world
 
     @property
     def data_rank(self) -> int:
         """The place of this rank among them."""
-        if self.mesh is None:
-            return self.rank
-        place = 0
-        for name, at in zip(self.mesh.mesh_dim_names, self.mesh.get_coordinate(), strict=True):
-            place = place * self.size(name) + at if name in DATA else place
-        return place
+        return self.rank
 
     def totals(self, values: Sequence[float]) -> list[float]:
         """Sum each value over the ranks, in fp64. COLLECTIVE; a sync. NaN and infinity spread."""
-        if self.world == 1:
-            return [float(value) for value in values]
-        device = _host_or_cuda() if self.mesh is None else self.mesh.device_type
-        summed = torch.tensor(list(values), dtype=torch.float64, device=device)
-        dist.all_reduce(summed, group=self.group)
-        return summed.tolist()
+        return self._reduced([float(value) for value in values], torch.float64, "SUM")
 
     def maxima(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over the ranks. COLLECTIVE."""
+        return self._reduced(list(values), torch.int64, "MAX")
+
+    def _reduced(self, values: list, dtype: torch.dtype, op: str) -> list:
         if self.world == 1:
-            return list(values)
-        largest = torch.tensor(list(values), dtype=torch.int64, device=_host_or_cuda())
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
-        return largest.tolist()
+            return values
+        # On the host if the group has gloo, which spares the GPU a sync.
+        device = "cpu" if "gloo" in str(dist.get_backend_config(self.group)) else "cuda"
+        reduced = torch.tensor(values, dtype=dtype, device=device)
+        dist.all_reduce(reduced, getattr(dist.ReduceOp, op), self.group)
+        return reduced.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's object, in rank order. COLLECTIVE."""
@@ -126,15 +104,19 @@ class Ranks:
 
 def ranks() -> Ranks:
     """This process's place among the ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size(), _mesh)
+    started = dist.is_available() and dist.is_initialized()
+    return Ranks(*place_in(None), _mesh) if started else Ranks()
+
+
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's rank in a group and the group's size. None: the group of all ranks."""
+    return dist.get_rank(group), dist.get_world_size(group)
 
 
 def start(device: str = "auto", replicas: int = 1) -> torch.device:
     """Join the process group of torchrun's environment, or make one of this process alone.
 
-    Makes the mesh of `ranks()` too, see `make_mesh`; a second call keeps the group. Returns the
+    Also makes the mesh of `ranks()`, see `make_mesh`; a second call keeps the group. Returns the
     device of this rank: `device` is "cpu", "cuda" or "auto" (a GPU where there is one). Raises
     ValueError where there is no such device, or `replicas` do not divide the ranks.
     """
@@ -157,7 +139,7 @@ def start(device: str = "auto", replicas: int = 1) -> torch.device:
     return here
 
 
-def make_mesh(device: torch.device | str, replicas: int = 1) -> DeviceMesh:
+def make_mesh(device: torch.device | str, replicas: int = 1) -> dist.DeviceMesh:
     """All ranks as a mesh: ("shard",), or with `replicas` > 1 ("replicate", "shard") for HSDP.
 
     Raises ValueError where the number of ranks is not a multiple of `replicas`.
@@ -166,12 +148,12 @@ def make_mesh(device: torch.device | str, replicas: int = 1) -> DeviceMesh:
     if replicas < 1 or world % replicas:
         raise ValueError(f"replicas: got {replicas}, expected a divisor of the {world} ranks")
     if replicas == 1:
-        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+        return dist.init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
     shape = (replicas, world // replicas)
-    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    return dist.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def sum_shards(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+def sum_shards(tensor: Tensor, mesh: dist.DeviceMesh) -> Tensor:
     """Sum a tensor over the ranks that hold one sharded copy, in place. COLLECTIVE."""
     dist.all_reduce(tensor, group=mesh.get_group(mesh.ndim - 1))
     return tensor
@@ -187,8 +169,3 @@ def leave() -> None:
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # models are held by cycles of references
         dist.destroy_process_group()
-
-
-def _host_or_cuda() -> str:
-    """The device where the default group can reduce a few numbers: the host if it has gloo."""
-    return "cpu" if "gloo" in str(dist.get_backend_config()) else "cuda"

@@ -1,8 +1,7 @@
 """The HTTP client of OpenAI-compatible servers: keys, time-outs, retries, many requests at once.
 
-It uses `httpx2`, the fork of httpx that huggingface_hub installs (`httpx` itself may be missing).
-The first request imports it, so that a process without requests, such as the worker of the
-rewards, stays light.
+It imports `httpx2`, the fork of httpx that huggingface_hub installs, at the first request: the
+worker of the rewards stays light.
 """
 
 import json
@@ -34,8 +33,8 @@ class EndpointError(Exception):
 class Endpoint:
     """A model at a server.
 
-    Retried are failures that may pass: no connection, a time-out, a status of `RETRIED` or from 500
-    on, an answer of another form than expected.
+    Failures that may pass are tried again: no connection, a time-out, a status of `RETRIED` or from
+    500 on, an answer of another form than expected.
     """
 
     url: str  # base address, such as http://localhost:8000/v1
@@ -69,10 +68,7 @@ class Endpoint:
     def post(self, path: str, body: dict, parse: Callable[[Any], Any] = lambda answer: answer):
         """Send `body` and the model's name to `path` below the url; `parse` the answer's JSON.
 
-        An exception of `parse` is a failure that may pass.
-
-        Raises:
-            EndpointError: no usable answer in all tries.
+        An exception of `parse` is a failure that may pass. Raises `EndpointError` after all tries.
         """
         content = json.dumps({"model": self.model, **body})
         for attempt in range(self.retries + 1):

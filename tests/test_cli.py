@@ -174,7 +174,7 @@ def test_eval_of_an_empty_file_fails(home, tmp_path, capsys):
 
 
 def test_eval_makes_the_tasks_of_data_make(tmp_path, capsys, monkeypatch):
-    from tests.longblocks.evaluation.test_made import Oracle
+    from tests.longblocks.evaluation.test_ruler import Oracle
 
     monkeypatch.setattr("dgrpo.cli._generator", lambda options: Oracle())
     command = ["eval", "model", "--tasks", "relations,quoting", "--lengths", "4k", "--count", "2"]

@@ -34,7 +34,7 @@ PRODUCTS = {
         ("dgrpo", "dgrpo.ops", "dgrpo.head", "dgrpo.objectives", "dgrpo.distributed"),
     ),
     "the trainer": Product(
-        11700,
+        10300,
         (
             "dgrpo/trainer",
             "dgrpo/data",
@@ -46,7 +46,7 @@ PRODUCTS = {
         ("dgrpo.trainer", "dgrpo.trainer.config", "dgrpo.data"),
     ),
     "LongBlocks": Product(
-        5900,
+        4700,
         ("dgrpo/longblocks", "dgrpo/rewards.py"),
         (
             "dgrpo.longblocks.tasks",
@@ -69,7 +69,8 @@ LAYERS = """
     trainer.loop longblocks.evaluation longblocks.dataset
     trainer
     trainer.rollout trainer.teachers trainer.checkpoint trainer.metrics trainer.report
-    trainer.policy trainer.batch data longblocks.tasks longblocks.rewards
+    trainer.policy
+    trainer.batch data longblocks.tasks longblocks.rewards
     trainer.attention trainer.config endpoint text
     head
     ops
@@ -85,9 +86,7 @@ SHARED = {"cli", "text", "endpoint", "extras"}  # counted with the trainer, but 
 INSTALLS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "tokenizers": "transformers"}
 OPTIONAL = {"liger_kernel", "lm_eval", "langdetect", "wandb", "flash_attn", "vllm"}
 # Modules that ask torch.distributed for rank or world although dgrpo.distributed knows them.
-ASK_FOR_RANKS = {
-    "dgrpo.ops.vocab_parallel",
-}
+ASK_FOR_RANKS = set()
 UNPACK = set()  # modules of the loss that take a dataclass apart with vars()
 
 

@@ -173,12 +173,12 @@ def teacher_samples(own_prompts=True):
 
 def loss_with(policy, samples, teacher, max_tokens=25, share_prompts=True, **options):
     """The loss over all micros with a teacher, with gradients accumulated."""
-    teacher.attach(samples, max_tokens, share_prompts=share_prompts)
+    teacher.attach(samples, max_tokens, share_prompts)
     total = 0.0
     for micro in pack(samples, max_tokens, share_prompts=share_prompts, teacher_coef=0.5):
         head = teacher.head(micro)
         inputs = micro.head_inputs(teacher=head, options=Options(**options))
-        out = policy(**micro.model_args(), inputs=inputs)
+        out = policy(micro, inputs=inputs)
         out.loss.backward()
         total += float(out.loss.detach())
     return total

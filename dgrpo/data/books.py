@@ -18,13 +18,8 @@ class Books:
 
     Text files are named by identifier. Parquet files hold one book per row, as Institutional Books
     is published: the identifier in one of the columns `KEYS`, the text in one of `TEXTS` (pages are
-    joined). Only identifiers are kept in memory.
-
-    A row belongs to the book named by its `identifier`, its `id`, or a part of the id between `/`,
-    `:`, `#` and `_`.
-
-    Raises:
-        ValueError: the folder holds no book.
+    joined). A row belongs to the book named by its `identifier`, its `id`, or a part of the id
+    between `/`, `:`, `#` and `_`.
     """
 
     KEYS = ("barcode_src", "identifier", "id")
@@ -39,10 +34,8 @@ class Books:
             elif file.suffix == ".parquet":
                 self._index(file, report or Report())
         if not self.places:
-            raise ValueError(
-                f"books: got {str(folder)!r}, which holds no book; expected <identifier>.txt files "
-                f"or parquet files with a column {' or '.join(self.KEYS)}"
-            )
+            wanted = f"<identifier>.txt or parquet files with a column {' or '.join(self.KEYS)}"
+            raise ValueError(f"books: got {str(folder)!r}, which holds no book; expected {wanted}")
 
     def _index(self, file: Path, report: Report) -> None:
         import pyarrow.parquet
@@ -70,8 +63,7 @@ class Books:
         names += re.split(r"[/:#_]", identifier)
         place = next((self.places[name] for name in names if name in self.places), None)
         if place is None:
-            detail = f"{self.folder} has no book for the identifier {identifier}"
-            raise BadRow("document is null", detail)
+            raise BadRow("document is null", f"{self.folder} has no book for {identifier}")
         try:
             text = self._read(*place)
         except (OSError, ValueError) as error:

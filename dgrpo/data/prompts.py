@@ -1,25 +1,55 @@
 """The prompts of a run: sources mixed by share, in a fixed order, from a position that resumes.
 
-The order depends on the seed and the sources alone. All ranks walk through the same stream and each
-keeps its own rows, so that neither the number of ranks nor a resumption changes what is trained on;
-the price is that every rank tokenises every row, as the length filters need.
+All ranks walk through the same stream, tokenising every row as the length filters need, and keep
+their own rows: neither the number of ranks nor a resumption changes what is trained on.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
 from dgrpo.data.books import Books
-from dgrpo.data.cursors import Pass, Shuffled
 from dgrpo.data.render import Prompt, PromptEncoder
+from dgrpo.data.row_stream import Pass, Shuffled
 from dgrpo.data.rows import fingerprint
-from dgrpo.data.survey import Survey
 from dgrpo.text import BadRow, Report
-from dgrpo.trainer.config import DataSource
+from dgrpo.trainer.config import Data
 
 OTHERWISE = "set another out, or read the new rows from their beginning by --allow-changes"
+
+
+@dataclass
+class Survey:
+    """What reading some rows of a source gave."""
+
+    size: int | None  # rows of the source; None while streaming
+    looked: int = 0  # rows that were read
+    kept: int = 0  # those of them that are usable
+    report: Report = field(default_factory=lambda: Report(lambda line: None))  # on the others
+    prompt_tokens: int = 0  # of the usable rows
+    completion_tokens: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows were read."""
+        return self.looked == self.size
+
+    @property
+    def usable(self) -> int | None:
+        """Usable rows of the source: counted, or estimated; None: not known."""
+        return round(self.size * self.kept / self.looked) if self.looked else None
+
+    def add(self, prompt: Prompt | None) -> None:
+        """Count a row; None is one that is not usable."""
+        self.looked += 1
+        if prompt is not None:
+            self.kept += 1
+            self.prompt_tokens += len(prompt.ids)
+            if prompt.completion_ids is not None:
+                self.completion_tokens += len(prompt.completion_ids)
 
 
 class PromptStream:
@@ -31,14 +61,11 @@ class PromptStream:
 
     Args:
         tokenizer: a tokenizer of transformers; its lengths are the ones that count.
-        chat, system, chat_options: see `PromptEncoder`.
-        min_prompt_tokens, max_prompt_tokens, max_completion_tokens: rows outside are dropped.
         context, reserve: rows whose prompt and completion (`reserve` tokens; None: its own) are
             longer than `context` tokens together are dropped.
         require_completion: drop rows without a target (SFT, distillation on given texts).
-        shuffle: off, rows come in the order of the files.
         rank, world: this process and how many share the stream.
-        log, report_path: see `Report`.
+        log: see `Report`.
 
     Raises:
         ValueError: no source, or a source of which no row is usable.
@@ -46,38 +73,33 @@ class PromptStream:
 
     def __init__(
         self,
-        sources: Sequence[DataSource],
+        data: Data,
         tokenizer,
         *,
         seed: int = 0,
         epochs: int | None = 1,
-        chat: bool | None = None,
-        system: str | None = None,
-        chat_options: dict | None = None,
-        min_prompt_tokens: int = 0,
-        max_prompt_tokens: int | None = None,
-        max_completion_tokens: int | None = None,
         context: int | None = None,
         reserve: int | None = None,
         require_completion: bool = False,
-        shuffle: bool = True,
         rank: int = 0,
         world: int = 1,
         log: Callable[[str], None] | None = None,
-        report_path: str | None = None,
     ):
+        sources = data.sources
         if not sources:
             raise ValueError("sources: got none, expected at least one Source")
         if not 0 <= rank < world:
             raise ValueError(f"rank: got {rank}, expected 0 <= rank < world = {world}")
-        self.report = Report(log if rank == 0 else lambda line: None, report_path)
-        self.sources, self.rank, self.world, self.epochs = list(sources), rank, world, epochs
-        self.encoder = PromptEncoder(tokenizer, chat=chat, system=system, chat_options=chat_options)
-        self.lengths = (min_prompt_tokens, max_prompt_tokens, max_completion_tokens)
+        self.report = Report(log if rank == 0 else lambda line: None)
+        self.data, self.sources, self.epochs = data, sources, epochs
+        self.rank, self.world = rank, world
+        self.encoder = PromptEncoder(
+            tokenizer, chat=data.chat, system=data.system, chat_options=data.chat_options
+        )
         self.context, self.reserve = context, reserve
         self.require_completion = require_completion
         self.cursors = [
-            (Pass if source.streaming else Shuffled)(source, [seed, i], shuffle, self.report)
+            (Pass if source.streaming else Shuffled)(source, [seed, i], data.shuffle, self.report)
             for i, source in enumerate(sources)
         ]
         self.books = [Books(s.books, self.report) if s.books else None for s in sources]
@@ -86,32 +108,20 @@ class PromptStream:
         self.index = 0
         self.taken = [0] * len(sources)
 
-    @property
-    def size(self) -> int | None:
-        """Rows of the first source before any filter; None while streaming."""
-        return self.cursors[0].size
-
     def batch(self, n: int) -> list[Prompt]:
-        """The next `n` prompts of the global stream; of these, those that are this rank's.
-
-        Position i belongs to rank `i % world`. Fewer at the end of the data, then none.
-        """
+        """This rank's (`index % world`) of the next `n` prompts; fewer, then none, at the end."""
         prompts = islice(iter(self._next, None), n)
         return [prompt for prompt in prompts if prompt.index % self.world == self.rank]
 
     def survey(self, seconds: float) -> list[Survey]:
-        """What each source's rows are like, from random ones that can be read in some seconds.
-
-        Rows of a streaming source are not read. The stream stands where it stood.
-        """
-        found = []
-        for number, cursor in enumerate(self.cursors):
-            part, end = Survey(cursor.size), time.monotonic() + seconds / len(self.cursors)
+        """Read random rows of the sources that are not streamed; the stream stays where it is."""
+        found = [Survey(cursor.size) for cursor in self.cursors]
+        for number, (part, cursor) in enumerate(zip(found, self.cursors, strict=True)):
+            end = time.monotonic() + seconds / len(found)
             for index in np.random.default_rng(0).permutation(cursor.size or 0):
                 if time.monotonic() > end:
                     break
                 part.add(self._prepare(number, *cursor.at(int(index)), part.report))
-            found.append(part)
         return found
 
     def state_dict(self) -> dict:
@@ -130,11 +140,7 @@ class PromptStream:
         return not self._difference(state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`.
-
-        Raises:
-            ValueError: the sources are others, have another number of rows or other files.
-        """
+        """Go on from `state_dict`. Raises ValueError where the sources or their rows are others."""
         if difference := self._difference(state):
             raise ValueError(f"sources: {difference}, {OTHERWISE}")
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
@@ -145,18 +151,16 @@ class PromptStream:
     def _difference(self, state: dict) -> str:
         """How the sources differ from those that a state is of; empty: not at all."""
         if state["names"] != self.names:
-            return (
-                f"got {self.names}, the saved position is of {state['names']}; "
-                "resume with the sources it was saved with"
-            )
-        files, same = state.get("files", self.files), "resume with the same data"
+            saved = f"the saved position is of {state['names']}"
+            return f"got {self.names}, {saved}; resume with the sources it was saved with"
         for i, (name, cursor) in enumerate(zip(self.names, self.cursors, strict=True)):
-            size = state["cursors"][i].get("size")
+            size, has = state["cursors"][i].get("size"), ""
             if size != cursor.size:
-                had = f"{name!r} has {cursor.size} rows, had {size}"
-                return f"{had} when the position was saved; {same}"
-            if files[i] != self.files[i]:
-                return f"{name!r} has other rows than when the position was saved; {same}"
+                has = f"{cursor.size} rows, had {size}"
+            elif state["files"][i] != self.files[i]:
+                has = "other rows than"
+            if has:
+                return f"{name!r} has {has} when the position was saved; resume with the same data"
         return ""
 
     def length(self, rows: int) -> int:
@@ -171,11 +175,8 @@ class PromptStream:
     def _furthest_behind(self, index: int, taken: Sequence[int]) -> int:
         """The source of position `index`: the one that is furthest behind its share."""
         total = sum(source.weight for source in self.sources)
-        behind = [
-            source.weight / total * (index + 1) - count
-            for source, count in zip(self.sources, taken, strict=True)
-        ]
-        return max(range(len(behind)), key=behind.__getitem__)
+        shares = [source.weight / total for source in self.sources]
+        return max(range(len(shares)), key=lambda i: shares[i] * (index + 1) - taken[i])
 
     def _next(self) -> Prompt | None:
         number = self._furthest_behind(self.index, self.taken)
@@ -184,10 +185,8 @@ class PromptStream:
             found = cursor.next()
             if found is None:  # the end of an epoch
                 if cursor.kept == 0:
-                    raise ValueError(
-                        f"sources: no usable row in {self.sources[number].path!r}; "
-                        + "\n".join(self.report.lines())
-                    )
+                    path, told = self.sources[number].path, "\n".join(self.report.lines())
+                    raise ValueError(f"sources: no usable row in {path!r}; {told}")
                 cursor.kept = 0
                 continue
             prompt = self._prepare(number, *found, self.report)
@@ -217,10 +216,10 @@ class PromptStream:
         return prompt
 
     def _check(self, prompt: Prompt) -> None:
-        shortest, longest, longest_target = self.lengths
-        n = len(prompt.ids)
-        if n < shortest:
-            raise BadRow("too short", f"{n} tokens, at least {shortest} wanted")
+        data, n = self.data, len(prompt.ids)
+        longest, longest_target = data.max_prompt_tokens, data.max_completion_tokens
+        if n < data.min_prompt_tokens:
+            raise BadRow("too short", f"{n} tokens, at least {data.min_prompt_tokens} wanted")
         if longest is not None and n > longest:
             raise BadRow("too long", f"{n} tokens, at most {longest} wanted")
         own = 0 if prompt.completion_ids is None else len(prompt.completion_ids)
@@ -230,7 +229,5 @@ class PromptStream:
             raise BadRow("target too long", f"{own} tokens")
         rest = own if self.reserve is None else self.reserve
         if self.context is not None and n + rest > self.context:
-            raise BadRow(
-                "beyond the model's context",
-                f"{n} tokens of prompt + {rest} of completion, at most {self.context} together",
-            )
+            both = f"{n} tokens of prompt + {rest} of completion"
+            raise BadRow("beyond the model's context", f"{both}, at most {self.context} together")

@@ -1,6 +1,8 @@
 """A row becomes a prompt: the columns it is read from, its text, its tokens."""
 
+import re
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 import torch
@@ -38,11 +40,7 @@ class Prompt:
 
 
 def render_row(row: dict, source: DataSource) -> tuple[str | list, str | None]:
-    """Prompt (text or messages) and target of a row.
-
-    Raises:
-        BadRow: a column that the prompt needs is missing or null.
-    """
+    """Prompt (text or messages) and target of a row. Raises BadRow where it cannot be used."""
     column = source.prompt or next((name for name in PROMPTS if row.get(name)), "")
     prompt = _given(row, column) if column else _filled(row, source.template)
     if not isinstance(prompt, str | list):
@@ -83,33 +81,18 @@ def _given(row: dict, column: str) -> str | list:
 
 
 def _filled(row: dict, template: str) -> str:
-    used = _Used(row)
-    try:
-        text = template.format_map(used)
-    except KeyError as error:
+    fields = [field for _, field, _, _ in Formatter().parse(template) if field]
+    used = [re.split(r"[.[]", field)[0] for field in fields]  # {meta[title]}: the column meta
+    if missing := [name for name in used if name not in row]:
         for name in PROMPTS:  # there, but without a prompt in it
             if name in row:
                 _given(row, name)
-        wanted = f"{' or '.join(PROMPTS)}, or {error.args[0]} of template"
-        raise BadRow("missing column", wanted) from None
-    nulls = [name for name in used.names if row[name] is None]
-    if nulls:
+        raise BadRow("missing column", f"{' or '.join(PROMPTS)}, or {missing[0]} of template")
+    if nulls := [name for name in used if row[name] is None]:
         raise no_document(row) if nulls[0] == "document" else BadRow(f"{nulls[0]} is null")
-    if not text:
+    if not (text := template.format_map(row)):
         raise BadRow("empty prompt", "template")
     return text
-
-
-class _Used(dict):
-    """A row that remembers which columns a template read."""
-
-    def __init__(self, row: dict):
-        super().__init__(row)
-        self.names: list[str] = []
-
-    def __getitem__(self, name: str):
-        self.names.append(name)
-        return super().__getitem__(name)
 
 
 def _target(row: dict, column: str):
@@ -128,10 +111,8 @@ class PromptEncoder:
     """Rows to `Prompt` with one tokenizer.
 
     Args:
-        tokenizer: a tokenizer of transformers.
-        chat: apply the tokenizer's chat template; False: the text as it is, after the
-            beginning-of-sequence token where the tokenizer adds one; None: chat where the
-            tokenizer has a template.
+        chat: apply the tokenizer's chat template (None: where it has one). Off, the text stays as
+            it is, after the beginning-of-sequence token where the tokenizer adds one.
         system: a system message, or, without a chat template, text before every prompt.
         chat_options: passed to the template.
     """
@@ -139,10 +120,8 @@ class PromptEncoder:
     def __init__(self, tokenizer, *, chat=None, system=None, chat_options=None):
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if chat and not has_template:
-            raise ValueError(
-                "chat: got True for a tokenizer without a chat template; "
-                "use chat=False or set tokenizer.chat_template"
-            )
+            way_out = "use chat=False or set tokenizer.chat_template"
+            raise ValueError(f"chat: got True for a tokenizer without a chat template; {way_out}")
         self.tokenizer = tokenizer
         self.chat = has_template if chat is None else chat
         self.system, self.chat_options = system, chat_options or {}
@@ -160,8 +139,7 @@ class PromptEncoder:
             ids, target, mask = self._segments(before, row["segments"])
             return Prompt(ids, before, None, target, mask, row, name, identifier)
         text, completion = render_row(row, source)
-        ids = torch.tensor(self._prompt(text), dtype=torch.int64)
-        target = None
+        ids, target = torch.tensor(self._prompt(text), dtype=torch.int64), None
         if completion is not None:
             tokens = encode_text(self.tokenizer, completion, target=True)
             target = torch.tensor(tokens + self.end, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""One pass over rows in bounded memory, from a position that can be saved."""
+"""Positions in a source of rows that can be saved: a full shuffle, or a pass in bounded memory."""
 
 import os
 from collections.abc import Iterator
@@ -6,18 +6,121 @@ from itertools import islice
 
 import numpy as np
 
-from dgrpo.data.rows import is_function, looks_local, renamed, row_files
-from dgrpo.data.tables import caught, open_table, parse_line, unreadable
+from dgrpo.data.render import Source
+from dgrpo.data.rows import is_function, load_rows, looks_local, renamed, row_files
+from dgrpo.data.tables import Table, caught, open_table, parse_line, unreadable
 from dgrpo.text import BadRow, Report
+from dgrpo.trainer.config import DataSource
+
+BLOCK = 256  # rows shuffled together while streaming
+
+
+class Shuffled:
+    """Random access: every epoch another permutation of all rows."""
+
+    def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
+        if isinstance(source, Source) and source.rows is not None:
+            name = source.name or source.path or "rows"
+            self.rows = source.rows if hasattr(source.rows, "where") else Table(source.rows, name)
+        else:
+            self.rows = load_rows(
+                source.path,
+                split=source.split,
+                columns=source.columns,
+                options=source.options,
+                report=report,
+            )
+        self.seed, self.shuffle, self.size, self.kept = seed, shuffle, len(self.rows), 0
+        self._start(0, 0)
+
+    def _start(self, epoch: int, offset: int) -> None:
+        self.epoch, self.offset, self.order = epoch, offset, np.arange(self.size)
+        if self.shuffle:
+            self.order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
+
+    def next(self) -> tuple[str, dict | BadRow] | None:
+        """The next row and its place; None at the end of an epoch."""
+        if self.offset >= self.size:
+            self._start(self.epoch + 1, 0)
+            return None
+        index = int(self.order[self.offset])
+        self.offset += 1
+        return self.at(index)
+
+    def at(self, index: int) -> tuple[str, dict | BadRow]:
+        """A row by its number, and its place."""
+        where = self.rows.where(index)
+        try:
+            return where, caught(self.rows.__getitem__, index)
+        except Exception as error:  # of the user's own reader
+            return where, BadRow("unreadable row", f"{type(error).__name__}: {error}")
+
+    def state(self) -> dict:
+        return {"epoch": self.epoch, "offset": self.offset, "size": self.size, "kept": self.kept}
+
+    def load(self, state: dict) -> None:
+        self._start(state["epoch"], state["offset"])
+        self.kept = state["kept"]
+
+
+class Pass:
+    """Streaming: blocks of rows in file order, shuffled within a block."""
+
+    size = None
+
+    def __init__(self, source: DataSource, seed: list[int], shuffle: bool, report: Report):
+        self.source, self.seed, self.shuffle, self.report = source, seed, shuffle, report
+        self.kept = 0
+        self._start(0, None)
+
+    def _start(self, epoch: int, state: dict | None) -> None:
+        self.epoch, self.blocks, self.offset = epoch, 0, 0
+        self.stream = RowStream(
+            self.source.path,
+            split=self.source.split,
+            columns=self.source.columns,
+            report=self.report,
+            seed=sum(s * 1_000_003**i for i, s in enumerate(self.seed)) % 2**31,
+            epoch=epoch,
+            state=state,
+        )
+        self.iterator = iter(self.stream)
+        self.before = self.stream.state()
+        self.block: list = []
+
+    def _fill(self) -> None:
+        self.before, self.offset = self.stream.state(), 0
+        rows = [row for _, row in zip(range(BLOCK), self.iterator, strict=False)]
+        order = np.random.default_rng([*self.seed, self.epoch, self.blocks]).permutation(len(rows))
+        self.block = [rows[i] for i in order] if self.shuffle else rows
+        self.blocks += 1
+
+    def next(self) -> tuple[str, dict | BadRow] | None:
+        if self.offset >= len(self.block):
+            self._fill()
+            if not self.block:
+                self._start(self.epoch + 1, None)
+                return None
+        self.offset += 1
+        return self.block[self.offset - 1]
+
+    def state(self) -> dict:
+        counts = {"epoch": self.epoch, "block": self.blocks, "offset": self.offset}
+        return counts | {"stream": self.before, "kept": self.kept}
+
+    def load(self, state: dict) -> None:
+        self._start(state["epoch"], state["stream"])
+        if state["block"]:
+            self.blocks = state["block"] - 1
+            self._fill()
+        self.offset, self.kept = state["offset"], state["kept"]
 
 
 class RowStream:
     """One pass over files or a hub dataset, in bounded memory: `(where, row)` or `(where, BadRow)`.
 
-    Args:
-        path, split, columns, report: as for `load_rows`; no function.
-        seed, epoch: the order of the files.
-        state: where to go on, from `state()`.
+    The arguments are those of `load_rows` (but no function), `seed` and `epoch` for the order of
+    the files, and the `state()` to go on from.
     """
 
     def __init__(
@@ -31,9 +134,8 @@ class RowStream:
             order = np.random.default_rng([seed, epoch]).permutation(len(self.files))
             self.files = [self.files[i] for i in order]
         elif looks_local(self.path) or is_function(self.path):
-            raise ValueError(
-                f"path: got {self.path!r}, expected row files or a hub dataset for streaming=True"
-            )
+            expected = "expected row files or a hub dataset for streaming=True"
+            raise ValueError(f"path: got {self.path!r}, {expected}")
         else:
             import datasets
 
@@ -48,16 +150,14 @@ class RowStream:
         return {"file": self.file, "row": self.row, "hub": hub}
 
     def __iter__(self) -> Iterator[tuple[str, dict | BadRow]]:
-        for where, row in self._hub_rows() if self.hub is not None else self._file_rows():
+        for where, row in self._rows():
             bad = isinstance(row, BadRow)
             yield where, row if bad else caught(renamed, row, self.columns, where)
 
-    def _hub_rows(self):
-        for row in self.hub:
+    def _rows(self):
+        for row in () if self.hub is None else self.hub:
             self.row += 1
             yield f"{self.path}:{self.row - 1}", row
-
-    def _file_rows(self):
         while self.file < len(self.files):
             file = self.files[self.file]
             reader = READERS.get(os.path.splitext(file)[1], _read_table)

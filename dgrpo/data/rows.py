@@ -1,13 +1,8 @@
-"""Rows: JSONL, JSON, parquet, CSV, folders of them, saved datasets, the hub, or a function.
-
-`load_rows` gives random access, as a full shuffle needs; `dgrpo.data.row_stream.RowStream` is one
-pass in bounded memory. In both a row or a file that cannot be read is a `BadRow`, not the end.
-"""
+"""Random access to rows: JSONL, JSON, parquet, CSV, saved datasets, the hub, or a function."""
 
 import bisect
 import glob
 import hashlib
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dgrpo.data.tables import DELIMITERS, Table, open_table, unreadable
+from dgrpo.extras import load_function
 from dgrpo.text import BadRow, Report
 
 ENDS = 2**20  # bytes of each end of a file that its fingerprint reads
@@ -35,27 +31,34 @@ def load_rows(
         path: a `.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file, a glob, a folder of
             such files, a folder written by `Dataset.save_to_disk`, `"module:function"` (called
             with `options`, returns a sequence of dicts), or a dataset's name on the hub.
-        split: the split of a hub dataset or of a saved `DatasetDict`.
+        split: of a hub dataset or of a saved `DatasetDict`.
         columns: `{our name: name in the file}`; the other columns keep their names.
-        options: keyword arguments of a function.
-        report: files that cannot be opened are counted here.
-
-    Raises:
-        ValueError: nothing readable at `path`.
+        report: counts files that cannot be opened; ValueError where all are.
     """
     report = report or Report()
     path = str(path)
     if is_function(path):
-        tables = [Table(_call(path, options or {}), path)]
+        rows = load_function("path", path)(**options or {})
+        tables = [Table(rows if hasattr(rows, "__getitem__") else list(rows), path)]
     elif files := row_files(path):
-        tables = _open_all(files, report)
+        tables = []
+        for file in files:
+            try:
+                tables.append(open_table(file))
+            except Exception as error:  # whatever a reader raises on a broken file
+                report.drop(unreadable(file, error))
+        if not tables:
+            raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
     elif os.path.isdir(path):
-        tables = [Table(_saved(path, split), path)]
+        import datasets
+
+        saved = datasets.load_from_disk(path)
+        tables = [Table(saved[split] if isinstance(saved, datasets.DatasetDict) else saved, path)]
     elif looks_local(path):
-        raise ValueError(
-            f"path: got {path!r}, which does not exist; expected a file ({', '.join(SUFFIXES)}), "
-            "a folder of them, module:function or a dataset on the hub"
+        kinds = (
+            f"a file ({', '.join(SUFFIXES)}), a folder of them, module:function or a hub dataset"
         )
+        raise ValueError(f"path: got {path!r}, which does not exist; expected {kinds}")
     else:
         import datasets
 
@@ -77,12 +80,11 @@ def row_files(path: str | Path) -> list[str]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A short hash of the row files' sizes and of both ends of each; "" where there are none.
+    """A short hash of the row files' sizes and both ends; "" where there are none.
 
-    The middle of a large file is not read: files of many GB are told apart at once.
+    Large files are told apart at once, as their middle is not read.
     """
-    found = hashlib.sha256()
-    files = row_files(path) if str(path) else []
+    found, files = hashlib.sha256(), row_files(path) if str(path) else []
     for file in files:
         with open(file, "rb") as stream:
             size = os.path.getsize(file)
@@ -101,35 +103,6 @@ def is_function(path: str) -> bool:
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as a file, not as a hub dataset."""
     return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
-
-
-def _call(path: str, options: dict) -> Sequence[dict]:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"path: got {path!r}, which cannot be imported: {error}") from error
-    rows = function(**options)
-    return rows if hasattr(rows, "__getitem__") else list(rows)
-
-
-def _saved(path: str, split: str):
-    import datasets
-
-    saved = datasets.load_from_disk(path)
-    return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-
-
-def _open_all(files: list[str], report: Report) -> list:
-    tables = []
-    for file in files:
-        try:
-            tables.append(open_table(file))
-        except Exception as error:  # whatever a reader raises on a broken file
-            report.drop(unreadable(file, error))
-    if not tables:
-        raise ValueError(f"path: none of the {len(files)} files can be read: {files[:3]}")
-    return tables
 
 
 class _Rows(Sequence):

@@ -95,13 +95,7 @@ class _Lines:
 
 
 class _Cells(_Lines):
-    """A CSV or TSV file by row: every cell is text, an empty or absent one is null.
-
-    Nothing is guessed of a cell: an answer 007 stays 007, which a reader of numbers would change.
-
-    Raises:
-        ValueError, csv.Error: no header.
-    """
+    """A CSV or TSV file by row: a cell is text (007 stays 007), an empty or absent one null."""
 
     def __init__(self, file: str):
         super().__init__(file)

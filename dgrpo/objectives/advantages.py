@@ -34,10 +34,8 @@ def group_advantages(
         raise ValueError(f'scale: got {scale!r}, expected "std" or "none"')
     check_sequence_ids(groups, rewards, "groups")
     if valid is not None and valid.shape != rewards.shape:
-        raise ValueError(
-            f"valid: got shape {tuple(valid.shape)}, expected that of rewards, "
-            f"{tuple(rewards.shape)}; give one bool per sample"
-        )
+        wanted = f"expected one bool per reward, {tuple(rewards.shape)}"
+        raise ValueError(f"valid: got shape {tuple(valid.shape)}, {wanted}")
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     if valid is not None:
         groups = torch.where(valid, groups, -1)

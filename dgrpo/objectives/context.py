@@ -55,22 +55,19 @@ class Context:
             try:
                 picked[name] = value.reshape(-1)[rows]
             except IndexError:
-                raise ValueError(
-                    f"{name}: got {value.numel()} values, expected one per token, at least "
-                    f"{int(rows.max()) + 1}"
-                ) from None
+                wanted = f"expected one per token, at least {int(rows.max()) + 1}"
+                raise ValueError(f"{name}: got {value.numel()} values, {wanted}") from None
         return replace(self, **picked)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def per_token(self) -> dict[str, Tensor]:
         """The fields that hold one value per token, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {n: v for n, v in values.items() if isinstance(v, Tensor) and v.dim()}
+        return {name: value for name, value in self._tensors().items() if value.dim()}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Context:
         """The same context with its tensors on `device`."""
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+        options = {"device": device, "non_blocking": non_blocking}
+        return replace(self, **{name: x.to(**options) for name, x in self._tensors().items()})

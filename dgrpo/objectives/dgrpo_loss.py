@@ -29,11 +29,7 @@ def scaled(coef: float | Tensor, value: Tensor) -> Tensor | float:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """`r - log r - 1` with `r = ref / policy`, the non-negative estimate of KL(policy‖ref).
-
-    As a loss its expected gradient is that of the *forward* KL. Schulman, "Approximating KL
-    divergence" (2020).
-    """
+    """`r - log r - 1` with `r = ref / policy`: as a loss, the gradient of the *forward* KL."""
     delta = log_ratio(ref_logprobs, logprobs)
     return delta.exp() - delta - 1
 
@@ -56,8 +52,7 @@ def policy_ratio(logprobs: Tensor, context: Context) -> Tensor:
 def importance(logprobs: Tensor, context: Context) -> Tensor | None:
     """The detached weight `u` of the policy term. (R,), or None when there is none.
 
-    From the sampler's log-probabilities: `min(exp(logp - sampler_logp), is_cap)` (truncated
-    importance sampling, "Your efficient RL framework secretly brings you off-policy RL", 2025).
+    From the sampler's log-probabilities: `min(exp(logp - sampler_logp), is_cap)` (TIS, 2510.26788).
     """
     if context.sampler_logprobs is None:
         return context.policy_weights
@@ -81,9 +76,9 @@ def clipped_policy_loss(logprobs: Tensor, context: Context) -> tuple[Tensor, dic
         loss = scaled(weight, loss)
     with torch.no_grad():
         old = context.old_logprobs
-        delta = torch.zeros_like(logprobs) if old is None else logprobs - old
+        delta = torch.zeros_like(logprobs)
         if old is not None:
-            delta = delta.masked_fill(_both_forbid(logprobs, old), 0)
+            delta = (logprobs - old).masked_fill(_both_forbid(logprobs, old), 0)
         metrics = {
             "ratio": delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(),
             "clipped": (bounded != ratio) & (advantages != 0),

@@ -1,8 +1,7 @@
 """Importance weights `u` for a sampler whose probabilities differ from the trainer's.
 
-They multiply the policy term (`Context.policy_weights`) and carry no gradient. Token-level
-truncation can also be left to the loss itself (`Context.sampler_logprobs` and `is_cap`), which
-uses the log-probabilities of that very pass.
+They are a `Context`'s `policy_weights`. Its `sampler_logprobs` and `is_cap` truncate per token too,
+by the log-probabilities of that very pass.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ def truncated_importance_weights(
 ) -> Tensor:
     """`min(ratio, cap)`, detached, shaped like `logprobs` (log-probabilities of sampled tokens).
 
-    `ratio` is `exp(logprobs - sampler_logprobs)` of the token, or with `sequence_ids` (N,) int64
-    (see `sequence_sums`) of its whole sequence, whose log-ratios are summed; `length_normalised`
-    takes their mean, as the product leaves every bound on long sequences. Token level: TIS
-    ("Your efficient RL framework secretly brings you off-policy RL training", 2025); sequence
-    level: "When speed kills stability" (2025); both in 2510.26788. 1 where the id is -1.
+    `ratio` is `exp(logprobs - sampler_logprobs)` of the token, or with `sequence_ids` (see
+    `sequence_sums`; 1 where -1) of its whole sequence, whose log-ratios are summed;
+    `length_normalised` takes their mean, as the sum grows with the length. Per token: TIS; per
+    sequence: "When speed kills stability" (2025); both in 2510.26788.
     """
     if not cap > 0:
         raise ValueError(f"cap: got {cap}, expected a positive number, such as 2.0")

@@ -1,17 +1,10 @@
-"""Sampled KL terms, named by the gradient that they have.
+"""Sampled KL terms, each `w coef estimate`, named by the gradient that they have.
 
-Each is one term, `w coef estimate`, to be used alone or added to another loss. With
-`against="teacher"` (the default) the other distribution is `stats.teacher_logprobs` and the
-coefficient `context.teacher_coef`; with `against="reference"`, `context.ref_logprobs` and
-`context.ref_coef`. Below, p is the policy, q the other one, y the sampled token and
-`gap = log p_y - log q_y`, held within ±20 nats.
-
-The value of an estimate says nothing about its gradient: for y ~ p the estimates k1, k2 and k3 of
-KL(p‖q) (Schulman, "Approximating KL divergence", 2020) have, as losses, the expected gradients 0,
-that of KL(p‖q) and that of KL(q‖p) (2506.09477, 2510.01555). Where the whole distribution is at
-hand, `stats.divergence` has neither bias nor variance.
-
-A token without a teacher (row -1 of a `TeacherHead`: divergence and log-probability 0) is skipped.
+p is the policy, q the teacher with `context.teacher_coef` (or, with `against="reference"`,
+`context.ref_logprobs` with `ref_coef`), y the sampled token, `gap = log p_y - log q_y` within ±20
+nats. As losses for y ~ p, the estimates k1, k2 and k3 of KL(p‖q) (Schulman, "Approximating KL
+divergence", 2020) have the expected gradients 0, that of KL(p‖q) and that of KL(q‖p) (2506.09477,
+2510.01555). A token without a teacher (divergence and log-probability 0) is skipped.
 """
 
 from __future__ import annotations
@@ -31,11 +24,10 @@ def kl_advantages(
 ) -> Tensor:
     """`-coef (gap - baseline)`, detached: k1 as an advantage, with the reverse-KL gradient. (R,).
 
-    Add it to `context.advantages` to put reward and KL under one clip, or use `reverse_kl_k1` or
-    `vopd`. A baseline may be anything that does not depend on the sampled token.
+    Add it to `context.advantages` to put reward and KL under one clip. A baseline may be anything
+    that does not depend on the sampled token.
     """
-    other, coef = _other(stats, context, against)
-    gap = log_ratio(stats.logprobs.detach(), other)
+    gap, coef = _gap(stats, context, against)
     if baseline is not None:
         gap = gap - baseline.detach()
     return torch.zeros_like(gap) - scaled(coef, gap)
@@ -57,18 +49,13 @@ def reverse_kl_k2(stats: Any, context: Context, against: str = "teacher") -> Ten
 
     Token by token the gradient of `reverse_kl_k1`; it knows no ratio, so it is biased off-policy.
     """
-    other, coef = _other(stats, context, against)
-    gap = log_ratio(stats.logprobs.detach(), other)
+    gap, coef = _gap(stats, context, against)
     return _term(context, coef, _straight_through(gap.square() / 2, gap, stats.logprobs))
 
 
 def reverse_kl_k3(stats: Any, context: Context, against: str = "teacher") -> Tensor:
-    """`w coef k3` in value, the gradient of k2: on-policy that of the reverse KL. (R,).
-
-    The straight-through "k3+" of verl.
-    """
-    other, coef = _other(stats, context, against)
-    gap = log_ratio(stats.logprobs.detach(), other)
+    """`w coef k3` in value, the gradient of k2 (verl's "k3+"): on-policy the reverse KL's. (R,)."""
+    gap, coef = _gap(stats, context, against)
     value = k3(gap, torch.zeros_like(gap))
     return _term(context, coef, _straight_through(value, gap, stats.logprobs))
 
@@ -96,10 +83,15 @@ def forward_kl_k3(stats: Any, context: Context, against: str = "teacher") -> Ten
 def k1_loss(stats: Any, context: Context, against: str = "teacher") -> NoReturn:
     """Raises ValueError: `w coef gap` as a loss has expected gradient 0 (2506.09477)."""
     raise ValueError(
-        "k1_loss: got k1 = log p - log q as a loss, whose expected gradient is 0 because "
-        "E_p[grad log p] = 0: it is noise, expected an estimate that teaches; use reverse_kl_k1 "
-        "(k1 in the policy gradient) or reverse_kl_k2"
+        "k1_loss: got k1 = log p - log q as a loss, whose expected gradient is 0, expected an "
+        "estimate that teaches; use reverse_kl_k1 (k1 in the policy gradient) or reverse_kl_k2"
     )
+
+
+def _gap(stats: Any, context: Context, against: str) -> tuple[Tensor, float | Tensor]:
+    """The detached gap (R,), and its coefficient."""
+    other, coef = _other(stats, context, against)
+    return log_ratio(stats.logprobs.detach(), other), coef
 
 
 def _other(stats: Any, context: Context, against: str) -> tuple[Tensor, float | Tensor]:
@@ -112,9 +104,7 @@ def _other(stats: Any, context: Context, against: str) -> tuple[Tensor, float | 
         raise ValueError(f'against: got {against!r}, expected "teacher" or "reference"')
     if other is None:
         way_out = "give the op a teacher" if against == "teacher" else "put them into the Context"
-        raise ValueError(
-            f"{name}: got None, expected the log-probabilities of the sampled tokens; {way_out}"
-        )
+        raise ValueError(f"{name}: got None, expected one log-probability per token; {way_out}")
     # A token that is skipped compares with itself: 0 * NaN must not come up in the backward pass.
     skipped = context.token_weights == 0
     if isinstance(coef, Tensor):

@@ -29,8 +29,7 @@ def grpo(stats: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
     """`w (-u min(ρ A, clip(ρ) A) + β_ref k3 - c_E Ent)`: dGRPO without its teacher. (R,).
 
     GRPO (2402.03300), Dr.GRPO (2503.20783), DAPO (2503.14476, with `clip_high=0.28`) and BNPO are
-    this one loss; they differ in `token_weights(mask, kind)`, and Dr.GRPO in
-    `group_advantages(scale="none")`. `context.clip_dual` = c > 1 makes it dual clip (1912.09729).
+    this one loss with different `token_weights`, Dr.GRPO with `group_advantages(scale="none")`.
     """
     return dgrpo(stats, replace(context, teacher_coef=0.0))
 
@@ -52,12 +51,11 @@ def cispo(stats: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
 def gspo(stats: Any, context: Context, sequence_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """`-w u min(s A, clip(s, 1 - low, 1 + high) A)` with one ratio s per sequence, and penalties.
 
-    `s = exp(mean over the sequence of (logp - old_logp))`, the mean held within ±20 nats before
-    `exp`. GSPO (2507.18071): there with the "grpo" token weights, `clip_low=3e-4` and
-    `clip_high=4e-4`. The ratio couples tokens, so `stats` are those of `linear_token_stats` (or
-    `HeadInputs(mode="stats")`) over whole sequences: all (N,), as is `sequence_ids`, int64, -1
-    where masked (see `sequence_sums`). Losses (N,); metrics are those of `clipped_policy_loss`,
-    of the sequence's ratio on each of its tokens.
+    `s = exp(mean over the sequence of (logp - old_logp))`, the mean held within ±20 nats. GSPO
+    (2507.18071): "grpo" token weights, `clip_low=3e-4`, `clip_high=4e-4`. The ratio couples tokens,
+    so `stats` are those of `linear_token_stats` (or `HeadInputs(mode="stats")`) over whole
+    sequences, all (N,), as are `sequence_ids` (see `sequence_sums`), losses and metrics (those of
+    `clipped_policy_loss`, of the sequence's ratio).
     """
     old = stats.logprobs.detach() if context.old_logprobs is None else context.old_logprobs
     length = sequence_sums(torch.ones_like(stats.logprobs), sequence_ids).clamp(min=1)
@@ -80,25 +78,23 @@ def sft(stats: Any, context: Context) -> Tensor:
 def kd(stats: Any, context: Context) -> Tensor:
     """`w β D`: the divergence to the teacher at the given tokens, over the whole vocabulary. (R,).
 
-    D is the op's `divergence`, and the source of the tokens makes the method: knowledge
-    distillation on given targets with "forward_kl" (1503.02531) or "jsd" (GKD, 2306.13649),
-    on-policy distillation on the student's own samples with "reverse_kl" (MiniLLM, 2306.08543).
+    The source of the tokens makes the method: distillation on given targets with "forward_kl"
+    (1503.02531) or "jsd" (GKD, 2306.13649), on-policy distillation on the student's own samples
+    with "reverse_kl" (MiniLLM, 2306.08543).
     """
     divergence = torch.zeros_like(stats.logprobs) + scaled(context.teacher_coef, stats.divergence)
     return scaled(context.token_weights, divergence)
 
 
-opd = kd  # the same arithmetic: on-policy distillation differs in who wrote the tokens
+opd = kd  # the same arithmetic
 
 
 def vopd(stats: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
     """`-w u min(ρ a, clip(ρ) a)` with `a = -β sg(gap - KL)`, `gap = log p_y - log q_y`. (R,).
 
-    vOPD, "KL for a KL: on-policy distillation with control variate baseline" (2605.07865): the
-    sampled reverse KL of `reverse_kl_k1`, its expectation as a detached baseline, so the gradient
-    is unbiased and varies less. KL is `stats.divergence` under `divergence="reverse_kl"`: of a
-    `TeacherHead` the full one, of a `TopKTeacher` the top-k one, which is as unbiased. Metrics:
-    those of `clipped_policy_loss`.
+    vOPD (2605.07865): `reverse_kl_k1` with its expectation as a detached baseline, so the gradient
+    is unbiased and varies less. KL is `stats.divergence` under `divergence="reverse_kl"`, which may
+    be that of a `TopKTeacher`. Metrics: those of `clipped_policy_loss`.
     """
     advantages = kl_advantages(stats, context, baseline=stats.divergence)
     loss, metrics = clipped_policy_loss(stats.logprobs, replace(context, advantages=advantages))
@@ -106,9 +102,6 @@ def vopd(stats: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def kdrl(stats: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-    """`grpo + reverse_kl_k2`: reward and sampled reverse KL to the teacher. (R,).
-
-    KDRL (2506.02208), whose coefficient is annealed.
-    """
+    """`grpo + reverse_kl_k2`: KDRL (2506.02208), whose coefficient is annealed. (R,)."""
     losses, metrics = grpo(stats, context)
     return losses + reverse_kl_k2(stats, context), metrics

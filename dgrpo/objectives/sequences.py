@@ -9,10 +9,8 @@ from torch import Tensor
 def padded_sequence_ids(mask: Tensor) -> Tensor:
     """Sequence ids of a padded batch: `mask` (B, T) -> (B * T,) int64, -1 where masked."""
     if mask.dim() != 2:
-        raise ValueError(
-            f"mask: got shape {tuple(mask.shape)}, expected (B, T); "
-            "for packed tokens number the sequences yourself, 0 … S - 1"
-        )
+        wanted = "expected (B, T); for packed tokens number the sequences yourself, 0 … S - 1"
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, {wanted}")
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
     return torch.where(mask != 0, rows, -1).reshape(-1)
 
@@ -46,8 +44,7 @@ def check_sequence_ids(sequence_ids: Tensor, values: Tensor, name: str = "sequen
     if sequence_ids.shape != values.shape or values.dim() != 1:
         raise ValueError(
             f"{name}: got shape {tuple(sequence_ids.shape)} for values of shape "
-            f"{tuple(values.shape)}, expected (N,) for both; flatten them, "
-            "and take padded_sequence_ids(mask) for a (B, T) batch"
+            f"{tuple(values.shape)}, expected (N,) for both; see padded_sequence_ids(mask)"
         )
     if sequence_ids.device.type == "cpu" and sequence_ids.numel():
         low, high = int(sequence_ids.min()), int(sequence_ids.max())

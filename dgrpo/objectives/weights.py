@@ -1,6 +1,5 @@
 """Token weights: every normaliser of a loss, computed from the masks before the forward pass.
 
-GRPO, Dr.GRPO, DAPO and BNPO are one loss (`dgrpo.objectives.grpo`) with four choices of weight.
 The losses of all tokens, micro-batches and ranks are summed, and nothing is divided afterwards.
 """
 
@@ -40,11 +39,6 @@ def batch_counts(
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     for mask, numbers in zip(masks, ids, strict=True):
         flat, index = _flatten(mask, numbers)
-        if index is None:
-            raise ValueError(
-                f"sequence_ids: got None for a mask of shape {tuple(mask.shape)}, expected (N,) "
-                "int64; pass the sequence of each packed token"
-            )
         sequences = (sums_by_id(flat.long(), index) > 0).sum()
         counts += torch.stack([flat.sum(), sequences, torch.ones_like(sequences)])
     if all_reduce is not None:
@@ -66,14 +60,10 @@ def token_weights(
 
     n_s: unmasked tokens of the token's sequence s; W = `world_size`; counts as in `BatchCounts`:
 
-    =====================  ===========================================  ==================
-    `kind`                 weight                                       paper
-    =====================  ===========================================  ==================
-    "grpo", "sequence"     W / (n_s · sequences)                        2402.03300
-    "dapo", "token"        W / tokens                                   2503.14476
-    "dr_grpo", "constant"  W / (`max_length` · sequences)               2503.20783
-    "bnpo", "local"        W / (tokens of this call · micro_batches)    name as in TRL
-    =====================  ===========================================  ==================
+        "grpo", "sequence"       W / (n_s · sequences)                       2402.03300
+        "dapo", "token"          W / tokens                                  2503.14476
+        "dr_grpo", "constant"    W / (`max_length` · sequences)              2503.20783
+        "bnpo", "local"          W / (tokens of this call · micro_batches)   name as in TRL
 
     `mask` is (B, T), or (N,) packed with `sequence_ids` (N,) int64 (see `sequence_sums`; "token"
     and "local" do without). `counts` (see `batch_counts`) default to this call's own. `world_size`
@@ -95,16 +85,10 @@ def token_weights(
             f'max_length: got {max_length}, expected a positive number for kind="{kind}"; '
             "pass the largest completion length that sampling allows"
         )
-    flat, index = _flatten(mask, sequence_ids)
     needs_ids = kind == "grpo" or (kind == "dr_grpo" and counts is None)
-    if needs_ids and index is None:
-        raise ValueError(
-            f'sequence_ids: got None for kind="{kind}" and a mask of shape {tuple(mask.shape)}, '
-            "expected (N,) int64; pass the sequence of each packed token"
-        )
+    flat, index = _flatten(mask, sequence_ids, needs_ids)
     if counts is None:
-        sequences = batch_counts([flat], [index]).sequences if needs_ids else 0
-        counts = BatchCounts(flat.sum(), sequences)
+        counts = batch_counts([flat], [index]) if needs_ids else BatchCounts(flat.sum(), 0)
     if kind == "grpo":
         norm = sequence_sums(flat.double(), index) * counts.sequences
     elif kind == "dr_grpo":
@@ -118,10 +102,17 @@ def token_weights(
     return (flat.double() * world_size / norm).to(dtype).reshape(mask.shape)
 
 
-def _flatten(mask: Tensor, sequence_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _flatten(
+    mask: Tensor, sequence_ids: Tensor | None, needs_ids: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """`mask` as (N,) bool, and its sequence ids, made from the rows of a (B, T) mask."""
     if mask.dim() not in (1, 2):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (N,) or (B, T)")
     if mask.dim() == 2 and sequence_ids is None:
         sequence_ids = padded_sequence_ids(mask)
+    if needs_ids and sequence_ids is None:
+        raise ValueError(
+            f"sequence_ids: got None for a mask of shape {tuple(mask.shape)}, expected (N,) int64; "
+            "pass the sequence of each packed token"
+        )
     return mask.reshape(-1) != 0, None if sequence_ids is None else sequence_ids.reshape(-1)

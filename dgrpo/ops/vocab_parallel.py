@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dgrpo.distributed import place_in
 from dgrpo.ops.checks import IGNORE, check_vocabulary
 from dgrpo.ops.options import Options
 from dgrpo_kernels.rows import FLOOR, RowStats
@@ -139,7 +140,7 @@ def agree(weight: Tensor, targets: Tensor, options: Options, need: tuple[bool, .
         zlib.crc32(_settings(weight, targets, options, need).encode()),
     ]
     everyone = gather(torch.tensor(facts, dtype=torch.int64, device=weight.device), group).tolist()
-    rank = dist.get_rank(group)
+    rank, _ = place_in(group)
     begin = 0
     for other, (given, width, teacher_width, count, other_digest) in enumerate(everyone):
         if given not in (-1, begin):
@@ -200,7 +201,7 @@ def local_part(weight: Tensor) -> Tensor:
 def gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All ranks' `values`, stacked in rank order on a new first dimension."""
     values = values.contiguous()
-    out = values.new_empty(dist.get_world_size(group), *values.shape)
+    out = values.new_empty(place_in(group)[1], *values.shape)
     dist.all_gather_into_tensor(out.flatten(0, 1) if values.dim() else out, values, group=group)
     return out
 

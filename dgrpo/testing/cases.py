@@ -41,9 +41,9 @@ def peaked_case(
 ) -> PeakedCase:
     """Student and teacher with top probabilities of 0.5 to 0.99, as trained models have them.
 
-    Near-uniform logits hide rounding (a bf16 logit near 32 is up to 0.125 off) and flatter kernels
-    that skip small gradients. A row's largest logit is 0.8 to 1.1 times `peak`; the teacher's
-    logits differ by one or two nats. `masked` is the share of tokens whose target is -100.
+    Near-uniform logits hide rounding (a bf16 logit near 32 is up to 0.125 off). A row's largest
+    logit is 0.8 to 1.1 times `peak`; the teacher's logits differ by one or two nats. `masked` is
+    the share of tokens whose target is -100.
     """
     generator = torch.Generator(device).manual_seed(seed)
     draw = {"generator": generator, "device": device}
@@ -105,9 +105,8 @@ def near_equal_teacher(
 ) -> tuple[Tensor, Tensor]:
     """(hidden, weight) of a teacher whose every row has KL(student‖teacher) of about `kl` nats.
 
-    The student's hidden states (N, H) plus noise, in their dtype; the weight (V, H) is the
-    student's own tensor. This is where bf16 logits fail: the gradient p (log p - log q - KL) is
-    small against their rounding error.
+    The student's hidden states (N, H) plus noise, and its own weight (V, H). Here the gradient
+    p (log p - log q - KL) is small against the rounding error of bf16 logits.
     """
     generator = torch.Generator(hidden.device).manual_seed(seed)
     head = weight.detach().float().T
@@ -128,11 +127,7 @@ def near_equal_teacher(
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖, Frobenius norms in fp64; ‖got‖ where want is 0, NaN from NaN.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """‖got − want‖ / ‖want‖ in fp64; ‖got‖ where want is 0. Raises ValueError on other shapes."""
     if got.shape != want.shape:
         raise ValueError(f"got: got shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     got, want = got.detach().cpu().double(), want.detach().cpu().double()

@@ -1,7 +1,7 @@
 """The fp64 oracle of the loss head: materialised logits, plain formulas, autograd's gradients.
 
-Shares no code with the library. For small sizes only: it keeps several (N, V) fp64 tensors.
-N tokens, R unmasked tokens, V vocabulary, H student width, K top-k.
+Shares no code with the library, and keeps several (N, V) fp64 tensors. N tokens, R unmasked
+tokens, V vocabulary, H student width, K top-k.
 """
 
 from __future__ import annotations
@@ -93,12 +93,9 @@ def oracle(
     # A token that the student forbids (-inf) is as on-policy as any, and gets no gradient.
     delta = torch.where(delta.isnan() & (logp == -math.inf), 0.0, delta)
     ratio = delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    surrogate = torch.minimum(
-        ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-    )
-    clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | (
-        (advantage < 0) & (ratio < 1 - clip_low)
-    )
+    low, high = 1 - clip_low, 1 + clip_high
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
     if clip_dual is not None:
         clipped |= (advantage < 0) & (ratio > clip_dual)
         floor = torch.where(advantage < 0, clip_dual * advantage, -math.inf)
@@ -117,15 +114,12 @@ def oracle(
     loss = (weights * losses).sum()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-    def full(values: Tensor) -> Tensor:
-        out = values.new_zeros(len(keep)).index_copy(0, rows, values)
-        return out.detach().reshape(targets.shape)
-
-    per_token = (stats.logprobs, stats.teacher_logprobs, stats.divergence, stats.entropy)
+    of_rows = (ratio, clipped, delta.abs() > LOG_RATIO_LIMIT)
+    full = (x.new_zeros(len(keep)).index_copy(0, rows, x) for x in of_rows)
+    per_token = (stats.logprobs, stats.teacher_logprobs, stats.divergence, stats.entropy, *full)
     return OracleOutput(
         loss.detach(),
-        *(field.detach().reshape(targets.shape) for field in per_token),
-        *map(full, (ratio, clipped, delta.abs() > LOG_RATIO_LIMIT)),
+        *(x.detach().reshape(targets.shape) for x in per_token),
         *gradients,
         *([None] if bias is None else []),
     )
@@ -153,8 +147,7 @@ def oracle_stats(
 
     hidden (N, H), weight (V, H), bias (V,): used in fp64, differentiated by autograd.
     targets: (N,) int64, -100 = masked.
-    teacher: anything with the fields of `dgrpo.TeacherHead` (`hidden`, `weight`, ...) or of
-        `dgrpo.TopKTeacher` (`token_ids`, `logprobs`, `target_logprobs`), or None.
+    teacher: anything with the fields of `dgrpo.TeacherHead` or `dgrpo.TopKTeacher`, or None.
     policy_logits: "bfloat16" takes the log-probability from the linear layer's output rounded to
         bf16, with a straight-through gradient.
     """
@@ -258,7 +251,5 @@ def _divergence(
         share = share[..., None]
         forward, reverse = _times(share * q, log_q - log_p), _times(p, log_p - log_q)
         return (forward + (1 - share) * reverse).sum(-1)
-    raise ValueError(
-        f"divergence: got {name!r}, expected reverse_kl, forward_kl, clipped_forward_kl, jsd or "
-        "jeffreys"
-    )
+    known = "reverse_kl, forward_kl, clipped_forward_kl, jsd or jeffreys"
+    raise ValueError(f"divergence: got {name!r}, expected {known}")

@@ -1,12 +1,13 @@
 """Text and chats to token ids, with the special-token text inside documents kept as text.
 
-A document that quotes `<|endoftext|>` must not end there: a tokenizer left alone would turn the
-quotation into the control token. Text is encoded as usual, unless it contains the text of a control
-token; then by a copy of the tokenizer that does not know those tokens.
+A document that quotes `<|endoftext|>` must not end there: text that contains a control token's text
+is encoded by a copy of the tokenizer that does not know those tokens.
 """
 
+import json
 import re
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 
 from dgrpo.text.problems import BadRow
 
@@ -23,18 +24,15 @@ def encode_text(tokenizer, text: str, *, target: bool = False) -> list[int]:
     Raises:
         BadRow: the tokenizer has no other way to write a control token's text.
     """
-    return _encoder(tokenizer).text(text, target)
+    return _encoder(tokenizer, target).encode(text)
 
 
-def encode_chat(
-    tokenizer, messages: list[dict], *, add_generation_prompt: bool = True, **options
-) -> list[int]:
-    """Token ids of a chat through the tokenizer's template; what the messages say is text.
+def encode_chat(tokenizer, messages: list[dict], **options) -> list[int]:
+    """Token ids of a chat, up to the opening of the assistant's turn; what messages say is text.
 
     Args:
         messages: `[{"role": ..., "content": str}, ...]`.
-        add_generation_prompt: end with the opening of the assistant's turn.
-        options: passed to the template (`enable_thinking=False`, `tools=...`).
+        options: passed to the tokenizer's template (`enable_thinking=False`, `tools=...`).
 
     Raises:
         ValueError: the tokenizer has no template.
@@ -42,14 +40,33 @@ def encode_chat(
             render contents verbatim.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "tokenizer: got one without a chat template, expected one with it; "
-            "set tokenizer.chat_template or use encode_text"
-        )
+        way_out = "set tokenizer.chat_template or use encode_text"
+        raise ValueError(f"tokenizer: got one without a chat template, expected one; {way_out}")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise BadRow("a chat message without text content", repr(message)[:80])
-    return _encoder(tokenizer).chat(messages, add_generation_prompt, options)
+    encoder = _encoder(tokenizer, False)
+    keywords = {"add_generation_prompt": True, **options, "tokenize": False}
+
+    def rendered(contents: list[str]) -> str:
+        chat = [dict(m, content=content) for m, content in zip(messages, contents, strict=True)]
+        return tokenizer.apply_chat_template(chat, **keywords)
+
+    contents = [message["content"] for message in messages]
+    if not any(map(encoder.pattern.search, contents)):
+        return encoder.joined(encoder.plain, rendered(contents))
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    text = rendered(marks)
+    if any(text.count(mark) != 1 for mark in marks):
+        raise BadRow("control-token text in a chat whose template changes the contents")
+    ids: list[int] = []
+    for i, piece in enumerate(re.split("\ue000|\ue001", text)):
+        if i % 2:
+            target = messages[int(piece)]["role"] == "assistant"
+            ids += encode_text(tokenizer, contents[int(piece)], target=target)
+        elif piece:
+            ids += encoder.plain(piece)
+    return ids
 
 
 def count_tokens(tokenizer, text: str) -> int:
@@ -59,79 +76,58 @@ def count_tokens(tokenizer, text: str) -> int:
     return len(encode_text(tokenizer, text))
 
 
-@lru_cache(maxsize=16)
-def _encoder(tokenizer) -> "_Encoder":
-    return _Encoder(tokenizer)
-
-
 class _Encoder:
-    """The tokenizer, and lazily its copies without control tokens (documents, targets)."""
+    """A tokenizer, and a copy of it that knows no control tokens of documents, or of targets."""
 
-    def __init__(self, tokenizer):
-        added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special}
+    def __init__(self, tokenizer, target: bool):
+        self.tokenizer, added = tokenizer, tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {token.content for token in added if token.special}
         tags = {t.content for t in added if re.fullmatch(r"<.+>|\[[A-Z_/]+\]", t.content)}
-        special |= {str(token) for token in tokenizer.all_special_tokens}
-        self.hidden = {True: special, False: special | tags}
-        self.patterns = {target: _any_of(texts) for target, texts in self.hidden.items()}
+        self.hidden = special if target else special | tags
+        texts = map(re.escape, sorted(self.hidden, reverse=True))
+        self.pattern = re.compile("|".join(texts) or "(?!)")  # (?!) matches nothing
         unknown = tokenizer.unk_token_id  # stands for what cannot be spelled
         self.controls = set(tokenizer.convert_tokens_to_ids(sorted(special))) - {unknown, None}
-        self.copies: dict[bool, object] = {}
-        self.tokenizer = tokenizer
-        self.backend = getattr(tokenizer, "backend_tokenizer", None)
-        self.chunked = self._cuts_at_lines()
+        # most tokenizers never join the end of a line with the next one, so that text may be cut
+        lines = ["def f(x):\n", "    return x\n\n", "Some words. 12\n", "more"]
+        apart = [token for line in lines for token in self.plain(line)]
+        self.chunked = self.plain("".join(lines)) == apart
 
     def plain(self, text: str, **options) -> list[int]:
         """Ids by the tokenizer itself, without anything around them."""
         names = ("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose")
         return self.tokenizer(text, **dict.fromkeys(names, False), **options)["input_ids"]
 
-    def text(self, text: str, target: bool) -> list[int]:
-        pattern = self.patterns[target]
-        if not pattern or not pattern.search(text):
-            return self._encode(self.plain, text)
-        ids = self._encode(self._literal(target), text)
+    def encode(self, text: str) -> list[int]:
+        if not self.pattern.search(text):
+            return self.joined(self.plain, text)
+        ids = self.joined(self.literal, text)
         if found := self.controls & set(ids):
             raise BadRow("control-token text that this tokenizer cannot spell", f"ids {found}")
         return ids
 
-    def chat(self, messages: list[dict], add_generation_prompt: bool, options: dict) -> list[int]:
-        pattern, render = self.patterns[False], self.tokenizer.apply_chat_template
-        keywords = dict(options, tokenize=False, add_generation_prompt=add_generation_prompt)
-        if not pattern or not any(pattern.search(m["content"]) for m in messages):
-            return self._encode(self.plain, render(messages, **keywords))
-        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-        marked = [dict(m, content=mark) for m, mark in zip(messages, marks, strict=True)]
-        rendered = render(marked, **keywords)
-        if any(rendered.count(mark) != 1 for mark in marks):
-            raise BadRow("control-token text in a chat whose template changes the contents")
-        ids: list[int] = []
-        for i, piece in enumerate(re.split("\ue000|\ue001", rendered)):
-            if i % 2:
-                message = messages[int(piece)]
-                ids += self.text(message["content"], message["role"] == "assistant")
-            elif piece:
-                ids += self.plain(piece)
-        return ids
+    def joined(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        """Encode a long text in pieces, where the tokenizer allows it."""
+        pieces = chunks(text, CHUNK if self.chunked else len(text))
+        return [token for piece in pieces for token in encode(piece)]
 
-    def _encode(self, encode, text: str) -> list[int]:
-        if len(text) <= CHUNK or not self.chunked:
-            return encode(text)
-        return [token for piece in chunks(text, CHUNK) for token in encode(piece)]
+    def literal(self, text: str) -> list[int]:
+        """Ids by a copy that knows none of the hidden tokens."""
+        if self.copy is None:  # a tokenizer in Python
+            return self.plain(text, split_special_tokens=True)
+        return self.copy.encode(text, add_special_tokens=False).ids
 
-    def _literal(self, target: bool):
-        """The encode function of a copy that knows none of the hidden tokens."""
-        if self.backend is None:  # a tokenizer in Python
-            return lambda text: self.plain(text, split_special_tokens=True)
-        if target not in self.copies:
-            self.copies[target] = _without(self.backend, self.hidden[target])
-        copy = self.copies[target]
-        return lambda text: copy.encode(text, add_special_tokens=False).ids
+    @cached_property
+    def copy(self):
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend and _without(backend, self.hidden)
 
-    def _cuts_at_lines(self) -> bool:
-        """Whether this tokenizer, as most do, never joins the end of a line with the next one."""
-        lines = ["def f(x):\n", "    return x\n\n", "Some words. 12\n", "more"]
-        return self.plain("".join(lines)) == [i for line in lines for i in self.plain(line)]
+
+_encoder = lru_cache(maxsize=16)(_Encoder)
+
+
+_encoder = lru_cache(maxsize=16)(_Encoder)  # one per tokenizer
 
 
 def chunks(text: str, size: int):
@@ -148,14 +144,8 @@ def chunks(text: str, size: int):
     yield text[start:]
 
 
-def _any_of(texts: set[str]) -> re.Pattern | None:
-    return re.compile("|".join(map(re.escape, sorted(texts, reverse=True)))) if texts else None
-
-
 def _without(backend, hidden: set[str]):
     """A copy of a fast tokenizer that reads the text of `hidden` tokens as text."""
-    import json
-
     from tokenizers import Tokenizer
 
     state = json.loads(backend.to_str())

@@ -1,11 +1,8 @@
-"""What went wrong with the data: every bad row is reported, counted and skipped, never fatal.
-
-The first rows of each reason are logged as they happen, later ones whenever their number reaches
-a power of ten, and all of them go into a file where one was named.
-"""
+"""What went wrong with the data: every bad row is reported, counted and skipped, never fatal."""
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +23,8 @@ class Report:
     """Counts of what was kept and of what was dropped, by reason, with the first examples.
 
     Args:
-        log: receives one line per logged problem; the default warns through `logging`.
+        log: receives a line for the first rows of each reason, and for those whose number is a
+            power of ten; the default warns through `logging`.
         path: a JSONL file that gets every dropped row's place, reason and detail.
     """
 
@@ -34,14 +32,14 @@ class Report:
         self.log = log or logger.warning
         self.path = Path(path) if path else None
         self.kept = 0
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def drop(self, problem: BadRow, where: str = "") -> None:
         """Record one dropped row."""
-        where = problem.where or where
-        count = self.counts[problem.reason] = self.counts.get(problem.reason, 0) + 1
-        detail = f": {problem.detail}" if problem.detail else ""
+        where, detail = problem.where or where, f": {problem.detail}" if problem.detail else ""
+        self.counts[problem.reason] += 1
+        count = self.counts[problem.reason]
         if count <= EXAMPLES:
             self.examples.setdefault(problem.reason, []).append(f"{where}{detail}")
         if self.path:
@@ -53,7 +51,7 @@ class Report:
     @property
     def dropped(self) -> int:
         """How many rows were dropped, for whatever reason."""
-        return sum(self.counts.values())
+        return self.counts.total()
 
     def summary(self) -> str:
         """One line: what was kept, what was dropped and why."""
@@ -71,7 +69,7 @@ class Report:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over the counts of `state_dict`."""
-        self.kept, self.counts = state["kept"], dict(state["counts"])
+        self.kept, self.counts = state["kept"], Counter(state["counts"])
 
 
 def append_json(path: Path, entry: dict) -> None:

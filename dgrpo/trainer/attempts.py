@@ -9,7 +9,6 @@ the weight of the whole completion.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from dgrpo.data import PromptStream, render_row
+from dgrpo.extras import load_function
 
 Messages = list[dict[str, Any]]
 View = tuple[str | Messages | None, float]
@@ -48,9 +48,7 @@ Gate = Callable[[Sequence[Attempt]], Sequence[float]]
 def teacher_context(name: str, template: str) -> TeacherContext | None:
     """The hook of `method.teacher_context`; None for "same".
 
-    Args:
-        name: "same", "evidence", "correct_rollout", "privileged" or "module:function".
-        template: text with `{prompt}` and `{context}`, for the two that add a context.
+    `template` is a text with `{prompt}` and `{context}`, for the two hooks that add a context.
     """
     known = {
         "same": None,
@@ -58,13 +56,13 @@ def teacher_context(name: str, template: str) -> TeacherContext | None:
         "correct_rollout": partial(correct_rollout, template=template),
         "privileged": partial(privileged, template=template),
     }
-    return known[name] if name in known else load_function(name, "method.teacher_context")
+    return known[name] if name in known else load_function("method.teacher_context", name)
 
 
 def gate(name: str) -> Gate | None:
     """The hook of `method.gate`; None for "none"."""
     known = {"none": None, "wrong": wrong, "mixed": mixed}
-    return known[name] if name in known else load_function(name, "method.gate")
+    return known[name] if name in known else load_function("method.gate", name)
 
 
 def evidence(group: Sequence[Attempt], row: int) -> View:
@@ -115,17 +113,6 @@ def mixed(group: Sequence[Attempt]) -> list[float]:
     scored = [attempt.correct for attempt in group if not attempt.failed]
     share = sum(scored) / max(1, len(scored))
     return [4 * share * (1 - share)] * len(group)
-
-
-def load_function(path: str, setting: str) -> Callable[..., Any]:
-    """The function at "module:function"; ValueError that names the setting if there is none."""
-    module, colon, name = path.partition(":")
-    if not colon:
-        raise ValueError(f'{setting}: got {path!r}, expected a known name or "module:function"')
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{setting}: got {path!r}, which cannot be imported: {error}") from error
 
 
 def _with_context(prompt: str | Messages, context: str, template: str) -> str | Messages:

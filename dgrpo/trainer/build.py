@@ -11,6 +11,7 @@ import transformers
 
 from dgrpo.data import Prompt, PromptStream
 from dgrpo.distributed import ranks
+from dgrpo.extras import say
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.ops import DIVERGENCE_OPTIONS, Options
 from dgrpo.trainer.attempts import check_columns, gate, teacher_context
@@ -28,12 +29,11 @@ from dgrpo.trainer.models import (
     shard,
 )
 from dgrpo.trainer.optim import make_optimizers
-from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.run import Run, unpack_pending
 from dgrpo.trainer.seeds import seed_all
 from dgrpo.trainer.signals import Interruption
-from dgrpo.trainer.start import Length, loading_model, parameters, say, summary
+from dgrpo.trainer.start import Length, loading_model, parameters, summary
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,8 @@ def build(
 ) -> Run:
     """Everything of a run, continued from its folder's last checkpoint where it has one.
 
-    Holds the folder until `Run.close`. Starts torch.distributed under torchrun.
-
-    Args:
-        allow_changes: go on in a folder that was trained with another method, teacher or data.
-        asked: tells the run whether a signal asks for its end.
+    Holds the folder until `Run.close`. Starts torch.distributed under torchrun. `asked` tells
+    whether a signal asks for the end.
 
     Raises:
         ValueError: the folder is another run's, or settings do not fit it, the model or the data.
@@ -132,7 +129,6 @@ def _build(settings: RunSettings, device: torch.device, mesh: Any, asked: Interr
             asynchronous=settings.checkpoint.asynchronous,
             frozen=settings.model.lora is None,
         ),
-        gradient_scale=fsdp.gradient_scale(mesh),
         asked=asked,
     )
 
@@ -158,8 +154,10 @@ def _stream(
     `context` is the most tokens of a prompt and its completion; None: no limit.
     """
     data, given = settings.data, settings.method.sequences == "given"
-    sources = settings.evaluate.sources if held_out else data.sources
-    if not sources:
+    if held_out:
+        other = {"sources": settings.evaluate.sources, "max_completion_tokens": None}
+        data = data.model_copy(update={**other, "shuffle": False})
+    if not data.sources:
         return None
     own = settings.evaluate.max_tokens if held_out else None
     reserve = (own or settings.rollout.max_tokens) if held_out or not given else None
@@ -171,20 +169,13 @@ def _stream(
         )
     epochs = settings.epochs if settings.steps is None else None  # rows come round again
     return PromptStream(
-        sources,
+        data,
         tokenizer,
         seed=settings.seed,
         epochs=1 if held_out else epochs,
-        chat=data.chat,
-        system=data.system,
-        chat_options=data.chat_options,
-        min_prompt_tokens=data.min_prompt_tokens,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_completion_tokens=None if held_out else data.max_completion_tokens,
         context=context,
         reserve=reserve,
         require_completion=given and not held_out,
-        shuffle=data.shuffle and not held_out,
         rank=ranks().data_rank,
         world=ranks().data_world,
     )

@@ -19,7 +19,7 @@ from dgrpo.objectives import (
     truncated_importance_weights,
 )
 from dgrpo.trainer.attempts import Attempt
-from dgrpo.trainer.batch import Origin, Sample, Sampled, Scored, balanced_count, pack
+from dgrpo.trainer.batch import Origin, Sample, Sampled, Scored, balanced_count
 from dgrpo.trainer.policy import PolicyModel, fsdp
 from dgrpo.trainer.rollout import Rollout, Sampling
 from dgrpo.trainer.run import Batch, Run
@@ -236,13 +236,11 @@ def logprobs(run: Run, model: PolicyModel, samples: Sequence[Sample]) -> list[Te
         for s in samples
     ]
     found: dict[int, Tensor] = {}
-    training = model.training
-    model.eval()  # dropout would make these another policy's
-    for micro in balanced_count(pack(bare, **run.packing)):
-        micro = micro.to(run.device)
-        out = model(**micro.model_args(), inputs=micro.head_inputs("logprobs", options=run.options))
-        found |= dict(micro.per_sample(out.logprobs))
-    model.train(training)
+    with model.evaluating():  # dropout would make these another policy's
+        for micro in balanced_count(run.pack(bare)):
+            micro = micro.to(run.device)
+            inputs = micro.head_inputs("logprobs", options=run.options)
+            found |= dict(micro.per_sample(model(micro, inputs=inputs).logprobs))
     return [found[i] for i in range(len(samples))]
 
 

@@ -23,11 +23,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from dgrpo.extras import whole_file
 from dgrpo.trainer.checkpoint import files
-from dgrpo.trainer.config import RunSettings, dump, parse_file, validate
+from dgrpo.trainer.config import RunSettings, dump, load
+from dgrpo.trainer.config.run import DONE, EVALUATION, METRICS, SETTINGS
 
-LOCK, METRICS, CHECKPOINTS = "run.lock", "metrics.jsonl", "checkpoints"
-SETTINGS, HISTORY, DONE = "settings.yaml", "history", "done.yaml"
+LOCK, CHECKPOINTS, HISTORY = "run.lock", "checkpoints", "history"
 # What flock answers where the file system has no locks (such as Lustre mounted without `flock`).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 # What is trained. A change of these makes the metrics of a folder those of two different runs.
@@ -181,15 +182,6 @@ def differences(before: Any, after: Any, name: str = "") -> list[Change]:
     ]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The tree of a settings file in full: what an earlier version did not know has its default."""
-    tree = parse_file(path)
-    try:
-        return validate(tree).model_dump()
-    except ValueError:  # written by another version
-        return tree
-
-
 def last_step(folder: Path) -> int:
     """The last step that a folder's metrics or checkpoints tell of; 0 without any."""
     steps = [int(line["step"]) for line in last_lines(folder)]
@@ -208,7 +200,16 @@ def last_lines(folder: Path) -> list[dict[str, Any]]:
 def finished(settings: RunSettings) -> bool:
     """Whether the run's folder came to its end with exactly these settings."""
     done = Path(settings.out) / DONE
-    return done.exists() and not differences(read(done), settings.model_dump())
+    return done.exists() and not _since(done, settings)
+
+
+def _since(path: Path, settings: RunSettings) -> list[Change]:
+    """How settings differ from those of a file of the folder."""
+    try:
+        before = load(path)[""]
+    except ValueError as error:  # damaged, or of another version
+        raise ValueError(f"out: {path} cannot be read; set another out\n{error}") from error
+    return differences(before.model_dump(), settings.model_dump())
 
 
 class History:
@@ -238,7 +239,7 @@ class History:
         self.settings, self.folder = settings, Path(settings.out)
         self.trained, self.kept = last_step(self.folder), False
         path = self.folder / SETTINGS
-        self.changes = differences(read(path), settings.model_dump()) if path.exists() else []
+        self.changes = _since(path, settings) if path.exists() else []
 
     def check(self) -> None:
         """Raise ValueError where what is trained is not what the folder was trained with."""
@@ -263,7 +264,7 @@ class History:
         if self.changes and self.settings.resume:
             # Scores from before the first step are of other settings, and all there is.
             (self.folder / METRICS).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "evaluation", ignore_errors=True)
+            shutil.rmtree(self.folder / EVALUATION, ignore_errors=True)
         self.changes = []
         write(self.folder / SETTINGS, dump(self.settings))
 
@@ -274,11 +275,7 @@ class History:
         self.kept, text, current = True, dump(self.settings), self.folder / SETTINGS
         folder = self.folder / HISTORY
         folder.mkdir(exist_ok=True)
-        if self.trained and current.exists() and not any(folder.iterdir()):
-            # Of a version that kept no history.
-            date = datetime.fromtimestamp(current.stat().st_mtime)
-            write(folder / _name(date, 0), current.read_text())
-        write(folder / _name(datetime.now(), step), text)
+        write(folder / f"{datetime.now():%Y-%m-%dT%H-%M-%S}-from-step-{step:08d}.yaml", text)
         write(current, text)
         (self.folder / DONE).unlink(missing_ok=True)  # there are steps after that end
 
@@ -287,12 +284,7 @@ class History:
         write(self.folder / DONE, (self.folder / SETTINGS).read_text())
 
 
-def _name(date: datetime, step: int) -> str:
-    return f"{date:%Y-%m-%dT%H-%M-%S}-from-step-{step:08d}.yaml"
-
-
 def write(path: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text)

@@ -20,7 +20,8 @@ from dgrpo.trainer.build import build
 from dgrpo.trainer.checkpoint import export
 from dgrpo.trainer.collect import collect
 from dgrpo.trainer.config import RunSettings
-from dgrpo.trainer.folder import DONE, History, finished, last_step
+from dgrpo.trainer.config.run import DONE, EXPORT
+from dgrpo.trainer.folder import History, finished, last_step
 from dgrpo.trainer.record import evaluate, evaluated, profiled, record
 from dgrpo.trainer.run import Run, pack_pending
 from dgrpo.trainer.signals import ENDING, Interrupted, listening
@@ -88,12 +89,7 @@ def train(settings: RunSettings, *, allow_changes: bool = False) -> Outcome:
     """One run, continued from its folder's last checkpoint where it has one.
 
     SIGINT, SIGTERM and SIGHUP end it after the step at hand with a checkpoint, or at once while it
-    still starts; the outcome is "stopped".
-
-    Args:
-        settings: of the run.
-        allow_changes: go on although the folder was trained with another method, teacher or data;
-            else that raises ValueError.
+    still starts; the outcome is "stopped". `allow_changes` as for `train_stages`.
 
     Raises:
         FolderInUse: another run is under way in the folder.
@@ -154,7 +150,7 @@ def save_if_due(run: Run) -> None:
     A skipped step leaves nothing to save, and parameters that are not finite must not push the
     last good checkpoint out.
     """
-    skipped, failed = run.state.counters["skipped_in_row"], run.failed_in_row
+    skipped, failed = run.state.skipped_in_row, run.failed_in_row
     if skipped >= run.settings.optimizer.max_skipped:
         good, where = save_if_finite(run)
         raise Diverged(
@@ -210,14 +206,14 @@ def finish(run: Run) -> Outcome:
         return Outcome("stopped", run.state.step, run.folder, asked_by(run))
     # On the folder of a finished run, of which nothing was left to train.
     done = run.history is not None and (run.folder / DONE).exists()
-    kept = done and (run.folder / "export").exists()
+    kept = done and (run.folder / EXPORT).exists()
     done, kept = (total > 0 for total in ranks().totals([done, kept]))
     if run.stream.report.dropped and not done:
         run.log.message(f"data: {run.stream.report.summary()}")
     if run.settings.checkpoint.export and not kept:
         name = run.settings.checkpoint.export_dtype
         dtype = getattr(torch, name) if name else None
-        export(run.model, run.folder / "export", tokenizer=run.tokenizer, dtype=dtype)
+        export(run.model, run.folder / EXPORT, tokenizer=run.tokenizer, dtype=dtype)
         if run.settings.model.lora is not None:
             export(run.model, run.folder / "adapter", dtype=dtype, merge=False)
     if run.history is not None and not done:

@@ -14,13 +14,14 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from dgrpo import objectives
 from dgrpo.distributed import ranks, start
-from dgrpo.trainer.attempts import load_function
+from dgrpo.endpoint import Endpoint
+from dgrpo.extras import load_function
 from dgrpo.trainer.config import Model, RunSettings
 from dgrpo.trainer.config import Teacher as TeacherSettings
 from dgrpo.trainer.config.settings import Lora
 from dgrpo.trainer.loading import common_vocab, loading, teacher_tokenizer
 from dgrpo.trainer.policy import PolicyModel, fsdp, huggingface
-from dgrpo.trainer.teachers import HttpTopK, SelfTeacher, ServedTeacher, Teacher
+from dgrpo.trainer.teachers import SelfTeacher, ServedTeacher, Teacher
 
 OLD_FIELDS = ("rope_theta", "rope_local_base_freq")  # transformers makes rope_parameters of them
 
@@ -126,10 +127,10 @@ def load_teacher(
         return LoadedTeacher(SelfTeacher(model, offload_above=wanted.host_above))
     theirs = teacher_tokenizer(settings, tokenizer)
     if method.teacher == "served":
-        source = HttpTopK(
-            wanted.url, wanted.name, key_variable=wanted.key_variable, timeout=wanted.timeout
+        endpoint = Endpoint(
+            wanted.url, wanted.name, wanted.key_variable, wanted.timeout, retries=3, workers=16
         )
-        return LoadedTeacher(ServedTeacher(source, wanted.top_k))
+        return LoadedTeacher(ServedTeacher(endpoint, wanted.top_k))
     teacher, size = frozen(wanted, settings, mesh, device), wanted.vocab_size
     if size is None and model.vocab_size != teacher.vocab_size:
         compared = None if theirs is None else tokenizer
@@ -164,5 +165,5 @@ def load_objective(name: str) -> tuple[Callable | None, bool]:
         raise ValueError(
             f'method.objective: got {name!r}, expected one of {[*known]} or "module:function"'
         )
-    function = known.get(name) or load_function(name, "method.objective")
+    function = known.get(name) or load_function("method.objective", name)
     return function, "sequence_ids" in inspect.signature(function).parameters

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import SGD, AdamW, Muon
 
 from dgrpo.trainer.config import Optimizer
-from dgrpo.trainer.policy import fsdp
 
 OUTER = ("head", "lm_head")  # modules whose matrix is not a hidden one, beside the embeddings
 
@@ -74,12 +73,6 @@ def lr_factor(settings: Optimizer, step: int, total: int | None) -> float:
     if settings.decay == "cosine":
         done = (1.0 - math.cos(math.pi * done)) / 2.0
     return factor * (1.0 - (1.0 - settings.final_fraction) * done)
-
-
-def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all local values are finite (one sync)."""
-    checks = [torch.isfinite(fsdp.local(t)).all() for t in tensors]
-    return bool(torch.stack(checks).all()) if checks else True
 
 
 def _decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dgrpo.distributed import ranks
 from dgrpo.trainer.collect import decode, reward, sampling, timed
+from dgrpo.trainer.config.run import EVALUATION
 from dgrpo.trainer.folder import last_lines, write
 from dgrpo.trainer.metrics import StepMetrics, rollout_record, write_rollouts
 from dgrpo.trainer.run import IN_A_ROW, Batch, Learned, Run
@@ -45,7 +46,7 @@ def record(run: Run, batch: Batch) -> None:
         "loss": batch.loss,
         "grad_norm": batch.norm,
         "lr": batch.lr,
-        "skipped": state.counters["skipped"],
+        "skipped": state.skipped,
         **means.reduce(),
     }
     metrics["time/tokens_per_second"] = metrics["tokens"] / max(seconds, 1e-9)
@@ -59,7 +60,7 @@ def record(run: Run, batch: Batch) -> None:
     every = settings.evaluate.every
     if every and state.step % every == 0:
         metrics |= evaluate(run)
-    run.log.expect(run.expected_steps())
+    run.log.total_steps = run.expected_steps()
     run.log.log(state.step, metrics)
     if settings.log.samples and (state.step - 1) % settings.log.samples_every == 0:
         write_samples(run, batch)
@@ -137,7 +138,7 @@ def standstill(recent: Sequence[Learned]) -> Iterator[str]:
 
 def watch(run: Run, metrics: dict[str, float]) -> None:
     """Move the average that `until` looks at."""
-    until, counters = run.settings.until, run.state.counters
+    until, state = run.settings.until, run.state
     if until is None:
         return
     if until.metric not in metrics:
@@ -145,8 +146,8 @@ def watch(run: Run, metrics: dict[str, float]) -> None:
             f"until.metric: got {until.metric!r}, expected a logged one: {sorted(metrics)}"
         )
     value = metrics[until.metric]
-    before = counters.get("average", value)
-    counters["average"] = before * until.smoothing + value * (1 - until.smoothing)
+    before = value if state.average is None else state.average
+    state.average = before * until.smoothing + value * (1 - until.smoothing)
 
 
 def write_samples(run: Run, batch: Batch) -> None:
@@ -204,7 +205,7 @@ def evaluate(run: Run) -> dict[str, float]:
         lines.append(json.dumps(row, ensure_ascii=False))
     means.mean("time/evaluation", seconds["evaluation"])
     run.clock += seconds["evaluation"]  # no part of the next step's time
-    path = run.folder / "evaluation" / f"step-{step:08d}-{ranks().rank:05d}.jsonl"
+    path = run.folder / EVALUATION / f"step-{step:08d}-{ranks().rank:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, "".join(line + "\n" for line in lines))
     found = means.reduce()

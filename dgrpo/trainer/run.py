@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -19,13 +19,13 @@ from dgrpo.head import HeadOutput
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.ops import Options
 from dgrpo.trainer.attempts import Gate, TeacherContext
-from dgrpo.trainer.batch import Micro, Sample
+from dgrpo.trainer.batch import Micro, Sample, pack
 from dgrpo.trainer.checkpoint import Checkpointer, RunState
 from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.folder import History
 from dgrpo.trainer.metrics import RunLog
 from dgrpo.trainer.policy import PolicyModel
-from dgrpo.trainer.rollout import Sampler
+from dgrpo.trainer.rollout import HFSampler
 from dgrpo.trainer.signals import Interruption
 from dgrpo.trainer.start import Length
 from dgrpo.trainer.teachers import SelfTeacher, ServedTeacher, Teacher
@@ -69,7 +69,7 @@ class Run:
     held_out: list[Prompt]
     teacher: Teacher | SelfTeacher | ServedTeacher | None
     reference: PolicyModel | None
-    sampler: Sampler
+    sampler: HFSampler
     scorer: Scorer | None
     context: TeacherContext | None
     gate: Gate | None
@@ -78,7 +78,6 @@ class Run:
     options: Options  # of the loss head
     optimizers: list[torch.optim.Optimizer]
     checkpointer: Checkpointer
-    gradient_scale: int  # ranks over which gradients are averaged
     log: RunLog = field(init=False)  # made after the checkpoint: cuts the metrics back to it
     state: RunState = field(default_factory=RunState)
     pending: list[Batch] = field(default_factory=list)
@@ -109,11 +108,10 @@ class Run:
         """Whether the sequences are the policy's own."""
         return self.settings.method.sequences == "rollout"
 
-    @property
-    def packing(self) -> dict[str, Any]:
-        """How samples are packed: the same in training, scoring and the teacher's pass."""
+    def pack(self, samples: Sequence[Sample], **coefficients: Any) -> list[Micro]:
+        """Samples packed as the settings say, the same in training and scoring; see `pack`."""
         batch = self.settings.batch
-        return {"max_tokens": batch.tokens, "share_prompts": batch.share_prompts}
+        return pack(samples, batch.tokens, share_prompts=batch.share_prompts, **coefficients)
 
     @property
     def reads_rewards(self) -> bool:
@@ -140,7 +138,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the run needs no further step."""
         steps, step, until = self.settings.steps, self.state.step, self.settings.until
-        average = self.state.counters.get("average")
+        average = self.state.average
         if until is not None and average is not None and step >= until.min_steps:
             if average >= until.above:
                 return True
@@ -180,14 +178,14 @@ def pack_pending(run: Run) -> RunState:
             samples = list(group)
             entry = {"batch": number, "prompt_ids": samples[0].prompt_ids}
             run.state.rollouts.append(entry | {"samples": [s.state() for s in samples]})
-    run.state.counters["pending"] = len(run.pending)
+    run.state.pending = len(run.pending)
     run.state.data = run.stream.state_dict()
     return run.state
 
 
 def unpack_pending(state: RunState) -> list[Batch]:
     """What `pack_pending` packed; as many batches on every rank, some perhaps empty here."""
-    batches = [Batch([]) for _ in range(state.counters.get("pending", 0))]
+    batches = [Batch([]) for _ in range(state.pending)]
     for entry in state.rollouts:
         samples = [Sample.restore(entry["prompt_ids"], state) for state in entry["samples"]]
         batches[entry["batch"]].samples += samples

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from dgrpo.data import PromptStream
-from dgrpo.data.survey import Survey
+from dgrpo.data.prompts import Survey
 from dgrpo.distributed import ranks
 from dgrpo.trainer.config import RunSettings
 from dgrpo.trainer.seeds import seeded
@@ -61,13 +60,6 @@ class Length:
         left = max(0, size * epochs - cursor.epoch * size - cursor.offset)
         rows = self.stream.taken[0] + left * self.rows.kept / self.rows.looked
         return round(rows * sum(source.weight for source in sources) / sources[0].weight)
-
-
-def say(text: str) -> None:
-    """Print a line at once, on rank 0. A terminal or a pipe that is gone is no error."""
-    if ranks().first:
-        with contextlib.suppress(OSError):
-            print(text, flush=True)
 
 
 def loading_model(settings: RunSettings, device: torch.device) -> str:

@@ -11,10 +11,10 @@ from torch.profiler import record_function
 
 from dgrpo.distributed import ranks
 from dgrpo.objectives import BatchCounts, token_weights
-from dgrpo.trainer.batch import IGNORED, Micro, balanced_count, pack
+from dgrpo.trainer.batch import IGNORED, Micro, balanced_count
 from dgrpo.trainer.collect import timed
 from dgrpo.trainer.config import Schedule
-from dgrpo.trainer.optim import all_finite, lr_factor, set_lr
+from dgrpo.trainer.optim import lr_factor, set_lr
 from dgrpo.trainer.policy import fsdp
 from dgrpo.trainer.run import Batch, Run
 
@@ -23,8 +23,9 @@ def attach_teacher(run: Run, batch: Batch) -> None:
     """The teacher reads the batch once; its last hidden states stay for the loss. COLLECTIVE."""
     if run.teacher is None:
         return
+    packing = run.settings.batch
     with timed(batch.seconds, "teacher"):
-        run.teacher.attach(batch.samples, **run.packing)
+        run.teacher.attach(batch.samples, packing.tokens, packing.share_prompts)
 
 
 def weigh(run: Run, batch: Batch) -> None:
@@ -32,7 +33,7 @@ def weigh(run: Run, batch: Batch) -> None:
     samples, kind = batch.samples, run.settings.method.normalizer
     masks = [sample.mask for sample in samples]
     local = kind == "local"  # the one normaliser that depends on the packing
-    packed = [m.indices for m in pack(samples, **run.packing)] if local else []
+    packed = [m.indices for m in run.pack(samples)] if local else []
     own = [int(mask.sum()) for mask in masks]
     totals = ranks().totals([sum(own), sum(n > 0 for n in own), len(packed)])
     counts = BatchCounts(*map(int, totals))
@@ -46,7 +47,7 @@ def weigh(run: Run, batch: Batch) -> None:
             sequence_ids=torch.arange(len(members)).repeat_interleave(torch.tensor(lengths)),
             counts=counts,
             max_length=run.settings.rollout.max_tokens,
-            world_size=run.gradient_scale,
+            world_size=ranks().world,
         )
         for i, own_weights in zip(members, weights.split(lengths), strict=True):
             samples[i].token_weights = own_weights
@@ -80,8 +81,7 @@ def micro_batches(run: Run, batch: Batch) -> Iterator[Micro]:
     }
     if run.teacher is None:
         constants["teacher_coef"] = 0.0
-    micros = pack(batch.samples, **run.packing, **constants)
-    micros = balanced_count(micros, **constants)
+    micros = balanced_count(run.pack(batch.samples, **constants), **constants)
     batch.tokens = sum(sum(micro.lengths) for micro in micros if micro.samples)
     for place, micro in enumerate(micros):
         last = place == len(micros) - 1
@@ -104,7 +104,7 @@ def backward(run: Run, batch: Batch, micro: Micro) -> None:
             **functions,
         )
         with record_function("step/forward"):
-            out = run.model(**micro.model_args(), inputs=inputs)
+            out = run.model(micro, inputs=inputs)
         with record_function("step/backward"):
             out.loss.backward()
     batch.outputs.append((micro, out._replace(loss=out.loss.detach())))
@@ -118,7 +118,7 @@ def update(run: Run, batch: Batch) -> None:
     settings, state = run.settings.optimizer, run.state
     with timed(batch.seconds, "train"):  # on a GPU: waits for the backward passes
         own = torch.stack([out.loss for _, out in batch.outputs]).double().sum()
-        loss = float(own) / run.gradient_scale
+        loss = float(own) / ranks().world  # its weights count the ranks
     with timed(batch.seconds, "update"):
         limit = settings.clip_norm
         norm = fsdp.grad_norm(run.model) if limit is None else fsdp.clip_gradients(run.model, limit)
@@ -131,9 +131,8 @@ def update(run: Run, batch: Batch) -> None:
             optimizer.zero_grad(set_to_none=True)
     run.stopping = run.stopping or totals[2] > 0
     state.step += 1
-    counters = state.counters
-    counters["skipped"] = counters.get("skipped", 0) + (not finite)
-    counters["skipped_in_row"] = 0 if finite else counters.get("skipped_in_row", 0) + 1
+    state.skipped += not finite
+    state.skipped_in_row = 0 if finite else state.skipped_in_row + 1
     if not finite:
         run.log.message(f"step {state.step} skipped: loss {totals[0]}, gradient norm {float(norm)}")
     batch.loss, batch.norm, batch.lr = totals[0], float(norm), rate
@@ -141,5 +140,6 @@ def update(run: Run, batch: Batch) -> None:
 
 def parameters_finite(run: Run) -> bool:
     """Whether all trained parameters are finite, on all ranks. COLLECTIVE."""
-    own = all_finite(p.detach() for p in run.model.parameters() if p.requires_grad)
-    return ranks().totals([not own])[0] == 0
+    trained = [fsdp.local(p.detach()) for p in run.model.parameters() if p.requires_grad]
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in trained]).all()  # one sync
+    return ranks().totals([not finite])[0] == 0

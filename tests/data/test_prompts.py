@@ -8,6 +8,7 @@ import torch
 from dgrpo.data import PromptStream, Source, render_row
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.text import BadRow, encode_text
+from dgrpo.trainer.config import Data
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,8 @@ def rows(n, letter="a"):
 
 
 def stream(tokenizer, *sources, log=lambda line: None, **options):
-    return PromptStream(list(sources), tokenizer, log=log, **options)
+    known = {name: options.pop(name) for name in Data.model_fields.keys() & options.keys()}
+    return PromptStream(Data(sources=list(sources), **known), tokenizer, log=log, **options)
 
 
 def drain(prompts, n=5):
@@ -240,7 +242,7 @@ def test_a_position_of_other_data_is_refused(tokenizer):
 )
 def test_wrong_arguments(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
-        PromptStream(options.pop("sources"), tokenizer, **options)
+        PromptStream(Data(sources=options.pop("sources")), tokenizer, **options)
 
 
 def test_a_source_without_weight_raises():

@@ -7,6 +7,7 @@ import pytest
 from dgrpo.data import PromptStream, Source, render_row
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.text import BadRow
+from dgrpo.trainer.config import Data
 
 ASK = {"role": "user", "content": "u"}
 SAY = {"role": "assistant", "content": "t"}
@@ -67,7 +68,7 @@ def test_conversational_rows_become_prompt_and_target():
         "{% for m in messages %}<|pad|>{{ m.role }}:{{ m.content }}{% endfor %}<|pad|>assistant:"
     )
     row = {"prompt": [SYSTEM, ASK], "completion": [SAY]}
-    stream = PromptStream([Source(rows=[row])], tokenizer, require_completion=True)
+    stream = PromptStream(Data(sources=[Source(rows=[row])]), tokenizer, require_completion=True)
     (prompt,) = stream.batch(1)
     assert tokenizer.decode(prompt.ids) == "<|pad|>system:s<|pad|>user:u<|pad|>assistant:"
     assert tokenizer.decode(prompt.completion_ids) == "t<|end|>"

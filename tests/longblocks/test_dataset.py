@@ -8,6 +8,7 @@ from dgrpo.data import PromptStream, Source
 from dgrpo.longblocks.dataset import Books, load_longblocks
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.text import Report
+from dgrpo.trainer.config import Data
 
 MODELS = ("Qwen3-Next-80B-A3B", "Qwen3.5-27B", "Nemotron-3-Nano-30B-A3B")
 
@@ -142,7 +143,7 @@ def test_the_trainer_reads_it_as_a_source(folder, tmp_path, streaming):
         books=str(books),
         completion="response_Qwen3.5-27B",
     )
-    prompts = PromptStream([source], tokenizer, log=lambda line: None)
+    prompts = PromptStream(Data(sources=[source]), tokenizer, log=lambda line: None)
     found = prompts.batch(10)
     assert len(found) == 4 and prompts.report.counts == {"document is null": 3}
     assert all(p.completion.startswith("Qwen3.5-27B") for p in found)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dgrpo.trainer.attempts import Attempt, gate, load_function, teacher_context
+from dgrpo.trainer.attempts import Attempt, gate, teacher_context
 
 TEMPLATE = "{prompt} | {context}"
 
@@ -87,7 +87,7 @@ def test_gates():
 
 
 def test_hooks_by_import_path():
-    assert load_function("math:sqrt", "method.gate")(4) == 2
+    assert gate("math:sqrt")(4) == 2
     with pytest.raises(ValueError, match="method.gate: got 'sometimes', expected a known name"):
         gate("sometimes")
     with pytest.raises(ValueError, match="method.teacher_context: got 'math:none'"):

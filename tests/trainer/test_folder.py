@@ -232,18 +232,11 @@ def test_a_folder_in_which_nothing_was_trained_takes_any_settings(home, tmp_path
     assert "mark" not in metrics(tmp_path)[0] and metrics(tmp_path)[0]["step"] == 0
 
 
-def test_a_folder_of_an_earlier_version_goes_on(home, tmp_path):
-    """It has no history, and its settings lack what is new."""
-    first = settings(home, tmp_path, "sft")
-    train(first)
-    shutil.rmtree(tmp_path / "history")
-    old = dump(first).replace("  allow_other_tokenizer: false\n", "")
-    assert old != dump(first)
-    for name in ("settings.yaml", "done.yaml"):
-        (tmp_path / name).write_text(old)
-    assert finished(first)
-    train(changed(first, steps=3))
-    assert kept(tmp_path) == [first, changed(first, steps=3)]
+def test_settings_of_another_version_name_their_file(home, tmp_path):
+    wanted = settings(home, tmp_path, "sft")
+    (tmp_path / "settings.yaml").write_text(dump(wanted) + "speed: 3\n")
+    with pytest.raises(ValueError, match=r"out: \S+settings.yaml cannot be read.*\nspeed: unknown"):
+        train(wanted)
 
 
 def test_an_end_that_was_interrupted_is_made_up_for(home, tmp_path):

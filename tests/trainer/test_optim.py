@@ -1,11 +1,10 @@
 """Which parameter goes to which optimiser, at which rate and decay; the rate over the steps."""
 
 import pytest
-import torch
 from torch import nn
 
 from dgrpo.trainer.config import Optimizer
-from dgrpo.trainer.optim import all_finite, hidden_matrices, lr_factor, make_optimizers, set_lr
+from dgrpo.trainer.optim import hidden_matrices, lr_factor, make_optimizers, set_lr
 
 
 class Model(nn.Module):
@@ -48,11 +47,6 @@ def test_frozen_parameters_are_left_out():
     assert id(model.embed.weight) not in given and len(given) == 5
     with pytest.raises(ValueError, match="model: got no trained parameter"):
         make_optimizers(model.requires_grad_(False), Optimizer())
-
-
-def test_all_finite():
-    assert all_finite([torch.ones(3), torch.zeros(2)])
-    assert not all_finite([torch.ones(3), torch.tensor([1.0, float("nan")])])
 
 
 def factors(steps, **changes):

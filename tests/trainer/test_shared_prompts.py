@@ -33,8 +33,8 @@ def test_a_shared_prompt_changes_no_state_and_no_logprob(kind):
     for share in (True, False):
         (micro,) = pack(samples, 1000, share_prompts=share)
         with torch.no_grad():
-            hidden = policy.hidden_states(**micro.model_args())
-            out = policy(**micro.model_args(), inputs=micro.head_inputs("logprobs"))
+            hidden = policy.hidden_states(micro)
+            out = policy(micro, inputs=micro.head_inputs("logprobs"))
         states = {
             i: hidden[t : t + n] for i, (t, n) in zip(micro.indices, micro.spans, strict=True)
         }
@@ -53,5 +53,5 @@ def test_completions_of_a_shared_prompt_are_sequences_of_their_own():
         ids = torch.where(micro.targets == IGNORED, -1, micro.sequence_ids)
         objective = functools.partial(gspo, sequence_ids=ids)
         inputs = micro.head_inputs("stats", sequence_objective=objective)
-        losses.append(policy(**micro.model_args(), inputs=inputs).loss.item())
+        losses.append(policy(micro, inputs=inputs).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -95,10 +95,10 @@ def test_an_end_that_is_estimated_is_counted_to_as_the_rows_are_read(
     home, tmp_path, rows, monkeypatch, capsys
 ):
     """Too many rows to read at the start: here only some are."""
-    from dgrpo.data.survey import Survey
+    from dgrpo.data.prompts import Survey
 
     def some(stream, seconds):
-        found = Survey(stream.size)
+        found = Survey(stream.cursors[0].size)
         for index in range(6):
             found.add(stream._prepare(0, *stream.cursors[0].at(index), found.report))
         return [found]
@@ -182,7 +182,7 @@ def test_the_first_line_comes_before_torch(tmp_path):
         "def tell(text):\n"
         "    print(text, *({'torch', 'transformers', 'numpy', 'datasets'} & {*sys.modules}))\n"
         "    sys.exit()\n"
-        "cli._tell = tell\n"
+        "cli.say = tell\n"
         "cli.main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, "train", str(tmp_path / "run.yaml"), "method.preset=sft"]

@@ -16,10 +16,9 @@ from dgrpo.longblocks.evaluation.benchmarks import (
 from dgrpo.longblocks.evaluation.evaluate import evaluate
 from dgrpo.longblocks.evaluation.intervals import Difference, Interval, interval, paired_bootstrap
 from dgrpo.longblocks.evaluation.lm_eval import lm_eval_scores
-from dgrpo.longblocks.evaluation.made import made
 from dgrpo.longblocks.evaluation.results import Item, Results, compare
 from dgrpo.longblocks.evaluation.ruler import TASKS as RULER_TASKS
-from dgrpo.longblocks.evaluation.ruler import ruler
+from dgrpo.longblocks.evaluation.ruler import made, ruler
 
 __all__ = [
     "LOADERS",

@@ -2,20 +2,22 @@
 
 Long context: LongBench (arXiv 2308.14508), ∞Bench (2402.13718), LongBench v2 (2412.15204). Short
 context, to see what training has cost elsewhere: GSM8K, MMLU-Pro, IFEval. The prompts are worded
-here. Each reader takes the path of a file or of a folder of them; `report` counts the rows that
-lack something and are left out.
+here. Each reader takes a file or a folder of them; `report` counts the rows that are left out.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 
 from dgrpo.data import load_rows
 from dgrpo.text import BadRow, Report
 
 SCORES = "dgrpo.longblocks.evaluation.scores"
 SHORT = 'Answer as briefly as you can. End with a line that says "Answer: " and the answer.'
+PARAGRAPH = "Which paragraph is this of? Give its number."
+LINE = "Write the next line of the code and nothing else."
 LETTER = 'End with a line that says "Answer: " and the letter alone.'
 WORDS = "narrativeqa multifieldqa_en hotpotqa 2wikimqa musique triviaqa".split()
 LONGBENCH = {
@@ -31,10 +33,8 @@ LONGBENCH = {
     "samsum": ("rouge_l", "Summarise the last dialogue in one or two sentences, as before."),
     "lsht": ("class_name", "Give the category of the last news and nothing else."),
     "passage_count": ("same_number", "How many different paragraphs are there? Give the number."),
-    "passage_retrieval_en": ("same_number", "Which paragraph is this of? Give its number."),
-    "passage_retrieval_zh": ("same_number", "Which paragraph is this of? Give its number."),
-    "lcc": ("code_similarity", "Write the next line of the code and nothing else."),
-    "repobench-p": ("code_similarity", "Write the next line of the code and nothing else."),
+    **dict.fromkeys(["passage_retrieval_en", "passage_retrieval_zh"], ("same_number", PARAGRAPH)),
+    **dict.fromkeys(["lcc", "repobench-p"], ("code_similarity", LINE)),
 }
 SUMMARIES = {"gov_report": 512, "multi_news": 512, "vcsum": 512, "qmsum": 256, "dureader": 256}
 CONTAINED = "passkey number_string kv_retrieval longdialogue_qa_eng code_run math_find".split()
@@ -106,8 +106,7 @@ def load_infinitebench(row: dict, where: str) -> dict:
         options = _needed(row, "options")
         if answers[0] not in options:
             raise BadRow("the answer is no option", answers[0][:80])
-        made["answer"] = _letter(options.index(answers[0]))
-        made["chance"] = 1 / len(options)
+        made |= {"answer": LETTERS[options.index(answers[0])], "chance": 1 / len(options)}
         question = _joined(question, _listed(options))
     return made | {
         "id": f"{name}-{row.get('id', where)}",
@@ -128,8 +127,6 @@ def load_longbench_v2(row: dict, where: str) -> dict:
     return chosen | {
         "id": str(row.get("_id") or where),
         "task": f"longbench_v2 {row.get('length') or ''}".strip(),
-        "domain": row.get("domain") or "",
-        "difficulty": row.get("difficulty") or "",
         "prompt": _joined(_needed(row, "context"), question, LETTER),
         "max_tokens": 512,
     }
@@ -160,7 +157,6 @@ def load_mmlu_pro(row: dict, where: str) -> dict:
     return _choice(row, options) | {
         "id": f"mmlu_pro-{row.get('question_id', where)}",
         "task": "mmlu_pro",
-        "category": row.get("category") or "",
         "prompt": _joined(_needed(row, "question"), _listed(options), rules),
         "max_tokens": 1024,
     }
@@ -204,7 +200,7 @@ def _needed(row: dict, name: str):
 def _choice(row: dict, options: list[str]) -> dict:
     """The columns of a multiple choice whose right letter is `answer`."""
     answer = str(_needed(row, "answer")).strip().upper()
-    if answer not in map(_letter, range(len(options))):
+    if answer not in [*LETTERS[: len(options)]]:
         raise BadRow("the answer is no option", answer[:80])
     return {"answer": answer, "chance": 1 / len(options), "reward": f"{SCORES}:choice"}
 
@@ -214,8 +210,4 @@ def _joined(*parts: str | None) -> str:
 
 
 def _listed(options: list[str]) -> str:
-    return "\n".join(f"{_letter(k)}. {option}" for k, option in enumerate(options))
-
-
-def _letter(number: int) -> str:
-    return chr(ord("A") + number)
+    return "\n".join(f"{a}. {option}" for a, option in zip(LETTERS, options, strict=False))

@@ -1,6 +1,5 @@
 """Score a model's completions of rows, whatever generates them."""
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -8,11 +7,12 @@ from typing import Any, NamedTuple
 
 from dgrpo.data import Source, render_row
 from dgrpo.longblocks.evaluation.results import Item, Results
-from dgrpo.longblocks.rewards.worker import invoke
+from dgrpo.longblocks.rewards.by_row import function_of_row
+from dgrpo.longblocks.rewards.worker import HOME, invoke
 from dgrpo.text import BadRow, count_tokens
 
 Generate = Callable[[list, int], Sequence[str]]
-MODULES = ("dgrpo.rewards", "dgrpo.longblocks.evaluation.scores")
+MODULES = (HOME, "dgrpo.longblocks.evaluation.scores")
 MAX_TOKENS = 256
 
 
@@ -22,6 +22,7 @@ class _Entry(NamedTuple):
     where: str
     row: dict
     prompt: Any
+    limit: int  # tokens of the completion
     reward: Callable
 
 
@@ -32,7 +33,6 @@ def evaluate(
     reward: Callable | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
-    source: Source | None = None,
     tokenizer=None,
     log: Callable[[str], None] | None = None,
 ) -> Results:
@@ -47,13 +47,9 @@ def evaluate(
             `task` and `length` (else `tokens`, rounded up to a power of two); `depths` say where
             its needles lie, and rows of one `document_id` are not independent.
         reward: scores all rows, in place of their own; a function as in `dgrpo.rewards`.
-        batch_size: prompts per call.
         max_tokens: longest completion; None: the row's `max_tokens`, else 256.
-        source: how a prompt is made from a row, as in training.
         tokenizer: measures rows that do not say how long they are.
-        log: receives a line for each failure.
     """
-    source = source or Source()
     items: list[Item] = []
     lines: list[str] = []
     counts: Counter[str] = Counter()
@@ -64,29 +60,29 @@ def evaluate(
         if log:
             log(lines[-1])
 
-    def readable() -> Iterator[tuple[int, dict]]:
+    def entries() -> Iterator[_Entry]:
         for number, row in each(rows):
-            if isinstance(row, BadRow):
-                fail(row.where or f"row {number}", row.reason, row.detail)
-            else:
-                yield number, row
-
-    numbered = readable()
-    while batch := list(islice(numbered, batch_size)):
-        limits: dict[int, list[_Entry]] = {}  # entries of one limit go together
-        for number, row in batch:
-            where = str(row.get("id") or f"row {number}")
+            where = f"row {number}"
             try:
-                prompt, _ = render_row(row, source)
+                if isinstance(row, BadRow):
+                    where = row.where or where
+                    raise row
+                where = str(row.get("id") or where)
+                prompt, _ = render_row(row, Source())
                 limit = int(max_tokens or row.get("max_tokens") or MAX_TOKENS)
-                entry = _Entry(where, row, prompt, reward or _reward(row))
-                limits.setdefault(limit, []).append(entry)
+                entry = _Entry(where, row, prompt, limit, reward or _reward(row))
             except BadRow as problem:
                 fail(where, problem.reason, problem.detail)
             except (AttributeError, TypeError, ValueError) as error:
                 fail(where, "malformed row", error)
-        for limit, entries in limits.items():
-            for entry, text in zip(entries, _complete(generate, entries, limit), strict=True):
+            else:
+                yield entry
+
+    ready = entries()
+    while batch := list(islice(ready, batch_size)):
+        for limit in dict.fromkeys(entry.limit for entry in batch):
+            some = [entry for entry in batch if entry.limit == limit]
+            for entry, text in zip(some, _complete(generate, some), strict=True):
                 if isinstance(text, Exception):
                     fail(entry.where, "generation failed", f"{type(text).__name__}: {text}")
                     continue
@@ -109,10 +105,10 @@ def each(rows: Iterable[dict]) -> Iterator[tuple[int, dict | BadRow]]:
             yield number, problem
 
 
-def _complete(generate: Generate, entries: list[_Entry], limit: int) -> list[str | Exception]:
-    """A completion or an error per entry; where the batch fails, one by one."""
+def _complete(generate: Generate, entries: list[_Entry]) -> list[str | Exception]:
+    """A completion or an error per entry, all of one limit; one by one where the batch fails."""
     try:
-        texts = list(generate([entry.prompt for entry in entries], limit))
+        texts = list(generate([entry.prompt for entry in entries], entries[0].limit))
         if len(texts) != len(entries) or not all(isinstance(text, str) for text in texts):
             wanted = f"expected {len(entries)} texts"
             raise ValueError(f"generate: got {len(texts)} completions, {wanted}")
@@ -120,39 +116,38 @@ def _complete(generate: Generate, entries: list[_Entry], limit: int) -> list[str
     except Exception as error:  # out of memory, an endpoint, a prompt that is too long
         if len(entries) == 1:
             return [error]
-        return [text for entry in entries for text in _complete(generate, [entry], limit)]
+        return [text for entry in entries for text in _complete(generate, [entry])]
 
 
 def _reward(row: dict) -> Callable:
-    path = row.get("reward")
-    if not path:
+    if not row.get("reward"):
         raise BadRow("no reward", "the row has no column reward, and no other reward was given")
-    module, _, name = str(path).rpartition(":")
-    module = module or MODULES[0]
-    found = getattr(importlib.import_module(module), name, None) if module in MODULES else None
-    if not callable(found):
-        raise BadRow("unknown reward", f"{path!r}; expected a function of {' or '.join(MODULES)}")
-    return found
+    try:
+        return function_of_row(str(row["reward"]), homes=MODULES)
+    except ValueError as error:
+        raise BadRow("unknown reward", str(error)) from None
 
 
 def _scored(entry: _Entry, text: str, tokenizer) -> Item:
-    where, row, prompt, reward = entry
+    row, prompt = entry.row, entry.prompt
     columns = {name: [value] for name, value in row.items() if name != "reward"}
-    found = invoke(reward, {}, columns | {"prompts": [prompt], "completions": [text]})
+    found = invoke(entry.reward, {}, columns | {"prompts": [prompt], "completions": [text]})
     for _, message in found["errors"]:
         raise ValueError(message)
     parts = {name: values[0] for name, values in found["values"].items() if values[0] is not None}
-    length = row.get("length") if isinstance(row.get("length"), int) else 0
-    tokens = 0 if length else row.get("tokens") or 0
-    if tokenizer is not None and not (length or tokens):
-        tokens = count_tokens(tokenizer, prompt if isinstance(prompt, str) else str(prompt))
+    length = row.get("length")
+    if not (isinstance(length, int) and length):
+        tokens = row.get("tokens") or 0
+        if tokenizer is not None and not tokens:
+            tokens = count_tokens(tokenizer, str(prompt))
+        length = 1 << (tokens - 1).bit_length() if tokens else 0
     return Item(
-        id=where,
+        id=entry.where,
         task=str(row.get("task") or row.get("family") or row.get("source") or "all"),
-        length=length or (1 << (tokens - 1).bit_length() if tokens else 0),
+        length=length,
         score=parts.pop("reward"),
         depths=tuple(row.get("depths") or ()),
-        cluster=str(row.get("document_id") or where),
+        cluster=str(row.get("document_id") or entry.where),
         chance=row.get("chance"),
         parts=parts,
         completion=text,

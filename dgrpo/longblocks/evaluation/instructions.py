@@ -1,24 +1,15 @@
-"""Whether a text follows the verifiable instructions of IFEval (arXiv 2311.07911).
-
-Each check reads the arguments that the data set names. What cannot be checked here (the language,
-without the package langdetect) gives None and is left out of the score.
-"""
+"""Whether a text follows the verifiable instructions of IFEval (arXiv 2311.07911)."""
 
 import json
 import re
 
 
 def follows(name: str, arguments: dict | None, text: str, prompt: str = "") -> bool | None:
-    """Whether `text` follows the instruction `name`; None where it cannot be checked.
+    """Whether `text` follows the instruction `name` ("length_constraints:number_words").
 
-    Args:
-        name: such as `"length_constraints:number_words"`.
-        arguments: such as `{"relation": "at least", "num_words": 300}`; None values are absent.
-        text: the response.
-        prompt: the whole prompt, for instructions that repeat it.
-
-    Raises:
-        ValueError: an instruction that is not known.
+    None where that cannot be checked: the language, without the package langdetect. `arguments` are
+    those of the data set, where None stands for absent ones; `prompt` is for instructions that
+    repeat it. Raises ValueError for an unknown instruction.
     """
     given = {k: v for k, v in (arguments or {}).items() if v is not None}
     if name == "combination:repeat_prompt":

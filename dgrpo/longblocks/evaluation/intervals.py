@@ -38,14 +38,8 @@ def interval(
     """The mean of scores (n,) with a 95 % interval.
 
     Independent scores of 0 and 1 get the Wilson interval, which does not shrink to nothing where
-    all are right; others the percentile bootstrap, which draws whole clusters.
-
-    Args:
-        clusters: (n,) what an item belongs to (several queries of one document); None: nothing.
-        resamples, seed: draws of the bootstrap, and their seed.
-
-    Raises:
-        ValueError: no scores, or another number of clusters.
+    all are right; others the percentile bootstrap, which draws whole clusters: `clusters` (n,) say
+    what an item belongs to. Raises ValueError for no scores or another number of clusters.
     """
     values = _checked(scores, clusters)
     mean, n = float(values.mean()), len(values)
@@ -70,10 +64,7 @@ def paired_bootstrap(
     """The mean of `a - b`: scores (n,) of two systems on the same items, in the same order.
 
     Items (or whole clusters of them) are drawn with both systems' scores together, so what makes
-    an item hard for both does not count. Further arguments as in `interval`.
-
-    Raises:
-        ValueError: no scores, or numbers that do not match.
+    an item hard for both does not count. Further arguments and errors as in `interval`.
     """
     if len(a) != len(b):
         raise ValueError(f"b: got {len(b)} scores, expected as many as a has, {len(a)}")

@@ -10,16 +10,9 @@ def lm_eval_scores(
 ) -> dict[str, Interval]:
     """Score a Hugging Face model on tasks of lm-eval (`gsm8k`, `mmlu_pro`, `ifeval`).
 
-    Args:
-        model: folder or hub name.
-        limit: items per task; None: all.
-        options: more model arguments of lm-eval (`dtype="bfloat16"`).
-
-    Returns:
-        `"task/metric"` to mean and 95 % interval by lm-eval's standard error.
-
-    Raises:
-        ValueError: lm-eval is not installed.
+    Returns `"task/metric"` to mean and 95 % interval by lm-eval's standard error. `limit` is the
+    number of items per task, `options` are more model arguments of lm-eval (`dtype="bfloat16"`).
+    Raises ValueError where lm-eval is not installed.
     """
     try:
         from lm_eval import simple_evaluate

@@ -48,13 +48,11 @@ class Results:
     def score(self, task: str | None = None, length: int | None = None) -> Interval | None:
         """Mean and interval of the items of a task and a length (None: all); None without any."""
         some = self._of(task, length)
-        if not some:
-            return None
-        return interval([i.score for i in some], [i.cluster or i.id for i in some])
+        clusters = [i.cluster or i.id for i in some]
+        return interval([i.score for i in some], clusters) if some else None
 
     def _of(self, task: str | None, length: int | None = None) -> list[Item]:
-        found = self.items if task is None else [i for i in self.items if i.task == task]
-        return [i for i in found if length is None or i.length == length]
+        return [i for i in self.items if task in (None, i.task) and length in (None, i.length)]
 
     @property
     def reasons(self) -> str:
@@ -112,29 +110,27 @@ class Results:
         items = [Item(**item | {"depths": tuple(item["depths"])}) for item in content["items"]]
         return cls(items, content["failures"], content["counts"])
 
-    def grid(self, task: str | None = None) -> np.ndarray:
+    def grid(self) -> np.ndarray:
         """Mean score by depth and length, (DEPTHS, lengths); NaN where there is no item.
 
         An item that needs several places counts at each of them.
         """
         lengths = self.lengths
         total, count = np.zeros((2, DEPTHS, max(1, len(lengths))))
-        for item in self._of(task):
+        for item in self.items:
             for depth in item.depths:
                 cell = min(int(depth * DEPTHS), DEPTHS - 1), lengths.index(item.length)
                 total[cell] += item.score
                 count[cell] += 1
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-    def heatmap(self, path: str | Path, task: str | None = None) -> None:
+    def heatmap(self, path: str | Path) -> None:
         """Draw the accuracy by depth and length as a PNG; an empty map where no depth is known."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        grid = self.grid(task)  # grey where it is NaN
+        grid = self.grid()  # grey where it is NaN
         rows, columns = grid.shape
         figure = Figure(figsize=(2.4 + 0.8 * columns, 1.6 + 0.36 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.set_facecolor("0.85")
         image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="RdYlGn")
@@ -143,9 +139,8 @@ class Results:
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
         axes.set_xticks(range(columns), [_short(length) for length in self.lengths])
         axes.set_yticks(np.arange(rows + 1) - 0.5, [f"{k / rows:.0%}" for k in range(rows + 1)])
-        axes.set_xlabel("length in tokens")
-        axes.set_ylabel("depth of the needle")
-        title = task or ", ".join(self.tasks[:4]) + (", …" if len(self.tasks) > 4 else "")
+        axes.set(xlabel="length in tokens", ylabel="depth of the needle")
+        title = ", ".join(self.tasks[:4]) + (", …" if len(self.tasks) > 4 else "")
         axes.set_title(title, fontsize=9)
         figure.colorbar(image, ax=axes, label="score")
         figure.savefig(path, dpi=120)
@@ -158,30 +153,23 @@ def compare(before: Results, after: Results) -> dict[str, Difference]:
         ValueError: no item in common.
     """
     olds = {(item.task, item.id): item for item in before.items}
-    shared: dict[str, list[tuple[Item, Item]]] = {}
-    for item in after.items:
-        if (item.task, item.id) in olds:
-            shared.setdefault(item.task, []).append((item, olds[item.task, item.id]))
-    if not shared:
+    shared = Results([item for item in after.items if (item.task, item.id) in olds])
+    if not shared.items:
         raise ValueError("after: got no item that before has too; evaluate both on the same rows")
-    return {
-        task: paired_bootstrap(
-            [new.score for new, _ in pairs],
-            [old.score for _, old in pairs],
-            [new.cluster or new.id for new, _ in pairs],
-        )
-        for task, pairs in shared.items()
-    }
+    found = {}
+    for task in shared.tasks:
+        news = shared._of(task)
+        scores = [new.score for new in news], [olds[task, new.id].score for new in news]
+        found[task] = paired_bootstrap(*scores, [new.cluster or new.id for new in news])
+    return found
 
 
 def _short(length: int) -> str:
     """4096 as "4k"; 0 as "any"."""
-    if not length:
-        return "any"
     for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
         if length >= size:
             return f"{length / size:.3g}{unit}"
-    return str(length)
+    return str(length or "any")
 
 
 def percent(score: Interval | Difference) -> str:

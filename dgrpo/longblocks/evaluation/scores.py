@@ -1,7 +1,7 @@
 """Scores of the public benchmarks, with the signature of a reward.
 
-They follow what the benchmarks publish, written anew: close to the official scripts, not equal in
-every corner, so compare systems with each other and not with a leaderboard.
+They are close to the official scripts, not equal in every corner: compare systems with each other
+and not with a leaderboard.
 """
 
 import re

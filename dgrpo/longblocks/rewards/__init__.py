@@ -1,13 +1,9 @@
 """Rewards: functions `(prompts, completions, **columns) -> list[float]`, and what runs them.
 
-A reward scores each sample by itself, in [0, 1]. It gets the prompts and completions as text and
-every column of the data by name, one value per sample, and takes `**columns` for those that it does
-not read. It returns a list, or a dict of lists with the key "reward", whose other keys are reported
-as parts. None, NaN or a text (the reason) in place of a number is a sample that could not be
-scored: it is left out of training and counted.
-
-`dgrpo.longblocks.rewards.runner.Scorer` calls them in a process of their own. This package
-imports nothing but the standard library.
+A reward scores each sample by itself, in [0, 1]. It gets every column of the data by name, a value
+per sample, and returns a list, or a dict of lists whose key "reward" is the score and the others
+are reported as parts. None, NaN or a text (the reason) in place of a number is a sample that could
+not be scored: it is left out of training and counted. Needs the standard library alone.
 """
 
 from dgrpo.longblocks.rewards.answers import exact_match, final_number, item_f1, math, token_f1

@@ -35,8 +35,7 @@ def exact_match(completion, answer=None, aliases=None) -> float:
 def token_f1(completion, answer=None, aliases=None) -> tuple:
     """F1 of the final answer's words times their precision, the best over the aliases.
 
-    The precision (see `guarded`) makes listing candidates unprofitable. The part `f1` is the plain
-    F1 of the literature.
+    The precision makes listing candidates unprofitable. The part `f1` is that of the literature.
 
     Columns: `aliases` (list of str) or `answer` (str).
     """
@@ -47,9 +46,7 @@ def token_f1(completion, answer=None, aliases=None) -> tuple:
 
 @per_sample("precision", "recall")
 def item_f1(completion, items=None) -> tuple:
-    """F1 of a comma-separated list against a set of items, times its precision; order is free.
-
-    Duplicates and extra items cost precision. Parts: `precision`, `recall`.
+    """F1 of a comma-separated list, in any order, against a set of items, times its precision.
 
     Columns: `items` (list of str).
     """

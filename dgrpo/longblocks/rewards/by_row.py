@@ -1,8 +1,9 @@
 """The reward that each row of the data names for itself."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from dgrpo.extras import load_function
 from dgrpo.longblocks.rewards.worker import HOME, WrongResult, columns_of
 
 
@@ -22,7 +23,7 @@ def by_row(prompts, completions, *, reward, allow: Sequence[str] = (), **columns
     for path, rows in rows_of.items():
         some = {name: [values[r] for r in rows] for name, values in columns.items()}
         some = {name: v for name, v in some.items() if any(x is not None for x in v)}
-        function = _function(path, allow)
+        function = function_of_row(path, allow)
         found = function([prompts[r] for r in rows], [completions[r] for r in rows], **some)
         try:
             found = columns_of(found, len(rows))
@@ -35,14 +36,16 @@ def by_row(prompts, completions, *, reward, allow: Sequence[str] = (), **columns
     return parts
 
 
-def _function(path: str, allow: Sequence[str]):
-    module, _, name = path.rpartition(":")
+def function_of_row(
+    path: str, allow: Sequence[str] = (), homes: Sequence[str] = (HOME,)
+) -> Callable:
+    """The function that a row names, of a module in `homes` or in `allow`; else ValueError."""
     if path in allow:
-        return getattr(importlib.import_module(module), name)
-    home = importlib.import_module(HOME)
-    if module not in ("", HOME) or name not in home.__all__ or name == "by_row":
-        raise ValueError(
-            f"reward: got a row with {path!r}, expected a function of {HOME}, or one that by_row's "
-            "option allow lists"
-        )
-    return getattr(home, name)
+        return load_function("reward", path)
+    where, _, name = path.rpartition(":")
+    where = where or HOME
+    found = vars(importlib.import_module(where)).get(name) if where in homes else None
+    if not callable(found) or name == "by_row":
+        known = " or ".join([*(f"a function of {home}" for home in homes), *allow])
+        raise ValueError(f"reward: got a row with {path!r}, expected {known}")
+    return found

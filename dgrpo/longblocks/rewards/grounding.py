@@ -1,7 +1,6 @@
 """Answers that must rest on passages of the document, or say that it has none."""
 
 import re
-from collections.abc import Sequence
 
 from dgrpo.longblocks.rewards.matching import (
     f1,
@@ -34,18 +33,15 @@ _MIN_QUOTE = 5  # words
 
 
 @per_sample("abstained")
-def abstention(
-    completion, answerable, answer=None, aliases=None, *, phrases: Sequence[str] = _ABSTENTIONS
-) -> tuple:
+def abstention(completion, answerable, answer=None, aliases=None) -> tuple:
     """1 for the right answer to what is answerable, and for abstaining from what is not.
 
-    To abstain is to give one of the phrases as the final answer, without an answer beside it. The
-    part `abstained` is its rate.
+    To abstain is to say so in the final answer ("not answerable"), without an answer beside it.
 
     Columns: `answerable` (bool), `aliases` (list of str) or `answer` (str).
     """
     plain = _QUOTE_LINE.sub("", completion)
-    silent = _abstains(plain, phrases)
+    silent = _abstains(plain)
     if answerable and not silent:
         return is_right(plain, answer, aliases), 0.0
     return float(silent and not answerable), float(silent)
@@ -53,9 +49,7 @@ def abstention(
 
 @per_sample("precision", "recall")
 def citation(completion, passage_ids) -> tuple:
-    """F1 of the cited labels ("[P12]") against the supporting ones, times their precision.
-
-    Each label counts once. Parts: `precision`, `recall`.
+    """F1 of the cited labels ("[P12]", each once) against the supporting ones, times precision.
 
     Columns: `passage_ids` (list of str).
     """
@@ -73,25 +67,20 @@ def grounded(
     aliases=None,
     passages=None,
     document=None,
-    *,
-    phrases: Sequence[str] = _ABSTENTIONS,
 ) -> tuple:
     """A right answer with exact quotations of the supporting passages.
 
     The completion is `Answer: value` and lines `Quote: "sentence" [P12]`. The reward is 0 for a
     wrong answer, else half of it for the answer and half for the evidence: F1 of the cited labels
-    times their precision (a label that is cited twice counts twice) times the share of quotations
-    that are exact, that is, stand in the passage of their label but for white space and have five
-    words or are the whole passage. What the document does not answer is to be answered by an
-    abstention without quotations.
-
-    Parts: `answer`, `citation_precision`, `citation_recall`, `quote`, `abstained`.
+    times their precision times the share of quotations that are exact: that stand in the passage of
+    their label but for white space and have five words or are the whole passage. What the document
+    does not answer is to be answered by an abstention without quotations.
 
     Columns: `passage_ids`, `passages`, `aliases` (lists of str), `answerable` (bool),
     `document` (str) with passages labelled "[P12]" at line starts.
     """
     plain, text = _QUOTE_LINE.sub("", completion), without_thinking(completion)
-    silent = _abstains(plain, phrases)
+    silent = _abstains(plain)
     quotes, lines = _QUOTE.findall(text), len(_QUOTE_LINE.findall(text))
     if answerable is False:
         right = float(silent)
@@ -118,8 +107,6 @@ def retrieval(completion, passage_ids, passages, answer=None, aliases=None) -> t
     not given before, and its words have F1 of at least 0.9 with the passage's. More than one block,
     or none, is an empty one.
 
-    Parts: `answer`, `retrieval_precision`, `retrieval_recall`.
-
     Columns: `passage_ids`, `passages`, `aliases` (lists of str).
     """
     text = without_thinking(completion)
@@ -139,13 +126,12 @@ def retrieval(completion, passage_ids, passages, answer=None, aliases=None) -> t
     return value, right, precision, recall
 
 
-def _abstains(completion: str, phrases: Sequence[str]) -> bool:
+def _abstains(completion: str) -> bool:
     """Whether the final answer says that the document has none, and nothing else."""
-    return normalise(final_answer(completion)) in map(normalise, phrases)
+    return normalise(final_answer(completion)) in _ABSTENTIONS
 
 
 def _is_exact(quote: str, passage: str | None) -> bool:
-    quote = squeeze(quote)
-    if passage is None or quote not in passage:
-        return False
-    return len(quote.split()) >= _MIN_QUOTE or quote == passage
+    words = quote.split()
+    quote = " ".join(words)
+    return quote in (passage or "") and (len(words) >= _MIN_QUOTE or quote == passage)

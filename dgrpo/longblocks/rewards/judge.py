@@ -35,18 +35,11 @@ def judge(
     limit: float = 60.0,
     **columns,
 ) -> list[float | str]:
-    """The score that a model gives, from 0 to 1.
+    """The score that a model at an `Endpoint` gives, from 0 to 1, on the last line of its reply.
 
-    A sample without a reply or a score has the reason in place of a number. Marks of the template
-    inside the answer are defused, and only a score on the last line of the reply counts. An empty
-    completion has 0.
-
-    `rewards.timeout` covers a whole batch: raise it to allow for all requests.
-
-    Args:
-        url, model, key_variable, workers, retries: see `dgrpo.endpoint.Endpoint`.
-        template: with `{question}`, `{reference}` and `{answer}`.
-        limit: seconds until a request counts as failed.
+    A sample without a reply or a score has the reason in place of a number, an empty completion 0.
+    Marks of the template inside the answer are defused. `rewards.timeout` covers a whole batch:
+    raise it to allow for all requests, each of which may take `limit` seconds.
 
     Columns: `question` (else the prompt), `answer` as the reference (else none).
     """

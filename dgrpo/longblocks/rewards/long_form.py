@@ -94,9 +94,8 @@ def _read(text: str, form: str, headings: list[str]) -> tuple[list[str], float]:
     if form == "sections":
         return _sections(lines, [normalise(h) for h in headings])
     if form:
-        raise ValueError(
-            f"form: got {form!r}, expected bullets, numbered, table, sections or an empty text"
-        )
+        known = "bullets, numbered, table, sections or an empty text"
+        raise ValueError(f"form: got {form!r}, expected {known}")
     return [normalise(s) for line in lines for s in _SENTENCE.split(line)], 1.0
 
 

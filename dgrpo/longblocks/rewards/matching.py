@@ -1,7 +1,6 @@
 """What rewards share: the loop over samples, final answers, normal forms, overlap, copying.
 
-Standard library only: the worker process that runs rewards imports this and nothing heavy. Patterns
-must not backtrack: a policy writes runs of a hundred thousand spaces or tags.
+Patterns must not backtrack: a policy writes runs of a hundred thousand spaces or tags.
 """
 
 import re
@@ -21,9 +20,9 @@ _RUN = 12  # words of a block that is looked up in a document; two in a row are 
 def per_sample(*parts: str) -> Callable[[Callable], Callable]:
     """Make a reward of a function that scores one completion.
 
-    Its further positional parameters name columns and get the sample's value, None where there is
-    no such column; keyword-only ones are options. Those without a default are required. With
-    `parts`, it returns the reward and these in a tuple.
+    Its further positional parameters name columns (None where there is no such column),
+    keyword-only ones are options; those without a default are required. With `parts`, it returns
+    the reward and these in a tuple.
     """
 
     def decorate(score: Callable) -> Callable:
@@ -58,15 +57,11 @@ def without_thinking(completion: str) -> str:
 def final_answer(completion: str) -> str:
     """What follows the last "Answer:" at a line's start, to the line's end; else the last line.
 
-    Reasoning up to `</think>` is left out. A completion that lists several answers gives its last
-    line only, so that listing gains nothing.
+    Reasoning up to `</think>` is left out.
     """
     text = without_thinking(completion)
-    marked = _ANSWER.findall(text)
-    if marked:
-        return marked[-1].strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    found = _ANSWER.findall(text) or [line for line in text.splitlines() if line.strip()] or [""]
+    return found[-1].strip()
 
 
 def normalise(text: str) -> str:
@@ -90,11 +85,7 @@ def _strip(word: str) -> str:
 
 
 def answers(answer: Any, aliases: Any) -> list[str]:
-    """The normal forms of what counts as right: the aliases, or the answer where there are none.
-
-    Raises:
-        ValueError: the row has neither.
-    """
+    """The normal forms of the aliases, or of the answer where there are none; else ValueError."""
     given = aliases or [answer]
     given = [given] if isinstance(given, str) else given
     found = [normalise(str(a)) for a in given if a is not None and str(a).strip()]
@@ -124,8 +115,8 @@ def f1(precision: float, recall: float) -> float:
 def guarded(precision: float, recall: float) -> float:
     """F1 times precision: the score of a set of answers.
 
-    F1 alone pays for lists: k candidates of which one is right have F1 = 2 / (k + 1), more than the
-    1/k that a random one of them would earn. F1 times precision is less than 1/k.
+    F1 alone pays for lists: k candidates of which one is right have 2 / (k + 1), more than the 1/k
+    that a random one of them would earn. F1 times precision is less than 1/k.
     """
     return f1(precision, recall) * precision
 

@@ -1,4 +1,4 @@
-"""The host's end of the worker process: JSON lines, time limits, killing."""
+"""The host's end of the worker process: messages in JSON, time limits, killing."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import wait
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,21 @@ class Lost(Exception):
 
 
 class WorkerProcess:
-    """A process of `dgrpo.longblocks.rewards.worker` and its two pipes.
+    """A process of `dgrpo.longblocks.rewards.worker` and the pipe to it.
 
     Its first message, `start`, names the rewards. Raises ValueError where one cannot be imported.
     """
 
     def __init__(self, start: dict):
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(_SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # own process group: killed with its children, spared by Ctrl-C
-        )
-        self.buffer = bytearray()
+        self.pipe, end = Pipe()
+        with end:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT), str(end.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what rewards print goes to the host's standard error
+                pass_fds=[end.fileno()],
+                start_new_session=True,  # killed with its children, spared by Ctrl-C
+            )
         try:
             self.send(start)
             reply = self.receive(_START)
@@ -47,41 +49,30 @@ class WorkerProcess:
 
     def send(self, message: dict) -> None:
         """Write a message; raises `Lost`."""
-        line = json.dumps(message, default=_plain) + "\n"
         try:
-            self.process.stdin.write(line.encode())
-            self.process.stdin.flush()
+            self.pipe.send_bytes(json.dumps(message, default=_plain).encode())
         except OSError as error:
             raise Lost(f"worker ended ({self.process.poll()})") from error
 
     def receive(self, limit: float, tell: Callable[[float], None] = lambda seconds: None) -> dict:
         """Wait `limit` seconds for a message; `tell` hears how long it takes. Raises `Lost`."""
-        start, told, scanned = time.monotonic(), TELL, 0
-        while (newline := self.buffer.find(b"\n", scanned)) < 0:
-            scanned = len(self.buffer)
-            until = min(limit, told)
-            if not wait([self.process.stdout], max(0.0, start + until - time.monotonic())):
-                if until == limit:
-                    raise Lost(f"no reply in {limit:.3g} s")
-                tell(told)
-                told *= 2
-                continue
-            data = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not data:
-                raise Lost(f"worker ended with exit code {self.process.wait()}")
-            self.buffer += data
-        line = bytes(self.buffer[:newline])
-        del self.buffer[: newline + 1]
-        return json.loads(line)
+        start, told = time.monotonic(), TELL
+        while not self.pipe.poll(max(0.0, start + min(limit, told) - time.monotonic())):
+            if limit <= told:
+                raise Lost(f"no reply in {limit:.3g} s")
+            tell(told)
+            told *= 2
+        try:
+            return json.loads(self.pipe.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise Lost(f"worker ended with exit code {self.process.wait()}") from error
 
     def kill(self) -> None:
         """End the process and all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                pipe.close()
+        self.pipe.close()
 
 
 def _plain(value: Any) -> Any:

@@ -1,13 +1,8 @@
 """Run rewards so that a bad one costs a sample and never the run.
 
-`Scorer` keeps one worker process (`dgrpo.longblocks.rewards.worker`). A reward is first called on
-the whole batch. If that raises, hangs or kills the process, it is called again sample by sample,
-and the samples that fail by themselves are marked, counted and logged. A worker that hangs is
-killed with all that it started, and replaced. The time limit is for a batch: the second pass has
-as long again for all of its samples together, each at most half of what is left.
-
-Left out: several workers (each rank has its own already), rewards that see a group at once (their
-value would change when called sample by sample).
+Where a reward raises, hangs or dies on the whole batch, it is called again sample by sample, and
+those that fail by themselves are marked, counted and logged. A worker that hangs is replaced. The
+second pass has the batch's time limit once more, each sample at most half of what is left.
 """
 
 import logging
@@ -22,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dgrpo.extras import load_function
 from dgrpo.longblocks.rewards import worker
 from dgrpo.longblocks.rewards.process import Lost, WorkerProcess
 from dgrpo.trainer.config import Reward
@@ -54,7 +50,6 @@ class Scorer(AbstractContextManager):
     """Call rewards in a worker process.
 
     Args:
-        rewards: one or more.
         timeout: seconds that a reward may take on a batch, and again on its samples one by one
             where the first call fails. None: call in this process, which a hanging reward stops.
         seed: of the worker's generators of Python and NumPy while it imports rewards; None: random.
@@ -72,14 +67,12 @@ class Scorer(AbstractContextManager):
                 f"rewards: got {titles}, expected one or more with different names; set Reward.name"
             )
         self.rewards, self.seed = list(rewards), seed
-        self.failures: Counter[str] = Counter()  # samples lost so far, by reward
         self.last_error: str | None = None  # why the last one was lost, and the reward's name
         self._limit = math.inf if timeout is None else timeout
         self._waited = 0.0  # seconds for the reward at hand on this batch, in the worker
         self._worker: WorkerProcess | None = None
-        self._data: dict[str, Sequence] = {}  # of the batch at hand
         if timeout is None:
-            self._functions = [worker.load(reward.path) for reward in rewards]
+            self._functions = [load_function("rewards", r.path, worker.HOME) for r in rewards]
         else:
             self._restart()
 
@@ -99,17 +92,13 @@ class Scorer(AbstractContextManager):
         columns: dict[str, Sequence],
         seed: int | None = None,
     ) -> RewardResult:
-        """Score n samples.
+        """Score n samples. Raises ValueError where the lists differ in length.
 
         Args:
-            prompts: n prompts, text or chat messages.
-            completions: n texts.
+            prompts: texts or chat messages.
             columns: n values each, of the types that JSON knows (arrays become lists, all else
                 text). Samples of a group should hold the same object, which is then sent once.
             seed: of the worker's generators of Python and NumPy for this call; None: they go on.
-
-        Raises:
-            ValueError: lists of different lengths.
         """
         n = len(completions)
         self._data = {**columns, "prompts": prompts, "completions": completions}
@@ -149,19 +138,17 @@ class Scorer(AbstractContextManager):
         for row in range(n):
             left = end - self._waited
             if left < limit / _REST:
-                messages[row] = "not scored: the batch's time was up"
-                continue
-            if broken >= _GIVE_UP:
-                messages[row] = f"not scored: the reward hung or died on {broken} samples before"
-                continue
-            reply = self._ask(i, row, left / 2)  # one that hangs leaves time for those behind it
-            broken += "broken" in reply
+                reply = {"error": "not scored: the batch's time was up"}
+            elif broken >= _GIVE_UP:
+                reply = {"error": f"not scored: the reward hung or died on {broken} samples before"}
+            else:  # one that hangs leaves time for those behind it
+                reply = self._ask(i, row, left / 2)
             if "error" in reply:
                 also = "broken" in reply and reply["error"] != whole
                 messages[row] = reply["error"] + (f" (the whole batch: {whole})" if also else "")
-                continue
-            messages |= dict(reply["errors"])
-            for name, column in reply["values"].items():
+            broken += "broken" in reply
+            messages |= dict(reply.get("errors", ()))
+            for name, column in reply.get("values", {}).items():
                 values.setdefault(name, [None] * n)[row] = column[0]
         if self._waited > limit:
             logger.warning(
@@ -208,17 +195,15 @@ class Scorer(AbstractContextManager):
             self._worker.send(message)
 
     def _report(self, title: str, messages: dict[int, str], n: int) -> None:
-        """Count and log the samples that a reward lost, the same reason once."""
+        """Log the samples that a reward lost, the same reason once."""
         if not messages:
             return
-        self.failures[title] += len(messages)
         self.last_error = f"reward {title}: {messages[min(messages)]}"
-        rows_of: dict[str, list[int]] = {}
-        for row in sorted(messages):
-            rows_of.setdefault(messages[row], []).append(row)
-        for message, rows in list(rows_of.items())[:_LOGGED]:
-            many = f"all {n} samples" if len(rows) == n else f"{len(rows)} of {n} samples"
-            where = f"sample {rows[0]}" if len(rows) == 1 else many
+        counts = Counter(messages[row] for row in sorted(messages))
+        for message, count in list(counts.items())[:_LOGGED]:
+            where = f"all {n} samples" if count == n else f"{count} of {n} samples"
+            if count == 1:
+                where = f"sample {next(row for row in messages if messages[row] == message)}"
             logger.warning("reward %s failed on %s: %s", title, where, message)
-        if len(rows_of) > _LOGGED:
+        if len(counts) > _LOGGED:
             logger.warning("reward %s failed on %d samples of this batch", title, len(messages))

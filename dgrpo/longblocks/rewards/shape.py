@@ -31,14 +31,10 @@ def length(
 ) -> float:
     """Soft overlong penalty of DAPO (arXiv 2503.14476, equation 13), raised by 1 to [0, 1].
 
-    1 up to `max_tokens - cache` tokens, then falling in a line to 0 at `max_tokens`. Added to
-    other rewards, the raise is the same for all and drops out of the advantages. A completion
+    1 up to `max_tokens - cache` tokens, then falling in a line to 0 at `max_tokens`. A completion
     shorter than `min_tokens`, or of white space alone, has 0.
 
     Columns: `completion_tokens` (int).
-
-    Raises:
-        ValueError: `cache` not in [0, max_tokens].
     """
     if not 0 <= cache <= max_tokens:
         raise ValueError(f"cache: got {cache}, expected 0 ... max_tokens ({max_tokens})")

@@ -1,19 +1,9 @@
-"""The process that calls rewards: JSON lines in, JSON lines out.
+"""The process that calls rewards: JSON in, JSON out. It imports neither torch nor the host's main.
 
-It is started by its path and imports the standard library, the rewards asked for and NumPy (to seed
-it), but neither torch nor the host's main module. It gets the rewards first and answers when they
-are imported. Then, any number of times, `{"data": ..., "seed": ...}` (no reply) and:
-
-    {"call": i, "row": r}  -> {"values": {part: [...]}, "errors": [[row, text], ...]}
-                              or {"error": text}: the call as a whole failed; with "wrong": true
-                              for what is no list of n numbers. r null: all rows
-
-What rewards print goes to the standard error of the host. The process ends with its host.
+It gets the rewards and replies when they are imported; then `{"data": ..., "seed": ...}` without a
+reply and `{"call": i, "row": r}` (null: all rows), any number of times, with the reply of `answer`.
 """
 
-import importlib
-import importlib.util
-import inspect
 import json
 import math
 import os
@@ -23,7 +13,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +27,11 @@ class WrongResult(Exception):
     """A reward returned something else than one value per sample."""
 
 
-def load(path: str) -> Callable:
-    """The function that a path names.
-
-    Args:
-        path: "name" of `dgrpo.rewards`, "package.module:name" (installed, or in the current folder)
-            or "folder/file.py:name".
-
-    Raises:
-        ValueError: no such module, file or function; an error during its import.
-    """
-    where, _, name = path.rpartition(":")
-    where = where or HOME
-    try:
-        if where.endswith(".py"):
-            module = _from_file(Path(where))
-        else:
-            if os.getcwd() not in sys.path:  # absent where the program is an installed command
-                sys.path.append(os.getcwd())
-            module = importlib.import_module(where)
-    except Exception as error:
-        text = "" if _absent(error, where) else "\n" + traceback.format_exc(limit=-3)
-        raise ValueError(f"reward {path!r}: importing {where} failed: {error}{text}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
-        known = sorted(getattr(module, "__all__", known))
-        raise ValueError(
-            f"reward {path!r}: {where} has no function {name!r}, expected one of {known}"
-        )
-    return function
-
-
 def invoke(function: Callable, options: dict, data: dict, row: int | None = None) -> dict:
-    """Call a reward on a row (None: all): `{"values": ..., "errors": ...}`, JSON-able.
+    """Call a reward on a row (None: all) of `data`: a list per column, prompts and completions too.
 
-    Args:
-        data: a list per column, "prompts" and "completions" among them.
-
-    Raises:
-        WrongResult: a result that is not one value per sample.
-        Exception: whatever the reward raises.
+    Returns `{"values": {part: [...]}, "errors": [[row, text], ...]}`. Raises `WrongResult`, and
+    whatever the reward raises.
     """
     given = {k: list(values) if row is None else [values[row]] for k, values in data.items()}
     prompts, completions = given.pop("prompts"), given.pop("completions")
@@ -89,7 +45,7 @@ def invoke(function: Callable, options: dict, data: dict, row: int | None = None
 
 
 def answer(function: Callable, options: dict, data: dict, row: int | None) -> dict:
-    """The reply to one call: that of `invoke`, or the error in one line with its place."""
+    """The result of `invoke`, or `{"error": text}`, with "wrong" where it is no list of numbers."""
     try:
         return invoke(function, options, data, row)
     except WrongResult as error:
@@ -101,10 +57,7 @@ def answer(function: Callable, options: dict, data: dict, row: int | None) -> di
 
 
 def columns_of(result: Any, n: int) -> dict[str, list]:
-    """What a reward returned for n completions as {part: n values}, "reward" among them.
-
-    Raises `WrongResult` where it is neither n values nor a dict of them.
-    """
+    """What a reward returned as {part: n values}, "reward" among them; else `WrongResult`."""
     parts = dict(result) if isinstance(result, dict) else {"reward": result}
     if "reward" not in parts:
         names = sorted(map(str, parts))
@@ -151,21 +104,6 @@ def _shown(value: Any) -> str:
     return f"the {kind} {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"
 
 
-def _absent(error: Exception, where: str) -> bool:
-    """Whether the module or file itself does not exist, so that no traceback is needed."""
-    if where.endswith(".py"):
-        return isinstance(error, OSError) and Path(error.filename or "") == Path(where).resolve()
-    return isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}.")
-
-
-def _from_file(path: Path):
-    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def seed(number: int | None) -> None:
     """Seed Python's generator and NumPy's, which rewards may draw from; None leaves them."""
     if number is None:
@@ -186,34 +124,36 @@ def _watch(parent: int) -> None:
 
 def main() -> None:
     """Serve one host until it closes the pipe."""
-    source = os.fdopen(os.dup(0), encoding="utf-8")
-    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
+    pipe = Connection(int(sys.argv[1]))
+    os.set_inheritable(pipe.fileno(), False)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
     def reply(message: dict) -> None:
-        sink.write(json.dumps(message) + "\n")
-        sink.flush()
+        pipe.send_bytes(json.dumps(message).encode())
 
-    start = json.loads(source.readline())
+    start = json.loads(pipe.recv_bytes())
     sys.path[:] = start["sys_path"]
     seed(start["seed"])
     try:
-        functions = [(load(r["path"]), r["options"]) for r in start["rewards"]]
+        from dgrpo.extras import load_function  # found on the host's path
+
+        functions = [
+            (load_function("rewards", r["path"], HOME), r["options"]) for r in start["rewards"]
+        ]
     except ValueError as error:
         reply({"error": str(error)})
         return
     reply({"ready": True})
     data: dict = {}
-    for line in source:
-        request = json.loads(line)
+    while True:
+        request = json.loads(pipe.recv_bytes())
         if "data" in request:
             seed(request["seed"])
             data = {name: unpack(column) for name, column in request["data"].items()}
-            continue
-        reply(answer(*functions[request["call"]], data, request["row"]))
+        else:
+            reply(answer(*functions[request["call"]], data, request["row"]))
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(EOFError):  # the host has closed the pipe
+        main()

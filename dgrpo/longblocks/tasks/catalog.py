@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dgrpo.longblocks.tasks import grounding, longform, multihop, retrieval, tracing
+from dgrpo.longblocks.tasks import grounding, longform, multihop, tracing
 from dgrpo.longblocks.tasks.corpus import SPLITS
 from dgrpo.longblocks.tasks.facts import Draft, Ground
 
@@ -23,7 +23,7 @@ TASKS: dict[str, tuple[str, Callable[[Draft], dict]]] = {
     "report": ("long_form", longform.report),
     "definition": ("code", tracing.definition),
     "call_chain": ("code", tracing.call_chain),
-    "retrieval": ("retrieval", retrieval.retrieval),
+    "retrieval": ("retrieval", multihop.retrieval),
 }
 
 
@@ -55,13 +55,13 @@ class MakeSettings:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The tasks by name."""
+        """`tasks` without "all"."""
         return tuple(TASKS) if "all" in self.tasks else self.tasks
 
     @property
     def file_rows(self) -> int:
         """Rows per file."""
-        return int(np.clip(self.file_tokens // max(self.tokens), 1, 256))
+        return min(max(1, self.file_tokens // max(self.tokens)), 256)
 
 
 def make_row(ground: Ground, settings: MakeSettings, number: int) -> dict:

@@ -5,26 +5,24 @@ A document is lines of source code, in which `chains` chains are scattered as li
     LeraxMivax        hop 1 of the chain that starts at Lerax
     Mivax42           hop 2, the last one, ends in a number
 
-and the query `?Lerax` asks for the number. The completion names the chain on the way. There is
-nothing between key and value, so that a model can follow a chain by looking up the token that it
-has just written: small models learn it from scratch in minutes on a CPU.
+and the query `?Lerax` asks for the number. The completion names the chain on the way. Nothing
+stands between key and value: a small model learns it from scratch in minutes on a CPU.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from dgrpo.extras import whole_file
 from dgrpo.longblocks.tasks.haystack import source_lines
-from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer, train_tokenizer
+from dgrpo.longblocks.tasks.tokenizer import invented_names, load_tokenizer
 from dgrpo.text import count_tokens
-
-__all__ = ["ChainDocument", "ChainRows", "ChainTask", "rows", "train_tokenizer", "write"]
 
 SPLITS = {"train": 0, "test": 1, "validation": 2}
 
@@ -40,15 +38,7 @@ class ChainDocument:
 
 @dataclass
 class ChainTask:
-    """Documents with chains, deterministic in (seed, split, number).
-
-    The test split takes its text from the last tenth of the lines, the validation split from the
-    tenth before, training from the rest.
-
-    Raises:
-        ValueError: an unknown split or way of steps, more names or numbers needed than exist, or
-            chains that do not fit into `tokens`.
-    """
+    """Documents with chains, deterministic in (seed, split, number)."""
 
     tokenizer: object  # measures the length
     tokens: int | None = 256  # most of a document, without the query; None: the chains alone
@@ -60,8 +50,6 @@ class ChainTask:
     names: int = 64  # how many exist
     split: str = "train"  # or "validation", "test"
     seed: int = 0
-    haystack: str | None = None  # folder of the text; None: the standard library
-    lengths: dict[int, int] = field(default_factory=dict, repr=False)  # tokens of lines measured
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -69,16 +57,14 @@ class ChainTask:
         if self.steps not in ("path", "links", "answer"):
             raise ValueError(f'steps: got {self.steps!r}, expected "path", "links" or "answer"')
         if self.chains < 1 or self.hops < 1 or self.chains * self.hops > self.names:
-            raise ValueError(
-                f"names: got {self.names}, expected at least chains x hops = "
-                f"{self.chains} x {self.hops}, both at least 1"
-            )
+            least = f"chains x hops = {self.chains} x {self.hops}, both at least 1"
+            raise ValueError(f"names: got {self.names}, expected at least {least}")
         if self.chains > 9 * 10 ** (self.digits - 1):
             raise ValueError(f"digits: got {self.digits}, too few for {self.chains} numbers")
         self.queries = self.chains if self.queries is None else min(self.queries, self.chains)
-        self.lines = _lines(self.haystack, self.split, self.names) if self.tokens else []
+        self.lines = _lines(self.split, self.names) if self.tokens else []
         if self.tokens:
-            longest = max(self._cost(s) for s in invented_names(self.names))
+            longest = max(_cost(self.tokenizer, name) for name in invented_names(self.names))
             needed = self.chains * self.hops * 2 * longest
             if needed > self.tokens:
                 raise ValueError(f"tokens: got {self.tokens}, the chains alone may take {needed}")
@@ -92,7 +78,9 @@ class ChainTask:
         paths = names.reshape(self.chains, self.hops).tolist()
         chains = [[*path, str(number)] for path, number in zip(paths, numbers, strict=True)]
         facts = [fact for chain in chains for fact in _facts(chain)]
-        lines = self._text(rng, self.tokens - sum(map(self._cost, facts))) if self.tokens else []
+        lines = []
+        if self.tokens:
+            lines = self._text(rng, self.tokens - sum(_cost(self.tokenizer, f) for f in facts))
         total = len(lines) + len(facts)
         slots = np.sort(rng.choice(total, len(facts), replace=False))
         places = rng.permutation(slots)  # the hops of a chain come in any order
@@ -153,16 +141,16 @@ class ChainTask:
         """Consecutive lines, from a random one on, of at most `room` tokens."""
         index, used, lines = int(rng.integers(len(self.lines))), 0, []
         while True:
-            if index not in self.lengths:
-                self.lengths[index] = self._cost(self.lines[index])
-            used += self.lengths[index]
+            used += _cost(self.tokenizer, self.lines[index])
             if used > room:
                 return lines
             lines.append(self.lines[index])
             index = (index + 1) % len(self.lines)
 
-    def _cost(self, line: str) -> int:
-        return count_tokens(self.tokenizer, line + "\n")
+
+@lru_cache(maxsize=2**18)
+def _cost(tokenizer, line: str) -> int:
+    return count_tokens(tokenizer, line + "\n")
 
 
 def _facts(chain: list[str]) -> list[str]:
@@ -171,9 +159,9 @@ def _facts(chain: list[str]) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _lines(haystack: str | None, split: str, names: int) -> list[str]:
-    """The lines of a split in which no name occurs: 8, 1 and 1 tenths of the text, in order."""
-    lines = source_lines(haystack)
+def _lines(split: str, names: int) -> list[str]:
+    """The lines of a split without names: train, validation, test are 8, 1, 1 tenths in order."""
+    lines = source_lines()
     tenth = len(lines) // 10
     bounds = {"train": (0, 8 * tenth), "validation": (8 * tenth, 9 * tenth)}
     start, end = bounds.get(split, (9 * tenth, len(lines)))
@@ -199,13 +187,12 @@ class ChainRows(Sequence):
 def rows(
     tokenizer, count: int = 1000, start: int = 0, segments: bool = False, **options
 ) -> ChainRows:
-    """Rows of a `ChainTask`, as a data source `dgrpo.longblocks.tasks.chains:rows`.
+    """Make rows of a `ChainTask`, as a data source `dgrpo.longblocks.tasks.chains:rows`.
 
     Args:
         tokenizer: a tokenizer, or the folder of one.
-        count, start: number of rows, and of the first one.
+        start: number of the first row.
         segments: one row per document, with loss on all its answers, in place of one per query.
-        options: of `ChainTask`.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
@@ -213,14 +200,6 @@ def rows(
 
 
 def write(path: str | Path, rows: Sequence[dict]) -> None:
-    """Write rows as JSONL or, by the file's name, parquet."""
-    path = Path(path)
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
-        return
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Write rows as JSONL, all or none."""
+    with whole_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,8 +1,4 @@
-"""`dgrpo data make`: long-context tasks with verifiable answers, made from any text.
-
-A row depends on the seed, its number and the settings alone: any number of processes makes the same
-files, and a run that was interrupted makes those that are missing.
-"""
+"""`dgrpo data make`: long-context tasks with verifiable answers, made from any text."""
 
 import argparse
 import os
@@ -20,14 +16,13 @@ def length(text: str) -> int:
     try:
         return int(float(digits) * factor)
     except ValueError:
-        raise ValueError(
-            f"tokens: got {text!r}, expected a number such as 4096, 32k or 1M"
-        ) from None
+        expected = "expected a number such as 4096, 32k or 1M"
+        raise ValueError(f"tokens: got {text!r}, {expected}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see `dgrpo data make --help`. Returns the exit status."""
-    parser = argparse.ArgumentParser("dgrpo data make", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("dgrpo data make", description=__doc__)
     add = parser.add_argument
     add("out", help="folder for the parquet files; a run that was interrupted goes on there")
     add("--count", type=int, default=1000, help="rows in all (%(default)s)")
@@ -43,30 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--documents", default="", help="folder of the documents to ask about")
     add("--key-variable", default="OPENAI_API_KEY", help="variable with its key (%(default)s)")
     args = parser.parse_args(argv)
+    out, count, tokenizer, seed = args.out, args.count, args.tokenizer, args.seed
     try:
         tokens = tuple(map(length, args.tokens.split(",")))
         if args.endpoint:
             endpoint = Endpoint(args.endpoint, args.model, args.key_variable, pause=1.0)
-            settings = SynthesisSettings(
-                args.out,
-                endpoint,
-                args.documents,
-                count=args.count,
-                tokens=max(tokens),
-                tokenizer=args.tokenizer,
-                seed=args.seed,
-            )
-            return 0 if synthesize(settings).rows else 1
+            documents, longest = args.documents, max(tokens)
+            asked = SynthesisSettings(out, endpoint, documents, count, longest, tokenizer, seed)
+            return 0 if synthesize(asked).rows else 1
+        names, split, processes = tuple(args.tasks.split(",")), args.split, args.processes
         settings = MakeSettings(
-            args.out,
-            tuple(args.tasks.split(",")),
-            args.count,
-            tokens,
-            tokenizer=args.tokenizer,
-            haystack=args.haystack,
-            split=args.split,
-            seed=args.seed,
-            processes=args.processes,
+            out, names, count, tokens, tokenizer, args.haystack, split, seed, processes
         )
         return 0 if make(settings).rows else 1
     except ValueError as error:

@@ -7,7 +7,6 @@ nothing is tokenised again. The text lies in one file that processes map into me
 import json
 import mmap
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,21 +18,6 @@ from dgrpo.text import Report, count_tokens
 UNIT = 120  # least characters of a unit, about 32 tokens: the grain of needle positions
 LIMIT = 64 * 2**20  # bytes of text after which no further file is read
 SPLITS = ("train", "test")
-
-
-@dataclass(frozen=True, eq=False)
-class CodeFile:
-    """A Python file, cut where its units end."""
-
-    name: str
-    text: str
-    cuts: list[int]  # positions in the text
-    totals: list[int]  # tokens before each of them
-
-    def head(self, room: int) -> tuple[str, int]:
-        """The longest beginning of at most `room` tokens, and its tokens."""
-        n = int(np.searchsorted(self.totals, room, side="right")) - 1
-        return (self.text[: self.cuts[n]], self.totals[n]) if n > 0 else ("", 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +38,10 @@ class Corpus:
         """Tokens of the whole text."""
         return int(self.totals[-1])
 
-    @cached_property
-    def code(self) -> list[CodeFile]:
-        """The Python files."""
-        found = []
-        for name, first, last in self.files:
-            if name.endswith(".py"):
-                units = [self.text(unit, unit + 1) for unit in range(first, last)]
-                cuts = np.cumsum([0, *map(len, units)]).tolist()
-                totals = (self.totals[first : last + 1] - self.totals[first]).tolist()
-                found.append(CodeFile(name, "".join(units), cuts, totals))
-        return found
+    @property
+    def code(self) -> list[tuple[str, int, int]]:
+        """Those of `files` that are Python."""
+        return [file for file in self.files if file[0].endswith(".py")]
 
     def part(self, split: str) -> "Corpus":
         """The units of a split."""
@@ -115,15 +92,9 @@ class Corpus:
 def build_corpus(
     tokenizer, folder: str | Path | None = None, *, report: Report | None = None
 ) -> Corpus:
-    """Tokenise a folder's texts, up to `LIMIT` bytes, into a `Corpus`.
+    """Tokenise the texts of a folder (None: the standard library), up to `LIMIT` bytes.
 
-    Args:
-        tokenizer: a tokenizer of transformers, or `"bytes"`: one token per byte.
-        folder: of text or code; None: the standard library (see `haystack`).
-        report: counts files that cannot be read.
-
-    Raises:
-        ValueError: no readable text.
+    `report` counts the files that cannot be read. Raises ValueError where none can.
     """
     found, size = [], 0
     for name, text in texts(folder, report):
@@ -152,10 +123,7 @@ def build_corpus(
 
 
 def unit_cuts(text: str) -> list[int]:
-    """Positions that cut a text into units of at least `UNIT` characters, at line ends.
-
-    A line of more than 16 units is cut at spaces.
-    """
+    """Cut a text at line ends, very long lines at spaces, into units of at least `UNIT`."""
     cuts, position, most = [0], 0, 16 * UNIT
     while position < len(text):
         end = text.find("\n", position + UNIT - 1) + 1 or len(text)

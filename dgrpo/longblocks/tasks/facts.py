@@ -42,11 +42,14 @@ class Woven:
     labels: list[str]  # per fact, its passage ("P12"); empty where passages are not labelled
 
 
-class Names:
-    """Random draws for a document: names and numbers are invented, each at most once."""
+class Draft:
+    """What a task makes a row from: random draws, and text for a document of `tokens` tokens.
 
-    def __init__(self, rng: np.random.Generator):
-        self.rng = rng
+    Names, numbers and dates are invented, each drawn at most once.
+    """
+
+    def __init__(self, ground: Ground, rng: np.random.Generator, tokens: int):
+        self.ground, self.rng, self.tokens, self.count = ground, rng, tokens, ground.count
         self.used: set = set()
 
     def pick(self, low: int, high: int) -> int:
@@ -91,32 +94,17 @@ class Names:
                 year, month, day = drawn
                 return drawn, f"{day} {MONTHS[month - 1]} {year}"
 
-
-class Draft(Names):
-    """What a task makes a row from: random draws, and text for a document of `tokens` tokens."""
-
-    def __init__(self, ground: Ground, rng: np.random.Generator, tokens: int):
-        super().__init__(rng)
-        self.ground, self.tokens, self.count = ground, tokens, ground.count
-
     def distractors(self, cost: int) -> int:
-        """How many facts of `cost` tokens to hide beside the needed ones: one every 400 tokens.
-
-        At most a quarter of the document, between 2 and 60.
-        """
+        """How many more facts of `cost` tokens to hide: one per 400 tokens, at most a quarter."""
         return int(np.clip(min(self.tokens // 400, self.tokens // (4 * cost)), 2, 60))
 
     def weave(
         self, facts: list[str], question: str, depths: Sequence[float] | None = None
     ) -> Woven:
-        """Hide facts as lines of their own in real text.
+        """Hide facts as lines of their own in real text, at depths drawn from U[0, 1).
 
-        Every fact's depth is drawn from U[0, 1) on its own (or given, for the first facts, by
-        `depths`) and met to within half a unit. Document, a blank line and the question have at
-        most `tokens` tokens.
-
-        Raises:
-            ValueError: the facts leave no room for text.
+        `depths` gives those of the first facts. Document, a blank line and the question have at
+        most `tokens` tokens; raises ValueError where the facts leave no room for text.
         """
         corpus, lines = self.ground.corpus, [fact + "\n" for fact in facts]
         cost = sum(self.count(line) + 1 for line in lines)  # a neighbour may cost a token more
@@ -135,10 +123,7 @@ class Draft(Names):
         return Woven(text.rstrip("\n"), int(bounds[-1]) + cost, met, [])
 
     def weave_passages(self, facts: list[str], question: str) -> Woven:
-        """Like `weave`, but the document is numbered passages, `[P1] ...`, `[P2] ...`.
-
-        Every fact is a passage of its own; the others are real text of about `PASSAGE` tokens.
-        """
+        """Hide facts as passages among passages of real text, all labelled: `[P1] ...`."""
         corpus, count = self.ground.corpus, self.count
         label = count(f"x\n\n[P{max(100, self.tokens // PASSAGE)}] y") - count("x") - count("y")
         cost = sum(count(fact) + label for fact in facts) + count("\n\n" + question) + 1
@@ -169,13 +154,11 @@ class Draft(Names):
         corpus = self.ground.corpus
         first = self.pick(0, len(corpus) - 1)
         for _ in range(20):  # a start whose first unit fits
-            if corpus.reach(first, max(room, 0)) > first:
-                return first, corpus.reach(first, room)
+            if (end := corpus.reach(first, max(room, 0))) > first:
+                return first, end
             first = self.pick(0, len(corpus) - 1)
-        raise ValueError(
-            f"tokens: the task's facts leave {room} tokens for text, too few for one line; "
-            "ask for longer documents"
-        )
+        left = f"the task's facts leave {room} tokens for text, too few for one line"
+        raise ValueError(f"tokens: {left}; ask for longer documents")
 
     def _places(
         self, bounds: np.ndarray, depths: np.ndarray

@@ -1,14 +1,60 @@
 """Contextual grounding: answers with exact quotes and citations, or the admission that none exists.
 
-The document is labelled passages about invented lighthouses among labelled real text. The answer is
-a line `Answer: value` and, for every passage it rests on, a line `Quote: "sentence" [P12]`.
+The document is labelled passages about invented lighthouses among labelled real text.
 """
 
-from dgrpo.longblocks.tasks.facts import Draft, row
-from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, Attribute, intro, value
+from typing import NamedTuple
 
-ABSTAIN = "not answerable"
+from dgrpo.longblocks.tasks.facts import Draft, row
+
+
+class Attribute(NamedTuple):
+    """One property of a lighthouse; a number in [low, high), or a name."""
+
+    key: str  # a word of the sentence that stands for the property
+    section: str  # heading under which a report tells it
+    sentence: str  # of {x}, the lighthouse, and {v}, the value
+    question: str  # of {x}
+    low: int = 0
+    high: int = 0
+
+
+# fmt: off
+ATTRIBUTES = tuple(Attribute(*fields) for fields in (
+    ("tall", "Building", "The tower of the {x} lighthouse is {v} feet tall.",
+     "How many feet tall is the tower of the {x} lighthouse?", 31, 400),
+    ("days", "Building", "The building of the {x} lighthouse took {v} days.",
+     "How many days did the building of the {x} lighthouse take?", 401, 900),
+    ("steps", "Building", "The stair of the {x} lighthouse has {v} steps.",
+     "How many steps does the stair of the {x} lighthouse have?", 901, 1400),
+    ("crowns", "Building", "The work on the {x} lighthouse cost {v} crowns.",
+     "How many crowns did the work on the {x} lighthouse cost?", 10_000, 99_999),
+    ("candles", "Light", "The lamp of the {x} lighthouse is as bright as {v} candles.",
+     "As bright as how many candles is the lamp of the {x} lighthouse?", 500_000, 999_999),
+    ("barrels", "Light", "The lamp of the {x} lighthouse burns {v} barrels of oil in a year.",
+     "How many barrels of oil does the lamp of the {x} lighthouse burn in a year?", 1401, 2400),
+    ("hours", "Light", "The lamp of the {x} lighthouse was lit for {v} hours last year.",
+     "For how many hours was the lamp of the {x} lighthouse lit last year?", 2401, 4000),
+    ("kilograms", "Light", "The fog bell of the {x} lighthouse weighs {v} kilograms.",
+     "How many kilograms does the fog bell of the {x} lighthouse weigh?", 4001, 8000),
+    ("keeper", "People", "The keeper of the {x} lighthouse is called {v}.",
+     "What is the keeper of the {x} lighthouse called?"),
+    ("inspector", "People", "The inspector of the {x} lighthouse is called {v}.",
+     "What is the inspector of the {x} lighthouse called?"),
+    ("boat", "People", "The boat of the {x} lighthouse is called the {v}.",
+     "What is the boat of the {x} lighthouse called?"),
+    ("visitors", "People", "The {x} lighthouse had {v} visitors in its best year.",
+     "How many visitors did the {x} lighthouse have in its best year?", 100_000, 400_000),
+))
+# fmt: on
+INTROS = (
+    "The {x} lighthouse stands on a rock before the coast.",
+    "Sailors have known the {x} lighthouse for a long time.",
+    "Some things about the {x} lighthouse were written down.",
+    "The {x} lighthouse has a file of its own in the archive.",
+)
 NUMERIC = [a for a in ATTRIBUTES if a.high]
+ABSTAIN = "not answerable"
 RULES = (
     'Write a line "Answer: " with the value alone; then, for every passage that the answer rests '
     'on, a line of the form Quote: "one whole sentence, word for word" [label of the passage]. '
@@ -16,14 +62,25 @@ RULES = (
 )
 
 
+def value(attribute: Attribute, draft: Draft) -> str:
+    """A value that no other attribute of the document has."""
+    if attribute.high:
+        return str(draft.number(attribute.low, attribute.high))
+    return draft.place() if attribute.key == "boat" else draft.person()
+
+
+def intro(place: str, draft: Draft) -> str:
+    """A first sentence that says nothing of use."""
+    return draft.choose(INTROS).format(x=place)
+
+
 def quoting(draft: Draft) -> dict:
     """One passage holds the answer; others tell the same of other lighthouses."""
     place, asked = draft.place(), draft.choose(ATTRIBUTES)
     right = value(asked, draft)
     gold = [_passage(draft, place, asked, right)]
-    facts, wrong = _others(draft, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
-    return _row(draft, question, right, gold, facts, wrong)
+    return _row(draft, question, right, gold, *_others(draft, place, asked))
 
 
 def contradicting(draft: Draft) -> dict:
@@ -71,16 +128,14 @@ def superseded(draft: Draft) -> dict:
         f"{asked.question.format(x=place)} {RULES}"
     )
     *earlier, right = [v for _, v in dated]
-    wrong, gold = earlier + wrong, passages[-1:]
-    return _row(draft, question, right, gold, others, wrong)
+    return _row(draft, question, right, passages[-1:], others, earlier + wrong)
 
 
 def unanswerable(draft: Draft) -> dict:
     """The document tells other things of this lighthouse, and this thing of others."""
     place, asked = draft.place(), draft.choose(ATTRIBUTES)
-    facts, wrong = _others(draft, place, asked)
     question = f"{asked.question.format(x=place)} {RULES}"
-    return _row(draft, question, None, [], facts, wrong)
+    return _row(draft, question, None, [], *_others(draft, place, asked))
 
 
 def _passage(draft, place: str, asked: Attribute, answer: str) -> tuple[str, str]:

@@ -1,7 +1,6 @@
-"""Real text to hide things in: any folder, or by default what every Python installation carries.
+"""Real text to hide things in: any folder, or Python's standard library and language reference.
 
-The default is the standard library: its sources and its language reference. It differs between
-Python versions, so data made from it is the same only on the same version.
+These differ between Python versions, so data made from them is the same only on the same version.
 """
 
 import contextlib
@@ -18,11 +17,7 @@ LARGEST = 64 * 2**20  # bytes of one file
 
 
 def text_files(folder: str | Path | None = None) -> list[Path]:
-    """All files of a folder, or the standard library's sources, sorted by their relative path.
-
-    Raises:
-        ValueError: the folder does not exist.
-    """
+    """All files of a folder, or the standard library's sources, sorted by their relative path."""
     root = Path(folder or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         raise ValueError(f"haystack: got {str(folder)!r}, expected a folder of text files")
@@ -50,10 +45,7 @@ def read_text(file: Path) -> str:
 
 
 def texts(folder: str | Path | None = None, report: Report | None = None) -> Iterator[tuple]:
-    """`(name, text)` of every readable file; the others are counted in `report`.
-
-    With no folder, the standard library's sources and then its language reference.
-    """
+    """`(name, text)` of every readable file, by default of the library and its reference."""
     root = Path(folder or sysconfig.get_paths()["stdlib"])
     for file in text_files(folder):
         try:
@@ -68,16 +60,9 @@ def texts(folder: str | Path | None = None, report: Report | None = None) -> Ite
             yield from ((f"reference/{name}.txt", topics[name]) for name in sorted(topics))
 
 
-@lru_cache(maxsize=2)
-def source_lines(folder: str | None = None) -> list[str]:
-    """Lines of 4 to 80 printable ASCII characters, without indentation, in file order."""
-    lines = []
-    for name, text in texts(folder):
-        if folder is None and not name.endswith(".py"):
-            continue
-        for line in map(str.strip, text.split("\n")):
-            if 4 <= len(line) <= 80 and line.isascii() and line.isprintable():
-                lines.append(line)
-    if not lines:
-        raise ValueError(f"haystack: got {folder!r}, which holds no usable line of text")
-    return lines
+@lru_cache(maxsize=1)
+def source_lines() -> list[str]:
+    """The standard library's lines of 4 to 80 printable ASCII characters, without indentation."""
+    sources = (text for name, text in texts() if name.endswith(".py"))
+    lines = (line.strip() for text in sources for line in text.split("\n"))
+    return [s for s in lines if 4 <= len(s) <= 80 and s.isascii() and s.isprintable()]

@@ -1,7 +1,7 @@
 """Long-form generation: a report that covers a list of points, in a given form and length."""
 
 from dgrpo.longblocks.tasks.facts import Draft, row
-from dgrpo.longblocks.tasks.lighthouse import ATTRIBUTES, value
+from dgrpo.longblocks.tasks.grounding import ATTRIBUTES, value
 
 FORMS = {
     "bullets": 'a list with one fact a line, each line beginning with "- "',

@@ -1,11 +1,6 @@
-"""The files of `dgrpo data make`, by one process or several.
-
-The text is tokenised once; documents are put together by adding up counts
-(`dgrpo.longblocks.tasks.corpus`).
-"""
+"""The files of `dgrpo data make`, by one process or several, from text that is tokenised once."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,10 +20,7 @@ HAYSTACK, CODE_HAYSTACK = f"{META}/haystack", f"{META}/code"
 
 
 def make(settings: MakeSettings, *, log: Callable[[str], None] = print, show=True) -> MakeResult:
-    """Make all files that are not there yet.
-
-    Args:
-        show: a progress bar.
+    """Make all files that are not there yet; `show` a progress bar.
 
     Raises:
         ValueError: the folder holds data of other settings, or the haystack no text.
@@ -74,6 +66,7 @@ def _prepare(out: Path, settings: MakeSettings, report: Report, log) -> None:
 
 
 def _corpus(folder: Path, settings: MakeSettings, haystack, report: Report, log) -> Corpus:
+    """The split's part of the corpus in a folder, made where it is not there yet."""
     if not (folder / "files.json").exists():
         log("reading and tokenising the haystack")
         build_corpus(load_tokenizer(settings.tokenizer), haystack, report=report).save(folder)
@@ -82,13 +75,12 @@ def _corpus(folder: Path, settings: MakeSettings, haystack, report: Report, log)
 
 def _run(settings: MakeSettings, todo: list[int]) -> Iterator[list[BadRow]]:
     """Make the files; yield for each the rows that could not be made."""
+    _ground.cache_clear()  # an earlier call may have left other text in the folder
     if settings.processes == 1:
-        ground = _load(settings)
-        yield from (_write_file(ground, settings, n) for n in todo)
+        yield from (_write_file(settings, n) for n in todo)
         return
-    workers = min(settings.processes, len(todo))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
-        for done in as_completed([pool.submit(_work, settings, n) for n in todo]):
+    with ProcessPoolExecutor(min(settings.processes, len(todo)), get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_write_file, settings, n) for n in todo]):
             try:
                 yield done.result()
             except BrokenProcessPool:
@@ -98,30 +90,17 @@ def _run(settings: MakeSettings, todo: list[int]) -> Iterator[list[BadRow]]:
                 ) from None
 
 
-def _start() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+@lru_cache(maxsize=1)  # once per process
+def _ground(out: str, split: str, tokenizer: str) -> Ground:
+    folders = [Path(out, name) for name in (HAYSTACK, CODE_HAYSTACK)]
+    corpus, code = (Corpus.load(f).part(split) if f.exists() else None for f in folders)
+    return Ground(corpus, load_tokenizer(tokenizer), code)
 
 
-def _load(settings: MakeSettings) -> Ground:
-    folder = Path(settings.out)
-    corpus, code = (
-        Corpus.load(folder / name).part(settings.split) if (folder / name).exists() else None
-        for name in (HAYSTACK, CODE_HAYSTACK)
-    )
-    return Ground(corpus, load_tokenizer(settings.tokenizer), code)
-
-
-_loaded = lru_cache(maxsize=1)(_load)  # once per worker process
-
-
-def _work(settings: MakeSettings, number: int) -> list[BadRow]:
-    return _write_file(_loaded(settings), settings, number)
-
-
-def _write_file(ground: Ground, settings: MakeSettings, number: int) -> list[BadRow]:
+def _write_file(settings: MakeSettings, number: int) -> list[BadRow]:
     """Make the file `number`; return the rows that could not be made."""
-    first = number * settings.file_rows
-    rows, problems = [], []
+    ground = _ground(settings.out, settings.split, settings.tokenizer)
+    first, rows, problems = number * settings.file_rows, [], []
     for i in range(first, min(first + settings.file_rows, settings.count)):
         try:
             rows.append(make_row(ground, settings, i))

@@ -1,4 +1,7 @@
-"""Multi-hop reasoning: chains of facts, counting and comparing over many places of a document."""
+"""Multi-hop reasoning: chains of facts, counting and comparing over many places of a document.
+
+`retrieval` is one more: the passages that the answer needs are copied first (arXiv 2501.08248).
+"""
 
 from itertools import pairwise
 
@@ -16,21 +19,28 @@ RELATIONS = (
 )
 PEOPLE = ("person", "warden", "teacher")
 CALLED = {"depot": "{} depot", "mill": "{} mill", "town": "town of {}", "village": "village of {}"}
-FIRST = {"depot": "the {a} depot", "mill": "the {a} mill", "town": "the town of {a}"}
+RULES = (
+    "First copy every passage that the answer needs, word for word, each on a line of its own "
+    "after its label in brackets, between a line <RETRIEVAL> and a line </RETRIEVAL>. Then write "
+    'a line "Answer: " with the answer alone.'
+)
+ASIDES = (
+    "Little else is known about this.",
+    "The archive has no picture of it.",
+    "A copy of this note was sent to the county.",
+    "This was confirmed twice in the same year.",
+)
 
 
 def variable_tracing(draft: Draft) -> dict:
     """Follow 2 to 6 references from one dial to another, down to a number."""
     hops = draft.pick(2, 6)
-    chains = _chains(draft, lambda: _dials(draft, hops))
-    start, value = chains[0][1][0], chains[0][1][-1]
+    texts, dials, wrong = _chains(draft, lambda: _dials(draft, hops))
     question = (
         f"Dials in this document take their readings from other dials. Which number does the dial "
-        f"{start} show? {ANSWER.format('the number')}"
+        f"{dials[0]} show? {ANSWER.format('the number')}"
     )
-    wrong = [entities[-1] for _, entities in chains[1:]]
-    texts = [text for some, _ in chains for text in some]
-    return _row(draft, question, texts, hops, value, wrong)
+    return _row(draft, question, texts, hops, dials[-1], wrong)
 
 
 def _dials(draft: Draft, hops: int) -> tuple[list[str], list[str]]:
@@ -44,19 +54,16 @@ def relations(draft: Draft) -> dict:
     """Follow 2 to 6 different relations between people, depots, mills, towns and villages."""
     hops = draft.pick(2, 6)
     start = draft.pick(0, 6 - hops)
-    chains = _chains(draft, lambda: relation_chain(draft, start, hops))
-    entities = chains[0][1]
+    texts, entities, wrong = _chains(draft, lambda: _relation_chain(draft, start, hops))
     question = (
-        f"By what this document says, name {described(start, hops, entities[0])}. "
+        f"By what this document says, name {_described(start, hops, entities[0])}. "
         f"{ANSWER.format('the name')}"
     )
-    wrong = entities[:-1] + [others[-1] for _, others in chains[1:]]
-    texts = [text for some, _ in chains for text in some]
-    made = _row(draft, question, texts, hops, entities[-1], wrong)
-    return made | {"aliases": called(start + hops, entities[-1])}
+    made = _row(draft, question, texts, hops, entities[-1], entities[:-1] + wrong)
+    return made | {"aliases": _called(start + hops, entities[-1])}
 
 
-def relation_chain(draft: Draft, start: int, hops: int) -> tuple[list[str], list[str]]:
+def _relation_chain(draft: Draft, start: int, hops: int) -> tuple[list[str], list[str]]:
     """The facts of a chain from the `start`-th relation on, and its `hops + 1` entities."""
     kinds = [RELATIONS[start + i][0] for i in range(hops + 1)]
     entities = [draft.person() if kind in PEOPLE else draft.place() for kind in kinds]
@@ -64,26 +71,28 @@ def relation_chain(draft: Draft, start: int, hops: int) -> tuple[list[str], list
     return [RELATIONS[i][1].format(a=a, b=b) for i, (a, b) in pairs], entities
 
 
-def called(place: int, name: str) -> list[str]:
+def _called(place: int, name: str) -> list[str]:
     """What the entity at a place of `RELATIONS` may be called, the bare name first."""
-    form = CALLED.get(RELATIONS[place][0])
-    return [name, form.format(name)] if form else [name]
+    kind = RELATIONS[place][0]
+    return [name, CALLED[kind].format(name)] if kind in CALLED else [name]
 
 
-def described(start: int, hops: int, first: str) -> str:
+def _described(start: int, hops: int, first: str) -> str:
     """The last entity of a chain in words, from its first one."""
-    words = FIRST.get(RELATIONS[start][0], "{a}").format(a=first)
+    words = _called(start, first)[-1]
+    words = first if words == first else f"the {words}"
     for i in range(hops):
         words = RELATIONS[start + i][2].format(x=words)
     return words
 
 
-def _chains(draft: Draft, make) -> list[tuple[list[str], list[str]]]:
-    """The asked chain and, to distract, others of the same length."""
-    first = make()
-    cost = draft.count("\n".join(first[0])) // len(first[0])
-    more = draft.distractors(cost) // len(first[0])
-    return [first, *(make() for _ in range(max(1, more)))]
+def _chains(draft: Draft, make) -> tuple[list[str], list[str], list[str]]:
+    """The facts of a chain and of others of its length, its entities, the ends of the others."""
+    facts, entities = make()
+    cost = draft.count("\n".join(facts)) // len(facts)
+    others = [make() for _ in range(max(1, draft.distractors(cost) // len(facts)))]
+    more = [fact for some, _ in others for fact in some]
+    return facts + more, entities, [ends[-1] for _, ends in others]
 
 
 def counting(draft: Draft) -> dict:
@@ -130,6 +139,33 @@ def comparison(draft: Draft) -> dict:
     )
     wrong = [name for name in listed if name != best]
     return _row(draft, question, texts, many, best, wrong)
+
+
+def retrieval(draft: Draft) -> dict:
+    """A question over 2 to 4 relations, each told by a passage, among passages that look alike."""
+    hops = draft.pick(2, 4)
+    start = draft.pick(0, len(RELATIONS) - 1 - hops)
+    texts, entities = _relation_chain(draft, start, hops)
+    gold = [f"{text} {draft.choose(ASIDES)}" for text in texts]
+    others = [f"Much has been written about {name}, and most of it is lost." for name in entities]
+    wrong = entities[:-1]
+    for _ in range(max(1, draft.distractors(draft.count(gold[0])) // hops)):
+        more, passed = _relation_chain(draft, start, hops)
+        others += [f"{text} {draft.choose(ASIDES)}" for text in more]
+        wrong.append(passed[-1])
+    question = f"By what these passages say, name {_described(start, hops, entities[0])}. {RULES}"
+    woven = draft.weave_passages(gold + others, question)
+    answers = _called(start + hops, entities[-1])
+    copied = [f"[{label}] {text}" for label, text in zip(woven.labels, gold, strict=False)]
+    return row(
+        woven,
+        gold=gold,
+        question=question,
+        answer="\n".join(["<RETRIEVAL>", *copied, "</RETRIEVAL>", f"Answer: {answers[0]}"]),
+        reward="retrieval",
+        aliases=answers,
+        distractors=wrong,
+    )
 
 
 def _row(draft, question, texts, many, answer, distractors) -> dict:

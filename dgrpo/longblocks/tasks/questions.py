@@ -43,23 +43,26 @@ REWARDS = {"multi_hop": "token_f1", "grounding": "token_f1", "long_form": "cover
 MAX_TOKENS = 2048  # of a reply
 
 
-def chat(rules: str, document: str, task: str = "") -> list[dict]:
-    """Messages that ask a model for something about a document."""
-    return [
-        {"role": "system", "content": rules},
-        {"role": "user", "content": f"<document>\n{document}\n</document>{task}"},
-    ]
+def ask(endpoint: Endpoint, kind: str, document: str, seed: int) -> dict:
+    """Have a model ask; see `checked`. Raises BadRow, EndpointError."""
+    chat = _chat(KINDS[kind], document)
+    reply = endpoint.chat(chat, temperature=0.7, max_tokens=MAX_TOKENS, seed=seed)
+    return checked(kind, reply, document)
+
+
+def _chat(rules: str, document: str, task: str = "") -> list[dict]:
+    content = f"<document>\n{document}\n</document>{task}"
+    return [{"role": "system", "content": rules}, {"role": "user", "content": content}]
 
 
 def checked(kind: str, reply: str, document: str) -> dict:
     """Question, answer, aliases, evidence and points of a model's reply.
 
-    Raises:
-        BadRow: something is missing, or what should stand in the document does not.
+    Raises BadRow where something is missing, or the document lacks what should stand in it.
     """
     found = parse_object(reply)
-    question, answer = (_text(found, name) for name in ("question", "answer"))
-    evidence = _texts(found, "evidence")
+    question, answer = (_text(found.get(name), name) for name in ("question", "answer"))
+    evidence = _texts(found.get("evidence"), "evidence")
     squeezed = _squeeze(document)
     for sentence in evidence:
         if len(sentence.split()) < 3 or _squeeze(sentence) not in squeezed:
@@ -82,7 +85,7 @@ def _points(found: dict, answer: str, document: str) -> list[list[str]]:
     if len(points) != len(lines) or not all(line.startswith("- ") for line in lines):
         raise BadRow("not one line per point", f"{len(points)} points, {len(lines)} lines")
     for point, line in zip(points, lines, strict=True):
-        phrases = _texts({"point": point}, "point")
+        phrases = _texts(point, "point")
         if not all(_contains(document, phrase) for phrase in phrases):
             raise BadRow("point not in the document", repr(phrases)[:80])
         if not all(_contains(line, phrase) for phrase in phrases):
@@ -90,10 +93,10 @@ def _points(found: dict, answer: str, document: str) -> list[list[str]]:
     return points
 
 
-def judged(judge: Endpoint, asked: dict, document: str, seed: int) -> None:
+def judge(endpoint: Endpoint, asked: dict, document: str, seed: int) -> None:
     """Have a question judged. Raises BadRow unless the verdict is "supported"."""
     task = f"\n\nQuestion: {asked['question']}\nProposed answer: {asked['answer']}"
-    reply = judge.chat(chat(JUDGE, document, task), max_tokens=MAX_TOKENS, seed=seed)
+    reply = endpoint.chat(_chat(JUDGE, document, task), max_tokens=MAX_TOKENS, seed=seed)
     found = parse_object(reply)
     verdict = found.get("verdict")
     if verdict not in ("supported", "unsupported", "ambiguous"):
@@ -119,6 +122,8 @@ def row_of(entry: dict, document: str) -> dict:
         reference = "\n".join([*evidence, shown])
     made = row(
         document=document,
+        source=entry["name"],
+        language="",
         question=f"{entry['question']} {rule}",
         answer=answer,
         family=kind,
@@ -132,35 +137,29 @@ def row_of(entry: dict, document: str) -> dict:
         hops=len(evidence),
         **wanted,
     )
-    own = {"id": f"asked-{kind}-{entry['number']}", "source": entry["name"], "seed": 0}
-    return made | own | {"language": "", "privileged": shown}
+    return made | {"id": f"asked-{kind}-{entry['number']}", "seed": 0, "privileged": shown}
 
 
 def parse_object(text: str) -> dict:
     """Read the JSON object in a model's answer, also inside a code fence; BadRow without one."""
     start, end = text.find("{"), text.rfind("}")
     try:
-        found = json.loads(text[start : end + 1])
+        return json.loads(text[start : end + 1])
     except ValueError as error:
         raise BadRow("no JSON in the answer", f"{error}; got {text[:120]!r}") from None
-    if not isinstance(found, dict):
-        raise BadRow("no JSON in the answer", f"got {text[:120]!r}")
-    return found
 
 
-def _text(found: dict, name: str) -> str:
-    value = found.get(name)
+def _text(value, name: str) -> str:
     value = str(value) if isinstance(value, int | float) else value
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"no {name}", repr(value)[:80])
     return value.strip()
 
 
-def _texts(found: dict, name: str) -> list[str]:
-    values = found.get(name)
+def _texts(values, name: str) -> list[str]:
     if not isinstance(values, list) or not values:
         raise BadRow(f"no {name}", repr(values)[:80])
-    return [_text({name: value}, name) for value in values]
+    return [_text(value, name) for value in values]
 
 
 def _contains(text: str, phrase: str) -> bool:

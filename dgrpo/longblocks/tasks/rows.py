@@ -2,10 +2,10 @@
 
 import copy
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgrpo.extras import whole_file
 from dgrpo.text import Report
 
 META = ".make"  # hidden, so that reading the folder reads the rows alone
@@ -16,6 +16,8 @@ COLUMNS = {
     **{"aliases": [], "items": [], "distractors": [], "passages": [], "passage_ids": []},
     **{"answerable": True, "points": [], "form": "", "headings": []},
     **{"min_words": 0, "max_words": 0, "hops": 1},
+    # the text that proves the answer, its places in the document in [0, 1], tokens of document and
+    # question (0: not measured)
     **{"evidence": "", "privileged": "", "depths": [], "tokens": 0},
 }
 
@@ -35,9 +37,7 @@ def row(*, answer: str, reward: str, reference: str = "", **columns) -> dict:
     Args:
         reward: name of a function of `dgrpo.rewards`.
         reference: a completion that earns the whole reward; empty: the answer.
-        columns: others of `COLUMNS`. `evidence` is the text that proves the answer, `depths` are
-            its places in the document, in [0, 1], and `tokens` is the length of document and
-            question, 0 where it was not measured.
+        columns: others of `COLUMNS`.
     """
     shown = dict.fromkeys(("response_reference", "privileged"), reference or answer)
     columns |= {"answer": answer, "reward": f"dgrpo.rewards:{reward}", **shown}
@@ -51,9 +51,8 @@ def claim(folder: Path, settings: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(json.dumps(settings))
     if file.exists() and json.loads(file.read_text()) != known:
-        raise ValueError(
-            f"out: {folder} holds data of other settings ({file}); name another folder or empty it"
-        )
+        others = f"holds data of other settings ({file})"
+        raise ValueError(f"out: {folder} {others}; name another folder or empty it")
     file.write_text(json.dumps(known, indent=1))
 
 
@@ -64,22 +63,15 @@ def part(folder: Path, number: int) -> Path:
 
 def write_part(folder: Path, number: int, rows: list[dict]) -> Path:
     """Write a file, whole or not at all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    file = part(folder, number)
-    partial = file.with_suffix(".partial")
-    table = pyarrow.Table.from_pylist(rows, schema=_schema())
-    pyarrow.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
-    os.replace(partial, file)
-    return file
-
-
-def _schema():
     import pyarrow as pa
+    import pyarrow.parquet
 
     text, whole = pa.string(), pa.int64()
     kinds = {str: text, list: pa.list_(text), bool: pa.bool_(), int: whole}
     fields = {name: kinds[type(value)] for name, value in COLUMNS.items()}
     fields |= {"points": pa.list_(pa.list_(text)), "depths": pa.list_(pa.float64())}
-    return pa.schema([("id", text), *fields.items(), ("seed", whole)])
+    schema = pa.schema([("id", text), *fields.items(), ("seed", whole)])
+    file, table = part(folder, number), pa.Table.from_pylist(rows, schema=schema)
+    with whole_file(file) as partial:
+        pa.parquet.write_table(table, partial, compression="zstd", row_group_size=16)
+    return file

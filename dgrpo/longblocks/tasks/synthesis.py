@@ -1,16 +1,14 @@
 """Questions about a user's documents, asked and judged by a language model behind an endpoint.
 
 A model reads a stretch of a document and asks a question, with the answer and word-for-word
-evidence. What is checked: the evidence must stand in the document, and a second pass (the same or
-another model) must find that the document alone supports the answer and no other. What fails a
-check, or the endpoint, is dropped with its reason and counted; the rest becomes rows like those of
-`dgrpo.longblocks.tasks.make`.
+evidence. The evidence must stand in the document, and a second, judging pass must find that the
+document supports this answer and no other. What fails is dropped with its reason and counted.
 """
 
 import json
-import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from dgrpo.text.problems import append_json
 
 UNREACHABLE = "endpoint unreachable"
 FILE_ROWS = 64
+TEMPERATURE = 0.7  # of the questions; they are judged at 0
 GIVE_UP = 20  # requests in a row that reach nothing, after which the rest is not tried
 
 
@@ -39,30 +38,21 @@ class SynthesisSettings:
     count: int = 100  # questions to ask (rows that pass are fewer)
     tokens: int = 32_768  # longest stretch of a document
     tokenizer: str = "bytes"  # folder or hub name that measures it; "bytes": one token per byte
-    judge: Endpoint | None = None  # None: the model that asks
-    kinds: tuple[str, ...] = tuple(questions.KINDS)  # of questions, asked for in turn
     seed: int = 0  # of the stretches, and sent along
-    temperature: float = 0.7  # of the questions; the judge has 0
 
     def __post_init__(self):
         if not self.documents:
             raise ValueError("documents: got nothing, expected a folder of text files")
-        if not self.kinds or set(self.kinds) - set(questions.KINDS):
-            wanted = ", ".join(questions.KINDS)
-            raise ValueError(f"kinds: got {list(self.kinds)}, expected some of {wanted}")
 
 
 def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = print) -> MakeResult:
     """Ask all questions that have not been asked yet, and write those that pass.
 
-    Raises:
-        ValueError: no readable document, or a folder with data of other settings.
+    Raises ValueError without a readable document, or for a folder with data of other settings.
     """
-    out, judge = Path(settings.out), settings.judge
-    where, who = (judge.url, judge.model) if judge else ("", "")
-    about = asdict(settings) | {"model": settings.endpoint.model}
-    about |= {"judge_endpoint": where, "judge_model": who}
-    claim(out, {n: v for n, v in about.items() if n not in ("out", "endpoint", "judge")})
+    out, endpoint = Path(settings.out), settings.endpoint
+    about = {n: v for n, v in vars(settings).items() if n not in ("out", "endpoint")}
+    claim(out, about | {"model": endpoint.model})
     report = Report(log, out / META / "problems.jsonl")
     stretches = _Stretches(settings, report)
     journal = out / META / "asked.jsonl"
@@ -72,18 +62,12 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
     def ask(number: int) -> dict | BadRow:
         if silent >= GIVE_UP:
             return BadRow(UNREACHABLE, "not tried after many failures in a row")
-        kind = settings.kinds[number % len(settings.kinds)]
+        kind = [*questions.KINDS][number % len(questions.KINDS)]
         seed = settings.seed * 1_000_003 + number
         try:
             text = stretches.text(number)
-            reply = settings.endpoint.chat(
-                questions.chat(questions.KINDS[kind], text),
-                temperature=settings.temperature,
-                max_tokens=questions.MAX_TOKENS,
-                seed=seed,
-            )
-            asked = questions.checked(kind, reply, text)
-            questions.judged(judge or settings.endpoint, asked, text, seed)
+            asked = questions.ask(endpoint, kind, text, seed)
+            questions.judge(endpoint, asked, text, seed)
         except BadRow as problem:
             return problem
         except EndpointError as error:
@@ -94,7 +78,7 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
 
     earlier = list(done.values())
     todo = [n for n in range(settings.count) if n not in done]
-    for index, found in settings.endpoint.each(ask, todo):
+    for index, found in endpoint.each(ask, todo):
         number = todo[index]
         silent = silent + 1 if isinstance(found, BadRow) and found.reason == UNREACHABLE else 0
         if isinstance(found, BadRow):
@@ -104,14 +88,15 @@ def synthesize(settings: SynthesisSettings, *, log: Callable[[str], None] = prin
             found = {"number": number, "dropped": found.reason}
         done[number] = found
         append_json(journal, found)
-    for reason in (entry["dropped"] for entry in earlier if "dropped" in entry):
-        report.counts[reason] = report.counts.get(reason, 0) + 1
+    for entry in earlier:
+        if "dropped" in entry:
+            report.counts[entry["dropped"]] += 1
     passed = [entry for _, entry in sorted(done.items()) if "dropped" not in entry]
     files = []
-    for number, start in enumerate(range(0, len(passed), FILE_ROWS)):
+    for start in range(0, len(passed), FILE_ROWS):
         some = passed[start : start + FILE_ROWS]
         rows = [questions.row_of(entry, stretches.text(entry["number"])) for entry in some]
-        files.append(write_part(out, number, rows))
+        files.append(write_part(out, len(files), rows))
     report.kept = len(passed)
     log(f"{report.summary()}; {len(files)} files in {out}")
     return MakeResult(report.kept, report, files)
@@ -125,9 +110,10 @@ class _Stretches:
         self.documents = list(texts(settings.documents, report))
         if not self.documents:
             raise ValueError(f"documents: got {settings.documents!r}, which holds no readable text")
-        self.tokenizer = load_tokenizer(settings.tokenizer)
-        self.units: dict[int, tuple] = {}
-        self.lock = threading.Lock()
+        tokenizer, self.units = load_tokenizer(settings.tokenizer), []
+        for _, text in self.documents[: settings.count]:
+            cuts = unit_cuts(text)
+            self.units.append((cuts, np.cumsum([0, *unit_tokens(tokenizer, text, cuts)])))
 
     def name(self, number: int) -> str:
         """The document's name."""
@@ -136,13 +122,7 @@ class _Stretches:
     def text(self, number: int) -> str:
         """The stretch."""
         which = number % len(self.documents)
-        text = self.documents[which][1]
-        with self.lock:  # a fast tokenizer cannot be used by two threads at once
-            if which not in self.units:
-                cuts = unit_cuts(text)
-                totals = np.cumsum([0, *unit_tokens(self.tokenizer, text, cuts)])
-                self.units[which] = (cuts, totals)
-        cuts, totals = self.units[which]
+        text, (cuts, totals) = self.documents[which][1], self.units[which]
         last_start = int(np.searchsorted(totals, totals[-1] - self.tokens))
         first = int(np.random.default_rng([self.seed, number]).integers(last_start + 1))
         end = int(np.searchsorted(totals, totals[first] + self.tokens, side="right")) - 1
@@ -153,9 +133,7 @@ def _asked(journal: Path) -> dict[int, dict]:
     """What was asked so far, by number: one line per question."""
     done = {}
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
-        try:
+        with suppress(ValueError, KeyError, TypeError):  # cut off: the question is asked again
             entry = json.loads(line)
             done[entry["number"]] = entry
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was cut off: the question is asked again
     return done

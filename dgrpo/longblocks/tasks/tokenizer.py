@@ -32,19 +32,15 @@ def invented_names(n: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def train_tokenizer(
-    vocab_size: int = 512, names: int = 64, folder: str | None = None, seed: int = 0
-):
-    """A byte-level BPE tokenizer whose digits and line ends are tokens of their own.
+def train_tokenizer(vocab_size: int = 512, names: int = 64):
+    """Train a byte-level BPE tokenizer on a sample (1 MB) of the standard library's sources.
 
-    So lines can be tokenised one by one and put together in any order. Deterministic for one text.
+    Digits and line ends are tokens of their own, so that lines can be tokenised one by one and put
+    together in any order. The last tenth of the lines is held out.
 
     Args:
         vocab_size: size of the vocabulary with the 256 bytes and 2 special tokens, without names.
         names: this many of `invented_names` become tokens of their own.
-        folder: text to train on, but for the last tenth of its lines (the held-out ones); None: the
-            standard library's sources.
-        seed: of the sample of lines that is used (about 1 MB).
 
     Returns:
         PreTrainedTokenizerFast with `eos_token` and `pad_token`.
@@ -54,9 +50,9 @@ def train_tokenizer(
 
     if vocab_size < 258:
         raise ValueError(f"vocab_size: got {vocab_size}, expected at least 258 (bytes, 2 special)")
-    lines = source_lines(folder)
+    lines = source_lines()
     lines = lines[: len(lines) * 9 // 10]
-    chosen = np.random.default_rng(seed).permutation(len(lines))[:30_000]
+    chosen = np.random.default_rng(0).permutation(len(lines))[:30_000]
     backend = Tokenizer(models.BPE())
     alone = pre_tokenizers.Split(Regex(r"\n|\d"), behavior="isolated")
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -53,11 +53,6 @@ class Micro:
         counts = [len(sample.completion_ids) for sample in self.samples]
         return list(zip(self.starts, counts, strict=True))
 
-    def model_args(self) -> dict[str, Any]:
-        """Arguments of `PolicyModel.forward` and `.hidden_states`."""
-        names = ("input_ids", "position_ids", "cu_seqlens", "lengths", "prefixes")
-        return {name: getattr(self, name) for name in names}
-
     def head_inputs(
         self,
         mode: str = "loss",

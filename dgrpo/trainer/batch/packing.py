@@ -21,20 +21,16 @@ def pack(
 ) -> list[Micro]:
     """Pack samples into micros of at most `max_tokens` tokens, by first-fit decreasing.
 
-    Samples of one group with the same prompt go together and share it; where they are more than
-    `max_tokens`, they are first split into several such units. A longer sample gets a micro of its
-    own. The result depends on the samples' order and lengths, and on which share a prompt.
+    Samples of one group with the same prompt go together and share it, as far as `max_tokens`
+    allows; a longer sample gets a micro of its own.
 
     Args:
-        samples: those of one call either all carry `token_weights` (`old_logprobs`, `ref_logprobs`,
-            `sampler_logprobs`, `policy_weights`) or none does.
-        max_tokens: tokens in a micro, at least 1; a shared prompt counts once.
+        max_tokens: tokens in a micro; a shared prompt counts once.
         share_prompts: lay a prompt out once for all of its samples in a micro.
         coefficients: scalar fields of `Context`, e.g. `teacher_coef=0.5, clip_low=0.2`.
 
     Raises:
-        ValueError: `max_tokens` below 1, or a field given for some samples only.
-        TypeError: a coefficient that `Context` does not have.
+        ValueError: `max_tokens` below 1, or a field of `SHARED` given for some samples only.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
@@ -71,11 +67,7 @@ def _first_fit(costs: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Names of the optional per-token fields that these samples have.
-
-    Raises:
-        ValueError: some samples have a field and others lack it.
-    """
+    """Names of the optional per-token fields that samples have; ValueError if only some do."""
     counts = {name: sum(getattr(s, name) is not None for s in samples) for name in SHARED}
     for name, have in counts.items():
         if 0 < have < len(samples):
@@ -88,8 +80,7 @@ def shared_fields(samples: Sequence[Sample]) -> tuple[str, ...]:
 def balanced_count(micros: list[Micro], **coefficients: Any) -> list[Micro]:
     """Fill up with masked one-token micros to the largest count of any rank. Collective.
 
-    A filler has a context with the same fields as the micros of the other ranks, so that all run
-    the same code; `coefficients` are those given to `pack`.
+    A filler has the fields of the other ranks' micros; `coefficients` are those given to `pack`.
     """
     if ranks().world == 1:
         return micros

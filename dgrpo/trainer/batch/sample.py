@@ -118,20 +118,5 @@ class Sample:
     @classmethod
     def restore(cls, prompt_ids: Tensor, state: dict[str, Any]) -> Sample:
         """The sample whose `state` it was."""
-        fields = dict(state)
-        if "tags" in fields:
-            fields |= _typed(fields.pop("tags"))
-        for name, kind in PARTS.items():
-            if fields.get(name) is not None:
-                fields[name] = kind(**fields[name])
-        return cls(prompt_ids, **fields)
-
-
-def _typed(tags: dict[str, Any]) -> dict[str, Any]:
-    """The fields that earlier checkpoints hold in one dict without types."""
-    fields = {"origin": {name: tags[name] for name in ("source", "id")}}
-    if "reward" in tags:
-        fields["teacher_factor"] = tags["factor"]
-        fields["sampled"] = {"logprobs": tags["sampler_logprobs"], "truncated": tags["truncated"]}
-        fields["scored"] = {name: tags[name] for name in ("reward", "parts", "failed")}
-    return fields
+        parts = {name: kind(**state[name]) for name, kind in PARTS.items() if state[name]}
+        return cls(prompt_ids, **state | parts)

@@ -252,7 +252,7 @@ class Checkpointer:
         rollouts = [entry for part in saved.values() for entry in part["rollouts"]]
         if world != self.ranks.world:
             rollouts = share(rollouts, rank, self.ranks.world)
-        return RunState.restore(first["shared"], rollouts)
+        return RunState(**first["shared"], rollouts=rollouts)
 
 
 def _sequence(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

@@ -35,8 +35,6 @@ def export(
     rank raises CheckpointError on every rank.
 
     Args:
-        model: sharded or not, with LoRA or without.
-        folder: configuration, weights and, if given, tokenizer go here.
         dtype: of the floating-point weights; None keeps that of the parameters.
         merge: with LoRA, merge it into the weights; False writes the adapter that
             `PeftModel.from_pretrained` puts on its base model.

@@ -21,7 +21,7 @@ import torch
 from dgrpo.trainer.checkpoint.errors import CheckpointError, OtherFormat
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 24
 

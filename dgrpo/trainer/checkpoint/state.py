@@ -21,28 +21,22 @@ _TAGS = ("__tensor__", "__tuple__", "__items__")
 class RunState:
     """Where a run stands, besides its parameters, optimisers and random numbers.
 
-    Every value is a tree of dict, list, tuple, tensor, str, int, float, bool and None. All fields
-    but `rollouts` are the same on every rank; rank 0's are kept.
+    All fields but `rollouts` are the same on every rank; rank 0's are kept. `data` and an entry of
+    `rollouts` are trees of dict, list, tuple, tensor, str, int, float, bool and None.
     """
 
-    step: int = 0
-    """Optimiser steps finished."""
-    data: dict = field(default_factory=dict)
-    """The position in the data."""
-    counters: dict = field(default_factory=dict)
-    """Totals: tokens, seconds, skipped steps."""
+    step: int = 0  # optimiser steps finished
+    data: dict = field(default_factory=dict)  # the position in the data
+    skipped: int = 0  # steps in all whose loss or gradient was not finite
+    skipped_in_row: int = 0  # how many of them are the latest ones
+    average: float | None = None  # the moving average of the metric of `until`
+    pending: int = 0  # batches that the rollouts in flight belong to
+    # Rollouts in flight on this rank. An entry (a group, say) stays whole and on one rank.
     rollouts: list = field(default_factory=list)
-    """Rollouts in flight on this rank. An entry stays whole and on one rank (a group, say)."""
 
     def shared(self) -> dict:
         """The fields that are the same on every rank."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rollouts"}
-
-    @classmethod
-    def restore(cls, shared: dict, rollouts: list) -> RunState:
-        """The state with these shared fields; those that it no longer has are left out."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in shared.items() if k in known}, rollouts=rollouts)
 
 
 def encode(tree: object, name: str = "state") -> tuple[str, dict[str, torch.Tensor]]:

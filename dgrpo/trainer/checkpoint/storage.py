@@ -33,16 +33,8 @@ from dgrpo.trainer.checkpoint import files
 from dgrpo.trainer.checkpoint.errors import CheckpointError
 
 INDEX = "index.json"
-
-
-def tensors_file(rank: int) -> str:
-    """The file of the pieces that a rank wrote."""
-    return f"tensors-{rank:05d}.safetensors"
-
-
-def rank_file(rank: int) -> str:
-    """The file of a rank's own state."""
-    return f"rank-{rank:05d}.safetensors"
+# By rank: the pieces that it wrote, and its own state.
+TENSORS, STATE = "tensors-{:05d}.safetensors", "rank-{:05d}.safetensors"
 
 
 def piece_key(item: WriteItem) -> str:
@@ -58,9 +50,9 @@ def write_rank(
     Returns the manifest's entry of each file.
     """
     text, tensors = state
-    wanted = {rank_file(rank): (tensors, {"state": text})}
+    wanted = {STATE.format(rank): (tensors, {"state": text})}
     if pieces:
-        wanted[tensors_file(rank)] = (pieces, {"format": "pt"})
+        wanted[TENSORS.format(rank)] = (pieces, {"format": "pt"})
     return {name: files.write_tensors(folder / name, *what) for name, what in wanted.items()}
 
 
@@ -81,7 +73,7 @@ def publish(temporary: Path, step: int, plans: Sequence[SavePlan], listed: dict[
             whole, piece = item.tensor_data, item.tensor_data.chunk
             dtype = files.dtype_name(whole.properties.dtype)
             entry = {"dtype": dtype, "shape": list(whole.size), "pieces": []}
-            place = {"file": tensors_file(rank), "key": piece_key(item)}
+            place = {"file": TENSORS.format(rank), "key": piece_key(item)}
             index.setdefault(item.index.fqn, entry)["pieces"].append(
                 {"offset": list(piece.offsets), "shape": list(piece.sizes), **place}
             )
@@ -138,5 +130,5 @@ def read_tensors(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -
 
 def read_rank(folder: Path, rank: int) -> tuple[str, dict[str, Tensor]]:
     """A rank's own state as `encode` made it."""
-    with safe_open(folder / rank_file(rank), framework="pt") as handle:
+    with safe_open(folder / STATE.format(rank), framework="pt") as handle:
         return handle.metadata()["state"], {key: handle.get_tensor(key) for key in handle.keys()}

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from dgrpo.trainer.config.help import explain
-from dgrpo.trainer.config.run import RunSettings
+from dgrpo.trainer.config.run import EXPORT, RunSettings
 from dgrpo.trainer.config.settings import Settings
 
 
@@ -150,7 +150,7 @@ def merge_stages(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
                     raise ValueError(
                         f"{group}.{key}: got {value!r}, expected an earlier stage: {list(merged)}"
                     )
-                values[group][key] = str(out / stage / "export")
+                values[group][key] = str(out / stage / EXPORT)
         merged[name] = values
     return merged
 

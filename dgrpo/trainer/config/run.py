@@ -20,6 +20,10 @@ from dgrpo.trainer.config.settings import (
     Teacher,
 )
 
+# What several modules name of a run's folder.
+METRICS, SETTINGS, DONE = "metrics.jsonl", "settings.yaml", "done.yaml"
+ROLLOUTS, EVALUATION, EXPORT = "rollouts", "evaluation", "export"
+
 
 class Until(Settings):
     """Ends the run early, once a metric's moving average is there."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,83 +26,58 @@ COLUMNS = (
 _HISTORY = 8
 
 
-def is_terminal() -> bool:
-    """Whether the output is a terminal that can be redrawn, and no CI log."""
-    return sys.stdout.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, `4:05`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 class Display:
-    """Shows the last steps as a table above a bar with the time left; on no terminal, prints lines.
+    """Shows the last steps as a table with the time left; on no terminal, prints lines.
 
     A terminal or pipe that is closed meanwhile does not end the run. The time left is estimated
-    from the steps after the first `done` ones.
+    from the steps after the first `done` ones. `live` None: on a terminal, but in no CI log.
     """
 
-    def __init__(self, total: int | None, *, done: int = 0, live: bool | None = None):
-        self.total, self.first = total, done
-        self.began = time.monotonic()
-        self.rows: list[list[str]] = []
-        self.titles: list[str] = []
+    def __init__(self, *, done: int = 0, live: bool | None = None):
+        self.first, self.began = done, time.monotonic()
+        self._rows: deque[Mapping[str, Any]] = deque(maxlen=_HISTORY)
         self._live: Any = None
-        if is_terminal() if live is None else live:
+        if live is None:
+            dumb = os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+            live = sys.stdout.isatty() and not dumb
+        if live:
             from rich.console import Console
             from rich.live import Live
 
             self._live = Live(console=Console(), auto_refresh=False)
             self._live.start()
 
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Shows a step's metrics; those that it does not have are left out."""
-        shown = [
-            (title, form.format(record[name]))
-            for name, title, form in COLUMNS
-            if isinstance(record.get(name), int | float)
-        ]
+    def update(self, record: Mapping[str, Any], total: int | None = None) -> None:
+        """Shows a step's metrics, of a run of `total` steps; those that it lacks are left out."""
         step = record["step"]
-        left = self.time_left(step)
+        count, left = f"{step}/{total}" if total else f"{step}", self.time_left(step, total)
         if self._live is None:
-            count = f"step {step}/{self.total}" if self.total else f"step {step}"
-            parts = [f"{title} {text}" for title, text in [*shown, ("left", left)] if text]
-            self.message("  ".join([count, *parts]))
+            shown = [f"{title} {_cell(record, name, form)}" for name, title, form in _known(record)]
+            self.message("  ".join([f"step {count}", *shown, *([f"left {left}"] if left else [])]))
             return
-        titles = ["step", *(title for title, _ in shown)]
-        if titles != self.titles:
-            self.rows, self.titles = [], titles
-        self.rows = [*self.rows, [str(step), *(text for _, text in shown)]][-_HISTORY:]
+        self._rows.append(record)
         with contextlib.suppress(OSError):
-            self._live.update(self._table(step, left), refresh=True)
+            self._live.update(self._table(f"{count}  {left} left" if left else count), refresh=True)
 
-    def time_left(self, step: int) -> str:
-        """An estimate from the steps since the start; empty where there is none."""
+    def time_left(self, step: int, total: int | None) -> str:
+        """An estimate from the steps since the start, h:mm:ss; empty where there is none."""
         done = step - self.first
-        if not self.total or done < 1 or step >= self.total:
+        if not total or done < 1 or step >= total:
             return ""
-        return duration((time.monotonic() - self.began) / done * (self.total - step))
+        seconds = (time.monotonic() - self.began) / done * (total - step)
+        return str(datetime.timedelta(seconds=round(seconds)))
 
-    def _table(self, step: int, left: str) -> Any:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
+    def _table(self, caption: str) -> Any:
         from rich.table import Table
-        from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in self.titles:
+        table = Table(box=None, pad_edge=False, header_style="dim", caption=caption)
+        columns = _known(*self._rows)
+        for title in ["step", *(title for _, title, _ in columns)]:
             table.add_column(title, justify="right", no_wrap=True)
-        for i, row in enumerate(self.rows):
-            table.add_row(*row, style="" if i == len(self.rows) - 1 else "dim")
-        if not self.total:
-            return table
-        line = Table.grid(padding=(0, 1))
-        note = f"{step}/{self.total}" + (f"  {left} left" if left else "")
-        line.add_row(ProgressBar(total=self.total, completed=step, width=40), Text(note))
-        return Group(table, line)
+        for row in self._rows:
+            cells = [_cell(row, name, form) for name, _, form in columns]
+            table.add_row(str(row["step"]), *cells, style="" if row is self._rows[-1] else "dim")
+        return table
 
     def message(self, text: str) -> None:
         """Prints a line above the table."""
@@ -116,3 +93,13 @@ class Display:
         if live is not None:
             with contextlib.suppress(OSError):
                 live.stop()
+
+
+def _known(*records: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The columns that at least one of these steps has a number for."""
+    return [column for column in COLUMNS if any(_cell(r, column[0], "{}") for r in records)]
+
+
+def _cell(record: Mapping[str, Any], name: str, form: str) -> str:
+    value = record.get(name)
+    return form.format(value) if isinstance(value, int | float) else ""

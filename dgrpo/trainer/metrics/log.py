@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dgrpo.distributed import ranks
+from dgrpo.extras import whole_file
+from dgrpo.trainer.config.run import METRICS
 from dgrpo.trainer.metrics.display import Display
 from dgrpo.trainer.metrics.rollouts import cut_rollouts
-
-METRICS = "metrics.jsonl"
 
 
 class RunLog:
@@ -24,7 +24,7 @@ class RunLog:
         folder: of the run.
         resume_step: of the checkpoint that the run goes on from: later lines of `metrics.jsonl` and
             later rollouts are removed. None for a new run: a folder that has metrics raises.
-        total_steps: for the display's time left, if known.
+        total_steps: for the display's time left, if known; may be set anew (`total_steps`).
         tensorboard: also write event files to `folder/tensorboard`.
         wandb: a W&B project to log to as well; `folder/wandb.json` keeps the run's id to resume.
         settings: what W&B shows as the run's configuration.
@@ -42,7 +42,7 @@ class RunLog:
         settings: Mapping[str, Any] | None = None,
         live: bool | None = None,
     ):
-        self.folder = Path(folder)
+        self.folder, self.total_steps = Path(folder), total_steps
         self.active = ranks().first
         if not self.active:
             return
@@ -59,7 +59,7 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard(self.folder, resume_step) if tensorboard else None
         self._wandb = _wandb(self.folder, wandb, settings) if wandb else None
-        self.display = Display(total_steps, done=resume_step or 0, live=live)
+        self.display = Display(done=resume_step or 0, live=live)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One step's line. Values are numbers, strings or None; what is not finite becomes null."""
@@ -75,12 +75,7 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
-        self.display.update(record)
-
-    def expect(self, total_steps: int | None) -> None:
-        """Set anew how many steps the run has in all."""
-        if self.active:
-            self.display.total = total_steps
+        self.display.update(record, self.total_steps)
 
     def message(self, text: str) -> None:
         """Print above the display."""
@@ -108,31 +103,29 @@ class RunLog:
             self._wandb.finish()
 
 
-def _require(module: str, setting: str, package: str) -> Any:
+def _require(setting: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"{setting}: {package} cannot be imported ({error}); "
-            f"pip install {package}, or turn {setting} off"
+            f"{setting}: {setting} cannot be imported ({error}); "
+            f"pip install {setting}, or turn {setting} off"
         ) from error
 
 
 def _tensorboard(folder: Path, resume_step: int | None) -> Any:
-    module = _require("torch.utils.tensorboard", "tensorboard", "tensorboard")
+    module = _require("tensorboard", "torch.utils.tensorboard")
     purge = None if resume_step is None else resume_step + 1
     return module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
 
 def _wandb(folder: Path, project: str, settings: Mapping[str, Any] | None) -> Any:
-    wandb = _require("wandb", "wandb", "wandb")
     known = folder / "wandb.json"
-    run_id = json.loads(known.read_text())["id"] if known.exists() else None
-    run = wandb.init(
+    run = _require("wandb", "wandb").init(
         project=project,
         name=folder.name,
         dir=str(folder),
-        id=run_id,
+        id=json.loads(known.read_text())["id"] if known.exists() else None,
         resume="allow",
         config=dict(settings or {}),
     )
@@ -150,19 +143,14 @@ def plain(value: object) -> object:
 
 def cut(path: Path, step: int) -> None:
     """Keep the lines up to `step`, and no unfinished last one; atomic."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) == len(lines):
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _step(line: bytes) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,44 +23,39 @@ class StepMetrics:
     """
 
     def __init__(self):
-        # Kind, values, weights; a mean's values are weighted. fp64 scalars, on a device or plain.
-        self._given: dict[str, tuple[str, list[Value], list[Value]]] = {}
+        # Kind, values, weights; a mean's values are weighted. Plain, or fp64 scalars on the device.
+        self._given: dict[str, tuple[str, list[Tensor | float], list[Tensor | float]]] = {}
 
-    def mean(self, name: str, values: Value, weights: Value | None = None) -> None:
-        """Adds values, any shape, to a mean; `weights`, a mask or counts, has their shape.
+    def mean(self, name: str, values: Value, weights: Value = 1.0) -> None:
+        """Adds values, any shape, to a mean; `weights`: their shape, a mask or counts, or a number.
 
-        None is a weight of 1. What a weight of 0 or False masks may be anything, NaN included.
+        What a weight of 0 or False masks may be anything, NaN included.
         """
-        if not isinstance(values, Tensor):
-            weight = 1.0 if weights is None else float(weights)
-            self._add(name, "mean", float(values) * weight if weight else 0.0, weight)
-            return
-        values = values.detach().double()
-        if weights is None:
-            self._add(name, "mean", values.sum(), float(values.numel()))
-            return
-        if not isinstance(weights, Tensor) or weights.shape != values.shape:
-            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise ValueError(
-                f"weights: got {got}, expected the shape of values {tuple(values.shape)}"
-            )
-        weights = weights.detach().to(device=values.device, dtype=values.dtype)
+        values = _exact(values)
+        if not isinstance(weights, Tensor):
+            weights = torch.full_like(values, weights)
+        if weights.shape != values.shape:
+            got, expected = tuple(weights.shape), tuple(values.shape)
+            raise ValueError(f"weights: got {got}, expected the shape of values {expected}")
+        weights = _exact(weights).to(values.device)
         total = torch.where(weights != 0, values * weights, 0.0).sum()
         self._add(name, "mean", total, weights.sum())
 
     def sum(self, name: str, value: Value) -> None:
         """Adds to a total over ranks and calls; a tensor is summed."""
-        self._add(name, "sum", _scalar(value, torch.sum), 1.0)
+        self._add(name, "sum", _exact(value).sum())
 
     def max(self, name: str, value: Value) -> None:
         """The largest over ranks and calls."""
-        self._add(name, "max", _scalar(value, torch.amax), 1.0)
+        self._add(name, "max", _exact(value).amax())
 
     def min(self, name: str, value: Value) -> None:
         """The smallest over ranks and calls."""
-        self._add(name, "min", _scalar(value, torch.amin), 1.0)
+        self._add(name, "min", _exact(value).amin())
 
-    def _add(self, name: str, kind: str, value: Value, weight: Value) -> None:
+    def _add(
+        self, name: str, kind: str, value: Tensor | float, weight: Tensor | float = 1.0
+    ) -> None:
         known, values, weights = self._given.setdefault(name, (kind, [], []))
         if known != kind:
             raise ValueError(f"{name}: got {kind}, expected {known} as before; use another name")
@@ -85,8 +80,7 @@ class StepMetrics:
     def _folded(self) -> dict[str, tuple[str, float, float]]:
         """Kind, folded value and weight under each name, which are then forgotten."""
         given, self._given = self._given, {}
-        every = [number for _, *pair in given.values() for part in pair for number in part]
-        numbers = iter(_numbers(every))
+        numbers = iter(_numbers([n for _, *pair in given.values() for part in pair for n in part]))
         return {
             name: (
                 kind,
@@ -104,21 +98,13 @@ def _fold(kind: str, numbers: list[float]) -> float:
     return (tensor.max() if kind == "max" else tensor.min()).item()
 
 
-def _scalar(value: Value, fold: Callable[[Tensor], Tensor]) -> Value:
-    return fold(value.detach().double()) if isinstance(value, Tensor) else float(value)
+def _exact(value: Value) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).detach()
 
 
-def _numbers(values: list[Value]) -> list[float]:
-    """Plain floats, with one transfer for each device that values lie on."""
-    numbers: list[float] = [0.0] * len(values)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(values):
-        if isinstance(value, Tensor):
-            by_device.setdefault(value.device, []).append(i)
-        else:
-            numbers[i] = float(value)
-    for places in by_device.values():
-        moved = torch.stack([values[i].double() for i in places]).tolist()
-        for i, number in zip(places, moved, strict=True):
-            numbers[i] = number
-    return numbers
+def _numbers(values: list[Tensor | float]) -> list[float]:
+    """Plain floats, with one transfer from the device."""
+    away = [isinstance(value, Tensor) and value.device.type != "cpu" for value in values]
+    there = list(itertools.compress(values, away))
+    moved = iter(torch.stack(there).tolist() if there else [])
+    return [next(moved) if far else float(v) for v, far in zip(values, away, strict=True)]

@@ -13,7 +13,6 @@ A line is a rollout, a JSON object. Always there:
 and, where the run has them: `rewards` (by name), `finish_reason`, `tags`, and per token,
 (C,) lists, null where not finite: `advantage`, `divergence` (KL to the teacher, nats), `clipped`
 (0 or 1), `ratio`, `entropy`, `logprob`, `teacher_logprob`, `loss` (0 where the token has no loss).
-A value that is the same for all tokens may be given once, as a number.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,16 +28,13 @@ from typing import Any
 import torch
 
 from dgrpo.distributed import ranks
+from dgrpo.extras import whole_file
 from dgrpo.trainer.batch import Sample
+from dgrpo.trainer.config.run import ROLLOUTS
 
-FOLDER = "rollouts"
 _NAME = re.compile(r"step-(\d+)-\d+\.jsonl\.gz")
 _PROMPT_CHARACTERS = 8000
-PER_TOKEN = (
-    *("advantage", "divergence", "clipped", "ratio"),
-    *("entropy", "logprob", "teacher_logprob", "loss"),
-)
-PerToken = torch.Tensor | Sequence[float] | float | None
+PER_TOKEN = "advantage divergence clipped ratio entropy logprob teacher_logprob loss".split()
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[str]:
@@ -71,7 +66,7 @@ def token_pieces(tokenizer: Any, ids: Sequence[int], window: int = 8) -> list[st
 
 
 def rollout_record(
-    tokenizer: Any, step: int, sample: Sample, values: Mapping[str, PerToken]
+    tokenizer: Any, step: int, sample: Sample, values: Mapping[str, torch.Tensor | None]
 ) -> dict[str, Any]:
     """One rollout as a line of the file; `values` by their names in it."""
     prompt, tokens = sample.prompt_ids.tolist(), sample.completion_ids.tolist()
@@ -96,17 +91,14 @@ def rollout_record(
     }
 
 
-def _per_token(name: str, values: PerToken, count: int) -> list[float | None] | float | None:
+def _per_token(name: str, values: torch.Tensor | None, count: int) -> list | None:
     if values is None:
         return None
-    if isinstance(values, int | float):
-        return _number(values)
-    numbers = values.tolist() if isinstance(values, torch.Tensor) else list(values)
-    if len(numbers) != count:
+    if len(values) != count:
         raise ValueError(
-            f"{name}: got {len(numbers)} values, expected one for each of {count} tokens"
+            f"{name}: got {len(values)} values, expected one for each of {count} tokens"
         )
-    return [_number(number) for number in numbers]
+    return [_number(number) for number in values.tolist()]
 
 
 def _number(value: float) -> float | int | None:
@@ -132,21 +124,19 @@ def write_rollouts(
     """Writes this rank's rollouts of a step, atomically; nothing for none. Not collective."""
     if not records:
         return None
-    path = Path(folder) / FOLDER / f"step-{step:08d}-{ranks().rank:05d}.jsonl.gz"
+    path = Path(folder) / ROLLOUTS / f"step-{step:08d}-{ranks().rank:05d}.jsonl.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # No time stamp in the header: equal runs write equal files.
-    with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-            file.write(line.encode("utf-8", "replace") + b"\n")
-    os.replace(temporary, path)
+    lines = (json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in records)
+    with whole_file(path) as temporary, temporary.open("wb") as raw:
+        # No time stamp in the header: equal runs write equal files.
+        with gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+            file.writelines(line.encode("utf-8", "replace") for line in lines)
     return path
 
 
 def cut_rollouts(folder: Path, step: int) -> None:
     """Removes the rollouts of steps after `step`."""
-    for path in (folder / FOLDER).glob("step-*"):
+    for path in (folder / ROLLOUTS).glob("step-*"):
         match = _NAME.fullmatch(path.name)
         if match is None or int(match.group(1)) > step:
             path.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ of an untied head, and of the whole `PolicyModel` (embedding, last norm, and the
 tied or has LoRA), which is the root. Mixed precision never casts the inputs of a forward: it would
 round the log-probabilities and weights of the loss to bf16, also inside dataclasses.
 
-FSDP averages gradients over the mesh, so token weights are multiplied by `gradient_scale(mesh)`.
+FSDP averages gradients over the mesh, so token weights are multiplied by its size.
 Everything here also takes a model that is not sharded.
 """
 
@@ -49,7 +49,6 @@ def shard(
     given `compute_dtype=torch.bfloat16` on GPUs. A frozen one is loaded in bf16 and needs none.
 
     Args:
-        model: on the CPU; its parameters become DTensors on the mesh's device.
         mesh: of one or two dimensions, see `dgrpo.distributed.make_mesh`.
         compute_dtype: of gathered parameters and activations; None = the parameters' own.
         reduce_dtype: in which gradients are summed over ranks; None = `compute_dtype`.
@@ -120,19 +119,11 @@ def reset_rotary(model: nn.Module) -> None:
                 setattr(module, name, buffer.to("cpu" if old.is_meta else old.device))
 
 
-def gradient_scale(mesh: DeviceMesh | None) -> int:
-    """The number of ranks over which gradients are averaged; token weights are multiplied by it."""
-    return 1 if mesh is None else mesh.size()
-
-
 def sync_gradients(model: nn.Module, last: bool, every_micro: bool = True) -> None:
     """Set, before a micro-batch's forward, whether its gradients are reduced over ranks.
 
-    Args:
-        model: one that is not sharded is left as it is.
-        last: this is the last micro-batch of the optimiser step.
-        every_micro: reduce-scatter after each micro-batch (replicas of HSDP sum at the last alone).
-            False accumulates gradients of the full size on every rank and reduces them at the last.
+    With `every_micro` they are reduce-scattered after each micro-batch (replicas of HSDP sum at the
+    `last` of the optimiser step alone), else kept whole on every rank and reduced at the last.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or every_micro)
@@ -166,13 +157,6 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def reshard(model: nn.Module) -> None:
-    """Free gathered parameters and put the shards in their place; no-op without FSDP."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 @torch.no_grad()
 def full_tensors(
     model: PolicyModel, merge: bool = True, dtype: torch.dtype | None = None
@@ -183,7 +167,6 @@ def full_tensors(
     with LoRA comes as well, since merging unties it.
 
     Args:
-        model: sharded or not.
         merge: add LoRA's products to the weights that they adapt and leave its own matrices out, as
             a sampler or `from_pretrained` wants it. False yields peft's own names and tensors.
         dtype: convert before gathering; None = as stored.
@@ -191,7 +174,9 @@ def full_tensors(
     Raises:
         ValueError: an adapter that is not LoRA on a linear layer.
     """
-    reshard(model)
+    for module in model.modules():  # the shards take the place of gathered parameters
+        if isinstance(module, FSDPModule):
+            module.reshard()
     root = model.causal if merge else model.model
     seen: set[int] = set()
     for name, value in root.state_dict(keep_vars=True).items():

@@ -49,12 +49,7 @@ def head_of(causal: PreTrainedModel) -> nn.Linear:
 
 
 def install_head(causal: PreTrainedModel) -> None:
-    """Put a `FusedHead` (or `LoraHead`) in the place of the head, sharing its parameters.
-
-    Raises:
-        TypeError: see `head_of`.
-        ValueError: see `logit_transform`.
-    """
+    """Put a `FusedHead` (or `LoraHead`) in the place of the head, sharing its parameters."""
     linear, holder = head_of(causal), causal.get_output_embeddings()
     transform = logit_transform(causal)
     if holder is linear:

@@ -24,13 +24,8 @@ def from_pretrained(
 ) -> nn.Module:
     """A causal language model on the CPU, from safetensors alone: nothing is unpickled.
 
-    Args:
-        path: folder or hub name.
-        dtype: of the parameters: fp32 to train (master weights), bf16 for a frozen model.
-        lora: a `peft.LoraConfig`; None trains all parameters.
-        liger: see `apply_liger`.
-        trust_remote_code: run Python code from the folder.
-        kwargs: more arguments of `AutoModelForCausalLM.from_pretrained`.
+    `dtype` is fp32 to train (master weights), bf16 for a frozen model; `lora` a `peft.LoraConfig`,
+    None to train all parameters; `kwargs` are for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: weights that do not fit the folder's `config.json`; transformers alone would

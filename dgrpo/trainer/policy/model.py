@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dgrpo.head import FusedHead, HeadInputs, HeadOutput
 from dgrpo.trainer.attention.dispatch import packed_arguments, use_packed_attention
-from dgrpo.trainer.attention.packed import Prefixes
+from dgrpo.trainer.batch import Micro
 from dgrpo.trainer.policy.heads import LoraHead, head_of, install_head
 
 
@@ -116,32 +116,14 @@ class PolicyModel(nn.Module):
         """Where inputs belong (parameters may be offloaded)."""
         return self.mesh_device or next(self.parameters()).device
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        lengths: Sequence[int],
-        inputs: HeadInputs,
-        prefixes: Prefixes | None = None,
-    ) -> HeadOutput:
-        """One pass of training or scoring: `policy(**micro.model_args(), inputs=...)`.
-
-        The other arguments are fields of `Micro`. FSDP neither casts nor moves what is in `inputs`.
-        """
+    def forward(self, micro: Micro, inputs: HeadInputs) -> HeadOutput:
+        """One pass of training or scoring. FSDP neither casts nor moves what is in either."""
         # Not self.hidden_states: registered with FSDP, it would end the root's forward pass.
-        return self.head(self._run(input_ids, position_ids, cu_seqlens, lengths, prefixes), inputs)
+        return self.head(self._states(micro), inputs)
 
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        lengths: Sequence[int],
-        prefixes: Prefixes | None = None,
-    ) -> Tensor:
-        """(T, H) last hidden states; arguments as for `forward`. Registered with FSDP."""
-        return self._run(input_ids, position_ids, cu_seqlens, lengths, prefixes)
+    def hidden_states(self, micro: Micro) -> Tensor:
+        """(T, H) last hidden states. Registered with FSDP."""
+        return self._states(micro)
 
     @torch.no_grad()
     def next_logits(
@@ -165,24 +147,36 @@ class PolicyModel(nn.Module):
         return self.head.fp32_logits(hidden[rows])
 
     @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Evaluation mode with all parameters gathered: forward passes need no communication.
 
         For sampling, which would otherwise gather them for every token. Under FSDP all ranks must
         enter together; inside they may run different numbers of passes.
         """
-        training = self.training
-        self.eval()
-        try:
-            for module, _ in self.sharded:
-                module.set_reshard_after_forward(False, recurse=False)
-                module.unshard()
-            yield
-        finally:
-            for module, reshards in self.sharded:
-                module.set_reshard_after_forward(reshards, recurse=False)
-                module.reshard()
-            self.train(training)
+        with self.evaluating():
+            try:
+                for module, _ in self.sharded:
+                    module.set_reshard_after_forward(False, recurse=False)
+                    module.unshard()
+                yield
+            finally:
+                for module, reshards in self.sharded:
+                    module.set_reshard_after_forward(reshards, recurse=False)
+                    module.reshard()
+
+    def _states(self, micro: Micro) -> Tensor:
+        packed = micro.cu_seqlens, micro.lengths, micro.prefixes
+        return self._run(micro.input_ids, micro.position_ids, *packed)
 
     def _run(self, tokens, positions, cu_seqlens, lengths, prefixes=None, cache=None) -> Tensor:
         lengths = None if lengths is None else tuple(lengths)

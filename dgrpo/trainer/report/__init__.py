@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from dgrpo.extras import whole_file
 from dgrpo.trainer.report.curves import draw
 from dgrpo.trainer.report.page import make_page
 from dgrpo.trainer.report.read import Stage, read_run
@@ -41,10 +42,8 @@ def write_report(
     """
     if not run_dirs:
         raise ValueError("run_dirs: got none, expected the folder of at least one run")
-    folders: dict[Path, Path] = {}
-    for folder in map(Path, run_dirs):
-        folders.setdefault(folder.resolve(), folder)
-    names = distinct(list(folders))
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in run_dirs))
+    names = distinct(folders)
     stages: list[Stage] = []
     for folder, name in zip(folders, names, strict=True):
         found = read_run(folder)
@@ -52,24 +51,19 @@ def write_report(
         for stage in found if len(folders) > 1 else ():
             stage.name = name if len(found) == 1 else f"{name}/{stage.name}"
         stages += found
-    target = next(iter(folders.values())) if out is None else Path(out)
+    target = Path(run_dirs[0] if out is None else out)
     target.mkdir(parents=True, exist_ok=True)
     curves, page = target / "curves.png", target / "report.html"
     draw(stages, curves)
-    temporary = page.with_name(page.name + ".tmp")
     title = " · ".join(names) if len(names) < 5 else f"{len(names)} runs"
-    temporary.write_text(make_page(title, stages, page_bytes), encoding="utf-8")
-    os.replace(temporary, page)
+    with whole_file(page) as temporary:
+        temporary.write_text(make_page(title, stages, page_bytes), encoding="utf-8")
     return Report(curves, page)
 
 
 def distinct(folders: list[Path]) -> list[str]:
-    """The last part of each path; of paths that end alike as many parts as tell them apart."""
-    names = []
-    for folder in folders:
-        parts, length = folder.parts, 1
-        others = [other.parts for other in folders if other != folder]
-        while length < len(parts) and any(o[-length:] == parts[-length:] for o in others):
-            length += 1
-        names.append("/".join(parts[-length:]))
-    return names
+    """The last part of each path; where some are alike, their paths below the common folder."""
+    if len({folder.name for folder in folders}) == len(folders):
+        return [folder.name for folder in folders]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    return [str(folder.relative_to(common)) for folder in folders]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from pathlib import Path
 
+from dgrpo.extras import whole_file
 from dgrpo.trainer.report.panels import ceiling, panels, points, smooth
 from dgrpo.trainer.report.read import Stage
 
@@ -15,19 +15,15 @@ _COLUMNS = 3
 
 def draw(stages: list[Stage], path: Path) -> None:
     """Draws every metric of every stage over its steps, of many also their moving mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot there is no display to ask for
 
     rows = [max(1, math.ceil(len(panels(stage.series)) / _COLUMNS)) for stage in stages]
     figure = Figure(figsize=(12, 2.5 * sum(rows) + 0.4 * len(stages)), layout="constrained")
     parts = figure.subfigures(len(stages), 1, height_ratios=rows, squeeze=False)[:, 0]
     for stage, part, count in zip(stages, parts, rows, strict=True):
         _draw_stage(stage, part, count)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def _draw_stage(stage: Stage, part, rows: int) -> None:

@@ -1,87 +1,67 @@
 // The page as a whole: what is shown at first, and what the controls and keys do.
 
 function openRun(place, first = instructive) {
-  readRun(place);
-  at.step = at.sort = "";
-  at.down = true;
   $("run").value = place;
-  $("toolbar").hidden = $("columns").hidden = $("keys").hidden = !rows.length;
+  readRun(RUNS[place].rollouts);
+  $("browse").hidden = !rows.length;
   $("none").hidden = rows.length > 0;
   if (!rows.length) return;
-  at.place = first();
-  drawFilters();
+  at.row = first();
+  at.sort = "";
+  drawToolbar();
   measure();
   refresh();
 }
 
-// The same rollout of another step, or the first that the list has of it.
-function toStep(step) {
-  const { group, index } = rows[at.place], own = rows.filter((row) => row.step === step);
-  const passing = own.filter(inRange), found = passing.length ? passing : own;
-  if (at.step !== "") at.step = step;
-  at.place = (found.find((row) => row.group === group && row.index === index) || found[0]).place;
+// The same rollout of the step before or after, or the first that passes the filters there.
+function toStep(by) {
+  const steps = stepsOf(passing), step = steps[steps.indexOf(at.row.step) + by];
+  const own = passing.filter((row) => row.step === step);
+  if (!own.length) return;
+  at.row = own.find((row) => row.group === at.row.group && row.index === at.row.index) || own[0];
+  if ($("step").value) $("step").value = step;
   refresh();
-}
-
-function move(by) {
-  const all = steps(), next = all[all.indexOf(rows[at.place].step) + by];
-  if (next !== undefined) toStep(next);
 }
 
 function next(by) {
-  const row = listed[listed.findIndex((row) => row.place === at.place) + by];
-  if (row) { at.place = row.place; show(); }
+  at.row = listed[listed.indexOf(at.row) + by] || at.row;
+  show();
 }
 
-// #run/step/prompt/index/colour: a rollout to send to somebody.
-function address() {
-  const rollout = rollouts[at.place];
-  return `#${[at.run, rollout.step, rollout.group, rollout.index ?? 0, at.mode].join("/")}`;
-}
-
+// The address names a rollout to send to somebody: #run/step/prompt/index/colour.
 function openAddress() {
   const [place, step, group, index, mode] = location.hash.slice(1).split("/");
-  if (mode) at.mode = decodeURIComponent(mode);
-  const withRollouts = RUNS.filter((run) => run.rollouts.length), first = withRollouts.find((run) => run.shown);
-  openRun(RUNS[place] ? Number(place) : (first || withRollouts[0] || RUNS[RUNS.length - 1]).place, () => {
-    const found = rows.find((row) => row.step == step && row.group == group && row.index == index);
-    return found ? found.place : instructive();
-  });
+  if (mode) at.mode = mode;
+  const read = RUNS.filter((run) => run.rollouts.length), first = read.find((run) => run.shown) || read[0] || RUNS[0];
+  openRun(RUNS[place] ? place : RUNS.indexOf(first), () =>
+    rows.find((row) => row.step == step && row.group == group && row.index == index) || instructive());
 }
 
-drawOverview();
-drawChoice(drawCharts);
-drawCharts();
-$("run").append(...RUNS.filter((run) => run.rollouts.length).map((run) => element("option", { value: run.place }, run.name)));
-$("run-field").hidden = $("run").children.length < 2;
-$("run").onchange = (event) => { openRun(Number(event.target.value)); event.target.blur(); };
-$("step").onchange = (event) => {
-  at.step = event.target.value === "" ? "" : Number(event.target.value);
-  refresh();
-  event.target.blur();
+const KEYS = {
+  ArrowLeft: () => next(-1), ArrowRight: () => next(1), "[": () => toStep(-1), "]": () => toStep(1),
+  p: () => { $("prompt").open = !$("prompt").open; },
 };
-$("step-back").onclick = () => move(-1);
-$("step-on").onclick = () => move(1);
-$("clear").onclick = clearFilters;
+
+drawOverview();
+drawCharts();
+$("run").append(...RUNS.flatMap((run, value) => run.rollouts.length ? [element("option", { value }, run.name)] : []));
+$("run-field").hidden = $("run").children.length < 2;
+$("run").onchange = () => openRun($("run").value);
+$("step").onchange = () => refresh();
+$("step-back").onclick = KEYS["["];
+$("step-on").onclick = KEYS["]"];
+$("filters").oninput = () => refresh();
+$("clear").onclick = () => { $("filters").reset(); refresh(); };
 $("to-rollouts").onclick = () => $("reader").scrollIntoView();
 $("strip").onclick = (event) => goTo(event.offsetX / event.target.clientWidth);
-document.addEventListener("pointermove", tip);
-addEventListener("scroll", () => { $("tip").hidden = true; }, { passive: true });
-let width = innerWidth;
-addEventListener("resize", () => {
-  if (width === innerWidth) return;
-  width = innerWidth;
-  drawCharts();
-  if (listed.length) paint(rollouts[at.place]);
-});
-document.addEventListener("keydown", (event) => {
+document.onpointermove = tip;
+document.onscroll = () => { $("tip").hidden = true; };
+document.onkeydown = (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || ["SELECT", "INPUT"].includes(event.target.tagName) || !listed.length) return;
-  if (event.key === "ArrowRight" || event.key === "ArrowLeft") next(event.key === "ArrowRight" ? 1 : -1);
-  else if (event.key === "[" || event.key === "]") move(event.key === "]" ? 1 : -1);
-  else if (event.key === "p") $("prompt").open = !$("prompt").open;
-  else if (/^[1-9]$/.test(event.key)) { const choice = $("modes").children[event.key - 1]; if (choice) choice.click(); }
-  else return;
+  const act = KEYS[event.key] || (event.key > 0 && (() => $("modes").children[event.key - 1]?.click()));
+  if (!act) return;
+  act();
   event.preventDefault();
-});
+};
 openAddress();
 touched = true;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 from importlib.resources import files as resources
@@ -25,15 +26,13 @@ def embed(value: object) -> str:
 def make_page(title: str, stages: list[Stage], page_bytes: int) -> str:
     """The HTML text, with about `page_bytes` of rollouts; the page says how many it lacks."""
     common, own = settings(stages)
+    limit = page_bytes // len(stages)
     names = dict.fromkeys(name for stage in stages for name in stage.series)
     data = {
         "title": title,
         "settings": common,
         "panels": [panel._asdict() for panel in panels(names)],
-        "runs": [
-            _run(stage, mine, page_bytes // len(stages))
-            for stage, mine in zip(stages, own, strict=True)
-        ],
+        "runs": [_run(stage, mine, limit) for stage, mine in zip(stages, own, strict=True)],
     }
     parts = {
         "TITLE": html.escape(title),
@@ -80,53 +79,27 @@ def _line(stage: Stage, name: str) -> dict:
 def choose(paths: list[Path], limit: int) -> tuple[list[dict], list[str]]:
     """Rollouts of about `limit` bytes, by step, group and index; and notes on those left out.
 
-    One group of every step, at least one in all, then the steps' other groups. Where not even one
-    per step fits, the steps are spread evenly; files that nothing is taken from are not read.
+    Whole steps, at least one; where not all fit, they are spread evenly and the rest is not read.
     """
-    by_step: dict[int, list[Path]] = {}
-    for path in paths:
-        by_step.setdefault(int(path.name.split("-")[1].split(".")[0]), []).append(path)
-    steps = sorted(by_step)
+    steps = [list(group) for _, group in itertools.groupby(paths, lambda p: p.name.split("-")[1])]
     chosen: list[dict] = []
-    others: list[tuple[int, list[dict]]] = []
-    used = waiting = seen = unreadable = 0
+    used = seen = unreadable = 0
     for place in spread(len(steps)):
-        groups: dict[int, list[dict]] = {}
-        for path in by_step[steps[place]]:
-            records, bad = read_rollouts(path)
-            unreadable += bad
-            for record in records:
-                groups.setdefault(record["group"], []).append(record)
-        sized = [(len(embed(groups[g]).encode()), groups[g]) for g in sorted(groups)]
-        if sized and chosen and used + sized[0][0] > limit:
+        read = [read_rollouts(path) for path in steps[place]]
+        records = [record for found, _ in read for record in found]
+        used += len(embed(records).encode())
+        if chosen and used > limit:
             break
+        chosen += records
         seen += 1
-        for size, group in sized[:1]:
-            chosen += group
-            used += size
-        for size, group in sized[1:]:
-            if waiting < limit:
-                others.append((size, group))
-                waiting += size
-    left = 0
-    for size, group in others:
-        if used + size <= limit:
-            chosen += group
-            used += size
-        else:
-            left += len(group)
+        unreadable += sum(bad for _, bad in read)
     notes = [f"rollouts: {unreadable} unreadable"] if unreadable else []
     if seen < len(steps):
         notes.append(f"of {len(steps)} steps with rollouts, {seen} are on this page")
-    elif left:
-        notes.append(f"{left} rollouts found no room on this page; all are in rollouts/")
     return sorted(chosen, key=lambda r: (r["step"], r["group"], r.get("index", 0))), notes
 
 
 def spread(count: int) -> list[int]:
-    """0 … count - 1, every beginning spread over the whole: last, first, middle, quarters, …"""
-    order, parts = [count - 1, 0], 2
-    while len(order) < 2 * count + 2:
-        order += [round((count - 1) * i / parts) for i in range(1, parts, 2)]
-        parts *= 2
-    return [place for place in dict.fromkeys([*order, *range(count)]) if 0 <= place < count]
+    """0 … count - 1, every beginning spread over the whole: the last, halves back, quarters, …"""
+    strides = [2**power for power in reversed(range(count.bit_length()))]
+    return list(dict.fromkeys(i for stride in strides for i in range(count - 1, -1, -stride)))

@@ -10,11 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgrpo.trainer.config import parse_file
-
-METRICS = "metrics.jsonl"
-ROLLOUTS = "rollouts"
-SETTINGS = "settings.yaml"
-DONE = "done.yaml"
+from dgrpo.trainer.config.run import DONE, METRICS, ROLLOUTS, SETTINGS
 
 
 @dataclass
@@ -22,21 +18,15 @@ class Stage:
     """One stage of a run."""
 
     name: str
-    rollouts: list[Path]
-    """The files of its rollouts, by step."""
-    finished: bool
-    """Whether the run came to its end."""
+    rollouts: list[Path]  # the files of its rollouts, by step
+    finished: bool  # the run came to its end
     steps: list[int] = field(default_factory=list)
+    # Each numeric metric at each of `steps`; None where it has no finite value.
     series: dict[str, list[float | None]] = field(default_factory=dict)
-    """Each numeric metric at each of `steps`; None where it has no finite value."""
-    notes: list[str] = field(default_factory=list)
-    """What could not be read, or is not a finite number."""
-    settings: dict = field(default_factory=dict)
-    """The tree of its settings file; empty where there is none."""
-    settings_text: str = ""
-    """The settings file as it is."""
-    shown: bool = False
-    """Whether the charts show it at first."""
+    notes: list[str] = field(default_factory=list)  # what is not readable, or no finite number
+    settings: dict = field(default_factory=dict)  # tree of its settings file; empty without one
+    settings_text: str = ""  # the settings file as it is
+    shown: bool = False  # in the charts at first
 
 
 def read_run(folder: Path) -> list[Stage]:
@@ -54,14 +44,12 @@ def read_run(folder: Path) -> list[Stage]:
         raise ValueError(
             f"run_dir: got {folder}, expected a run's folder: it, or a folder in it, has {METRICS}"
         )
-    return [
-        _stage(path, path.name if path != folder else folder.resolve().name) for path in folders
-    ]
+    return [_stage(path) for path in folders]
 
 
-def _stage(folder: Path, name: str) -> Stage:
+def _stage(folder: Path) -> Stage:
     rollouts = sorted((folder / ROLLOUTS).glob("step-*.jsonl.gz"))
-    stage = Stage(name, rollouts, (folder / DONE).exists())
+    stage = Stage(folder.name, rollouts, (folder / DONE).exists())
     path = folder / SETTINGS
     try:
         if path.exists():
@@ -114,11 +102,11 @@ def read_lines(data: bytes) -> tuple[list[dict], int]:
 
 def read_rollouts(path: Path) -> tuple[list[dict], int]:
     """The rollouts of one file, up to where it is cut off; and how many are unreadable."""
-    lines, cut = [], 0
+    lines: list[bytes] = []
+    cut = 0
     try:
         with gzip.open(path) as file:
-            for line in file:
-                lines.append(line)
+            lines.extend(file)  # keeps what came before an error
     except (EOFError, zlib.error, OSError):
         cut = 1
     records, bad = read_lines(b"".join(lines))

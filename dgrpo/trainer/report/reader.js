@@ -1,182 +1,135 @@
 // The reader: one completion, its tokens coloured by a value that the run recorded of them.
 
-const SHOWN = 6000; // tokens drawn at once
-const SAMPLED = 200000; // tokens that the scale of a colour is taken from
-
-// key in the record, title, how it is coloured
+const same = (value) => value, negative = (value) => -value, log = (value) => Math.log(Math.max(value, 1e-9));
+// Key in the record, title, strength of a value's colour, and the value of a strength.
 const MODES = [
-  ["divergence", "KL to teacher", "from zero"],
-  ["advantage", "advantage", "around zero"],
-  ["clipped", "clipped", "flag"],
-  ["entropy", "entropy", "from zero"],
-  ["ratio", "ratio", "around one"],
-  ["logprob", "log-probability", "up to zero"],
-  ["teacher_logprob", "teacher’s log-probability", "up to zero"],
+  ["divergence", "KL to teacher", same, same],
+  ["advantage", "advantage", same, same],
+  ["clipped", "clipped", same, same],
+  ["entropy", "entropy", same, same],
+  ["ratio", "ratio", log, Math.exp],
+  ["logprob", "log-probability", negative, negative],
+  ["teacher_logprob", "teacher’s log-probability", negative, negative],
 ];
-const MORE = [["loss", "has loss"]];
-const WARM = [217, 72, 28], COLD = [37, 99, 201];
 
+const SHOWN = 6000;
 let tokens = [], scales = {}, touched = false; // touched: since the page was opened
 
-// [0, 1] strength and colour of a value; null where there is none.
-function shade(mode, value) {
-  if (value === null) return null;
-  const kind = MODES.find((m) => m[0] === mode)[2], scale = scales[mode] || 1;
-  if (kind === "flag") return value ? [1, WARM] : null;
-  const signed = kind === "around one" ? Math.log(Math.max(value, 1e-9)) : kind === "up to zero" ? -value : value;
-  const strength = Math.min(1, Math.abs(signed) / scale);
-  return [strength, kind !== "from zero" && kind !== "up to zero" && signed < 0 ? COLD : WARM];
+// How strong the colour of a token is, in [-1, 1]: blue below 0; 0 where it has no value.
+function strength(i) {
+  const mode = MODES.find(([key]) => key === at.mode), value = mode ? valueOf(at.row.rollout, at.mode, i) : null;
+  return value === null ? 0 : Math.max(-1, Math.min(1, mode[2](value) / scales[at.mode].full));
 }
 
-function color(mode, value) {
-  const found = shade(mode, value);
-  return found && found[0] > 0.01 ? `rgb(${found[1].join(" ")} / ${(0.75 * found[0]).toFixed(3)})` : "";
-}
+const color = (strength) => `rgb(${strength < 0 ? "37 99 201" : "217 72 28"} / ${0.75 * Math.abs(strength)})`;
 
-// The scale of a mode is that of the whole run, so that steps compare: the 99th percentile of an
-// even choice of its tokens.
+// The scale of a mode is that of the whole run, so that steps compare: the 99th percentile.
 function measure() {
   scales = {};
-  const every = Math.ceil(rows.reduce((sum, row) => sum + row.length, 0) / SAMPLED);
-  for (const [key, , kind] of MODES) {
-    const sizes = [];
-    let count = 0, told = false;
-    for (const rollout of rollouts)
-      for (let i = 0; i < rollout.text.length; i++) {
-        const value = valueOf(rollout, key, i);
-        if (value === null) continue;
-        const size = Math.abs(kind === "around one" ? Math.log(Math.max(value, 1e-9)) : value);
-        told ||= size > 0;
-        if (count++ % every === 0) sizes.push(size);
-      }
-    if (!told) continue; // the same for all tokens: no colour to choose
-    const sorted = Float64Array.from(sizes).sort();
-    scales[key] = sorted[Math.floor(0.99 * (sorted.length - 1))] || sorted[sorted.length - 1] || 1;
-  }
-}
-
-function legend() {
-  const kind = (MODES.find((m) => m[0] === at.mode) || [])[2], scale = scales[at.mode] || 1, place = $("legend");
-  const bar = (stops) => element("span", { class: "bar", style: `background:linear-gradient(90deg, ${stops})` });
-  const strong = (c) => `rgb(${c.join(" ")} / .75)`;
-  if (!kind) place.replaceChildren();
-  else if (kind === "flag") place.replaceChildren(element("i", { class: "swatch", style: `background:${strong(WARM)}` }), "the ratio is clipped");
-  else if (kind === "from zero") place.replaceChildren("0", bar(`transparent, ${strong(WARM)}`), `≥ ${number(scale)} nats`);
-  else if (kind === "up to zero") place.replaceChildren("0", bar(`transparent, ${strong(WARM)}`), `≤ −${number(scale)}`);
-  else {
-    const [low, high] = kind === "around one" ? [Math.exp(-scale), Math.exp(scale)] : [-scale, scale];
-    place.replaceChildren(`≤ ${number(low)}`, bar(`${strong(COLD)}, transparent, ${strong(WARM)}`), `≥ ${number(high)}`);
+  for (const [key, , strengthOf] of MODES) {
+    const found = rows.flatMap(({ rollout }) => rollout.text.map((_, i) => valueOf(rollout, key, i)))
+      .filter((value) => value !== null).map(strengthOf);
+    const sizes = Float64Array.from(found, Math.abs).sort(), most = sizes[sizes.length - 1];
+    // The same for all tokens: no colour to choose.
+    if (most) scales[key] = { full: sizes[Math.floor(0.99 * (sizes.length - 1))] || most, low: found.some((size) => size < 0) ? -1 : 0 };
   }
 }
 
 function drawModes() {
-  const known = MODES.filter(([key]) => scales[key]);
-  if (!known.some(([key]) => key === at.mode)) at.mode = known.length ? known[0][0] : "";
-  $("modes").replaceChildren(...known.map(([key, title], i) => {
-    return button(title, () => { at.mode = key; show(); }, { role: "radio", "aria-checked": key === at.mode, title: `key ${i + 1}` });
-  }));
+  const known = MODES.filter(([key]) => scales[key]), mode = known.find(([key]) => key === at.mode) || known[0];
+  at.mode = mode ? mode[0] : "";
+  $("modes").replaceChildren(...known.map(([key, title], i) =>
+    button([title], () => { at.mode = key; paint(); }, { role: "radio", "aria-checked": key === at.mode, title: `key ${i + 1}` })));
+  if (!mode) return $("legend").replaceChildren();
+  const { full, low } = scales[at.mode], value = (strength) => number(mode[3](strength * full));
+  const bar = element("span", { class: "bar", style: `background:linear-gradient(90deg, ${color(low)}, ${low ? "transparent, " : ""}${color(1)})` });
+  $("legend").replaceChildren(value(low), bar, value(1));
 }
 
-function drawFacts(rollout) {
-  const facts = [["step", rollout.step], ["prompt", rollout.group], ["rollout", rollout.index ?? 0]];
-  facts.push(["reward", rollout.reward === null || rollout.reward === undefined ? "failed or none" : number(rollout.reward)]);
+function drawFacts({ rollout, index }) {
+  const facts = [["step", rollout.step], ["prompt", rollout.group], ["rollout", index], ["reward", number(rollout.reward ?? "failed or none")]];
   const parts = Object.entries(rollout.rewards || {});
-  if (parts.length > 1) for (const [name, value] of parts) facts.push([name, number(value)]);
-  for (const [key, title] of [["advantage", "advantage"], ["divergence", "mean KL"], ["entropy", "mean entropy"]]) {
+  if (parts.length > 1) facts.push(...parts.map(([name, value]) => [name, number(value)]));
+  for (const [key, title] of [["advantage", "advantage"], ["divergence", "mean KL"], ["entropy", "mean entropy"], ["clipped", "clipped share"]]) {
     const value = mean(rollout, key);
     if (value !== null) facts.push([title, number(value)]);
   }
-  const clipped = mean(rollout, "clipped");
-  if (clipped !== null) facts.push(["clipped", `${number(100 * clipped)} %`]);
-  facts.push(["tokens", `${rollout.text.length}${rollout.finish_reason ? ` (${rollout.finish_reason})` : ""}`]);
-  for (const [name, value] of Object.entries(rollout.tags || {})) if (value !== "") facts.push([name, String(value)]);
-  $("facts").replaceChildren(...terms(facts.map(([name, value]) => [name, String(value)])).children);
+  facts.push(["tokens", rollout.text.length + (rollout.finish_reason ? ` (${rollout.finish_reason})` : "")]);
+  facts.push(...Object.entries(rollout.tags || {}).filter(([, value]) => value !== ""));
+  $("facts").replaceChildren(terms(facts));
 }
 
-function drawText(rollout, from = 0) {
-  const end = Math.min(rollout.text.length, from + SHOWN), place = $("text");
-  if (from === 0) { place.replaceChildren(); tokens = []; }
-  const nodes = document.createDocumentFragment();
-  for (let i = from; i < end; i++) {
-    const span = element("span"), piece = rollout.text[i];
-    span.dataset.i = i;
-    if (piece === "") span.className = "part";
-    else piece.split("\n").forEach((line, k) => {
-      if (k) span.append(element("span", { class: "newline" }, "↵"), "\n");
-      if (line) span.append(line);
-    });
-    if (valueOf(rollout, "loss", i) === 0) span.classList.add("mute");
-    tokens.push(span);
-    nodes.append(span);
-  }
-  place.append(nodes);
-  if (!rollout.text.length) place.append(element("span", { class: "empty" }, "The completion is empty."));
-  const left = rollout.text.length - end;
-  $("more").hidden = left <= 0;
-  $("more").textContent = `show ${Math.min(left, SHOWN)} of ${left} more tokens`;
-  $("more").onclick = () => { drawText(rollout, end); paint(rollout); };
+// SHOWN tokens at a time: a browser lays out a million spans in minutes.
+function drawText({ rollout }, from = 0) {
+  const more = rollout.text.slice(from, from + SHOWN).map((piece, k) => {
+    const i = from + k, span = element("span", { "data-i": i, class: piece === "" ? "part" : "" });
+    piece.split("\n").forEach((line, k) => span.append(...(k ? [element("span", { class: "newline" }, "↵"), "\n"] : []), line));
+    span.classList.toggle("mute", valueOf(rollout, "loss", i) === 0);
+    return span;
+  });
+  tokens = [...tokens.slice(0, from), ...more];
+  if (!from) $("text").replaceChildren(tokens.length ? "" : "The completion is empty.");
+  for (const span of more) $("text").append(span);
+  const left = rollout.text.length - tokens.length;
+  $("more").hidden = !left;
+  $("more").textContent = `show more tokens (${left} left)`;
+  $("more").onclick = () => { drawText(at.row, tokens.length); paint(); };
 }
 
-function paint(rollout) {
-  tokens.forEach((span, i) => { span.style.background = at.mode ? color(at.mode, valueOf(rollout, at.mode, i)) : ""; });
-  const canvas = $("strip"), count = rollout.text.length, width = (canvas.width = canvas.clientWidth || 800);
-  const pen = canvas.getContext("2d"), wide = Math.min(width, count);
-  pen.clearRect(0, 0, width, canvas.height);
-  for (let x = 0; at.mode && x < wide; x++) { // the strongest token of those below a pixel
-    let best = null;
-    for (let i = Math.floor(x * count / wide); i < Math.floor((x + 1) * count / wide); i++) {
-      const found = shade(at.mode, valueOf(rollout, at.mode, i));
-      if (found && (!best || found[0] > best[0])) best = found;
-    }
-    if (!best) continue;
-    pen.fillStyle = `rgb(${best[1].join(" ")} / ${best[0].toFixed(3)})`;
-    const left = Math.floor(x * width / wide);
-    pen.fillRect(left, 0, Math.ceil((x + 1) * width / wide) - left, canvas.height);
+// The colours by the chosen mode, of which the address tells too.
+function paint() {
+  drawModes();
+  const { step, group, index } = at.row;
+  if (touched) history.replaceState(null, "", `#${[$("run").value, step, group, index, at.mode].join("/")}`);
+  const strengths = at.row.rollout.text.map((_, i) => strength(i)), count = strengths.length;
+  tokens.forEach((span, i) => { span.style.background = strengths[i] ? color(strengths[i]) : ""; });
+  const { width, height } = $("strip"), pen = $("strip").getContext("2d"), wide = Math.max(1, width / count);
+  pen.clearRect(0, 0, width, height);
+  // The strongest last: it is what is seen where several tokens share a pixel.
+  for (const i of [...strengths.keys()].sort((a, b) => Math.abs(strengths[a]) - Math.abs(strengths[b]))) {
+    const place = [Math.floor(i * width / count), 0, Math.ceil(wide), height];
+    pen.fillStyle = color(strengths[i]);
+    pen.clearRect(...place);
+    pen.fillRect(...place);
   }
 }
 
 function goTo(fraction) {
-  const rollout = rollouts[at.place], i = Math.min(rollout.text.length - 1, Math.floor(fraction * rollout.text.length));
-  while (tokens.length <= i) drawText(rollout, tokens.length);
-  paint(rollout);
-  $("text").querySelectorAll(".here").forEach((node) => node.classList.remove("here"));
-  if (i >= 0) { tokens[i].classList.add("here"); tokens[i].scrollIntoView({ block: "center" }); }
+  $("text").querySelector(".here")?.classList.remove("here");
+  const i = Math.floor(fraction * at.row.rollout.text.length);
+  while (tokens.length <= i && !$("more").hidden) drawText(at.row, tokens.length);
+  paint();
+  const token = tokens[i];
+  token?.classList.add("here");
+  token?.scrollIntoView({ block: "center" });
 }
 
 function tip(event) {
-  const span = event.target.closest ? event.target.closest("#text span[data-i]") : null, box = $("tip");
-  if (!span) { box.hidden = true; return; }
-  const i = Number(span.dataset.i), rollout = rollouts[at.place], table = element("table");
-  const rows = [["token", `${i + 1} of ${rollout.text.length}`], ["id", rollout.tokens ? rollout.tokens[i] : "–"]];
-  for (const [key, title] of [...MODES, ...MORE]) {
-    if (rollout[key] === undefined || rollout[key] === null) continue;
-    const value = valueOf(rollout, key, i), flag = key === "clipped" || key === "loss";
-    rows.push([title, flag && value !== null ? (value ? "yes" : "no") : number(value)]);
-  }
-  for (const [name, value] of rows) table.append(element("tr", {}, element("td", {}, name), element("td", {}, String(value))));
-  const piece = rollout.text[i];
-  box.replaceChildren(element("b", {}, piece === "" ? "part of a character" : JSON.stringify(piece)), table);
-  box.hidden = false;
-  const gap = 14, wide = box.offsetWidth, high = box.offsetHeight;
-  const x = Math.min(event.clientX + gap, innerWidth - wide - 4);
-  const y = event.clientY + gap + high > innerHeight ? event.clientY - gap - high : event.clientY + gap;
+  const span = event.target.closest?.("#text [data-i]"), box = $("tip");
+  box.hidden = !span;
+  if (!span) return;
+  const { rollout } = at.row, i = Number(span.dataset.i), piece = rollout.text[i];
+  const known = [...MODES, ["loss", "has loss"]].filter(([key]) => (rollout[key] ?? null) !== null);
+  box.replaceChildren(
+    element("b", {}, piece === "" ? "part of a character" : JSON.stringify(piece)),
+    terms([["token", `${i + 1} of ${rollout.text.length}`], ["id", number(rollout.tokens?.[i])],
+      ...known.map(([key, title]) => [title, number(valueOf(rollout, key, i))])]));
+  const x = Math.min(event.clientX + 14, innerWidth - box.offsetWidth - 4), high = box.offsetHeight + 14;
+  const y = event.clientY + high > innerHeight ? event.clientY - high : event.clientY + 14;
   box.style.left = `${Math.max(4, x)}px`;
   box.style.top = `${Math.max(4, y)}px`;
 }
 
 function show() {
-  const rollout = rollouts[at.place];
-  drawModes();
-  legend();
+  const { rollout, step } = at.row, steps = stepsOf(passing), prompt = String(rollout.prompt ?? "");
+  $("step-back").disabled = step === steps[0];
+  $("step-on").disabled = step === steps[steps.length - 1];
   mark();
-  drawFacts(rollout);
-  const prompt = String(rollout.prompt ?? "");
+  drawFacts(at.row);
   $("prompt").querySelector("summary").replaceChildren(
-    `prompt, ${rollout.prompt_tokens ?? "?"} tokens`, element("span", { dir: "auto" }, `… ${prompt.slice(-80).trim()}`));
+    `prompt, ${rollout.prompt_tokens ?? "?"} tokens`, element("span", {}, `… ${prompt.slice(-80).trim()}`));
   $("prompt").querySelector("pre").textContent = prompt;
-  drawText(rollout);
-  paint(rollout);
+  drawText(at.row);
+  paint();
   $("tip").hidden = true;
-  if (touched) history.replaceState(null, "", address());
 }
-

@@ -30,8 +30,7 @@ class Change(NamedTuple):
     title: str
     start: float
     end: float
-    over: int
-    """Start and end are each the mean of this many recorded values."""
+    over: int  # start and end are each the mean of this many recorded values
 
 
 def changes(stage: Stage) -> list[Change]:
@@ -47,49 +46,38 @@ def changes(stage: Stage) -> list[Change]:
 
 def facts(stage: Stage) -> Settings:
     """Method, model, teacher, steps and time, as far as the run's files tell them."""
-    found = []
-    if stage.settings:
-        found += [
-            ("method", _text(_get(stage.settings, "method.preset"))),
-            ("model", _model(stage.settings)),
-            ("teacher", _teacher(stage.settings)),
-        ]
-    total = _get(stage.settings, "steps")
-    steps = f"{stage.steps[-1] if stage.steps else 0}" + (f" of {total}" if total else "")
-    found.append(("steps", f"{steps}, {'finished' if stage.finished else 'not finished'}"))
-    training, evaluation = (
-        math.fsum(value for value in stage.series.get(name, ()) if value is not None)
-        for name in ("time/step", "time/evaluation")
-    )
-    if training:
-        time = f"{duration(training)} training"
-        time += f", {duration(evaluation)} evaluation" if evaluation else ""
-        found.append(("time", time))
-    return [(name, text) for name, text in found if text]
+    values = _flat(stage.settings)
+    total, last = values.get("steps"), stage.steps[-1] if stage.steps else 0
+    steps = f"{last} of {total}" if total else f"{last}"
+    found = [
+        ("method", _text(values.get("method.preset") or "")),
+        ("model", _model(values)),
+        ("teacher", _teacher(values)),
+        ("steps", f"{steps}, {'finished' if stage.finished else 'not finished'}"),
+    ]
+    times = []
+    for name, what in (("time/step", "training"), ("time/evaluation", "evaluation")):
+        seconds = math.fsum(value or 0.0 for value in stage.series.get(name, ()))
+        if seconds:
+            times.append(f"{datetime.timedelta(seconds=round(seconds))} {what}")
+    return [(name, text) for name, text in [*found, ("time", ", ".join(times))] if text]
 
 
-def _model(settings: dict) -> str:
-    name, config = _get(settings, "model.name"), _get(settings, "model.config")
+def _model(values: dict[str, Any]) -> str:
+    name, config = values.get("model.name"), values.get("model.config")
     if name is None and isinstance(config, dict):
         name = f"{config.get('model_type')} from random weights"
-    rank = _get(settings, "model.lora.rank")
+    rank = values.get("model.lora.rank")
     return f"{name or ''}" + (f", LoRA of rank {rank}" if rank else "")
 
 
-def _teacher(settings: dict) -> str:
-    kind = _get(settings, "method.teacher")
-    if kind == "none" or _get(settings, "method.teacher_coef") == 0:
+def _teacher(values: dict[str, Any]) -> str:
+    kind = values.get("method.teacher")
+    if kind == "none" or values.get("method.teacher_coef") == 0:
         return ""
     if kind == "self":
-        return f"the policy itself, shown: {_get(settings, 'method.teacher_context')}"
-    return f"{_get(settings, 'teacher.name') or ''}" + (" (endpoint)" if kind == "served" else "")
-
-
-def duration(seconds: float) -> str:
-    """`8.5 s`, `0:04:05`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    return str(datetime.timedelta(seconds=round(seconds)))
+        return f"the policy itself, shown: {values.get('method.teacher_context')}"
+    return f"{values.get('teacher.name') or ''}" + (" (endpoint)" if kind == "served" else "")
 
 
 def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
@@ -104,14 +92,14 @@ def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
         name
         for values, default in pairs
         for name, value in values.items()
-        if (name in _ALWAYS or name not in default or value != default[name])
+        if (name in _ALWAYS or value != default.get(name, ...))
         and name not in _ELSEWHERE
         and not name.startswith(_ASIDE)
     )
     common: Settings = []
     own: dict[int, Settings] = {id(stage): [] for stage in stages}
     for name in names:
-        texts = [_text(_without_defaults(_value(name, *pair), name, pair[1])) for pair in pairs]
+        texts = [_text(_set(values.get(name), name, default)) for values, default in pairs]
         if len(set(texts)) == 1:
             common.append((name, texts[0]))
         else:
@@ -120,16 +108,8 @@ def settings(stages: list[Stage]) -> tuple[Settings, list[Settings]]:
     return common, [own[id(stage)] for stage in stages]
 
 
-def _value(name: str, values: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    """The run's value of a setting, else its default; None in a group that is off."""
-    parts = name.split(".")
-    off = any(".".join(parts[:i]) in values for i in range(1, len(parts)))
-    return values.get(name, None if off else defaults.get(name))
-
-
 def _defaults(preset: Any) -> dict[str, Any]:
-    chosen = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    return _DEFAULTS | _flat({"method": chosen})
+    return _DEFAULTS | _flat({"method": PRESETS.get(str(preset), {})})
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -142,22 +122,14 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _without_defaults(value: Any, name: str, defaults: dict[str, Any]) -> Any:
-    """A list of groups, such as the sources, with what was set of each."""
-    if not isinstance(value, list):
+def _set(value: Any, name: str, defaults: dict[str, Any]) -> Any:
+    """A value; of a list of groups, such as the sources, only what was set of each."""
+    if not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
         return value
     return [
-        {k: v for k, v in item.items() if defaults.get(f"{name}.{k}", ...) != v}
-        if isinstance(item, dict)
-        else item
+        {key: own for key, own in item.items() if own != defaults.get(f"{name}.{key}", ...)}
         for item in value
     ]
-
-
-def _get(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def _text(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""Completions sampled from the policy: the protocol, and the sampler that needs nothing else."""
+"""Completions sampled from the policy."""
 
 from dgrpo.trainer.rollout.hf import HFSampler
-from dgrpo.trainer.rollout.sampling import Rollout, Sampler, Sampling
+from dgrpo.trainer.rollout.sampling import Rollout, Sampling
 
-__all__ = ["HFSampler", "Rollout", "Sampler", "Sampling"]
+__all__ = ["HFSampler", "Rollout", "Sampling"]

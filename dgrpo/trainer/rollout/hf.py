@@ -5,7 +5,7 @@ then draws a token for all of its samples in one forward pass, and drops those t
 Under FSDP the parameters are gathered once per call, so that ranks may finish at different lengths.
 
 Left out: refilling a running wave with waiting prompts, a cache shared between prompts with a
-common beginning, paged memory. A serving engine behind the same protocol has them.
+common beginning, paged memory. A serving engine behind the same two methods has them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,7 +61,11 @@ class HFSampler:
         self._stops: dict[tuple, Stops] = {}
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Note the version. The parameters are the policy's own; `weights` is left alone."""
+        """Sample from these weights from now on; the rollouts carry `version`. On all ranks.
+
+        Advancing `weights`, the policy's names and full tensors, may be collective, so a sampler
+        consumes it on all ranks or on none: here on none, as the parameters are the policy's own.
+        """
         self.version = version
 
     def generate(
@@ -72,7 +76,11 @@ class HFSampler:
         *,
         keys: Sequence[int | str] | None = None,
     ) -> list[Rollout]:
-        """Complete every prompt `n` times, see `Sampler`.
+        """Complete every prompt `n` times; sample j of prompt i is at `i * n + j`.
+
+        Called on all ranks alike, each with its own prompts of token ids, or none. `keys` are the
+        seeds of the prompts' random numbers; None: their token ids, but prompts that occur twice
+        in a step need different keys, or they draw the same completions.
 
         Raises:
             ValueError: an empty prompt, one that leaves no room in the model's context, a wrong

@@ -7,9 +7,9 @@ position into a number, and `draw` inverts the cumulative distribution at it.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,18 +26,14 @@ class Sampling:
     of it would bias it.
     """
 
-    max_tokens: int = 256
-    """Longest completion, in tokens."""
-    temperature: float = 1.0
-    """Divisor of the logits; 0 takes the likeliest token."""
+    max_tokens: int = 256  # of the longest completion
+    temperature: float = 1.0  # divisor of the logits; 0 takes the likeliest token
+    # Tokens that end a completion and are part of it; None: the model's own, (): none.
     stop_token_ids: tuple[int, ...] | None = None
-    """Tokens that end a completion and are part of it; None: the model's own, (): none."""
+    # Texts that end a completion; the token that completes one is kept. Needs a tokenizer.
     stop_strings: tuple[str, ...] = ()
-    """Texts that end a completion; the token that completes one is kept. Needs a tokenizer."""
-    seed: int = 0
-    """Seed of the run."""
-    step: int = 0
-    """Step of the run: the same prompt draws other tokens in each."""
+    seed: int = 0  # of the run
+    step: int = 0  # of the run: the same prompt draws other tokens in each
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -59,39 +55,6 @@ class Rollout:
     logprobs: Tensor  # (C,) fp32, of the sampling distribution over the whole vocabulary
     finish_reason: Literal["stop", "length"]
     version: int  # of the weights that it was sampled from
-
-
-class Sampler(Protocol):
-    """Anything that completes prompts with the policy."""
-
-    def generate(
-        self,
-        prompts: Sequence[Tensor | Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        *,
-        keys: Sequence[int | str] | None = None,
-    ) -> list[Rollout]:
-        """Complete every prompt `n` times; sample j of prompt i is at `i * n + j`.
-
-        Called on all ranks alike, each with its own prompts, or none.
-
-        Args:
-            prompts: token ids, at least one each.
-            n: completions per prompt.
-            sampling: length, stops, temperature, seed and step.
-            keys: the seed of each prompt's random numbers; None: its token ids. Prompts that occur
-                twice in a step need different keys, or they draw the same completions.
-        """
-
-    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Sample from these weights from now on; called on all ranks.
-
-        Args:
-            weights: the policy's names and full tensors, one at a time. Advancing the iterator may
-                be collective, so a sampler consumes it on all ranks or on none.
-            version: number that the rollouts carry.
-        """
 
 
 def stream_keys(sampling: Sampling, keys: Iterable[int | str | bytes], n: int) -> Tensor:

@@ -12,9 +12,8 @@ student's loss head.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,13 +27,15 @@ from dgrpo.trainer.policy import PolicyModel
 class _ModelTeacher:
     """A model's hidden states before the guided tokens of a batch, and its head."""
 
-    def __init__(self, model: PolicyModel, offload_above: int):
+    def __init__(self, model: PolicyModel, *, offload_above: int = 2**30):
         self.model = model
         self.offload_above = offload_above
         self.hidden = torch.empty(0, model.hidden_size)  # (M, Ht) of the batch
 
     @torch.no_grad()
-    def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
+    def attach(
+        self, samples: Sequence[Sample], max_tokens: int, share_prompts: bool = True
+    ) -> None:
         """Keep the hidden states of a batch, and set `sample.teacher_rows` to the rows of each.
 
         Collective: every rank calls it, with any number of samples. The states lie in (pinned) host
@@ -44,33 +45,39 @@ class _ModelTeacher:
         Args:
             samples: the batch; a sample's `teacher_prompt_ids` takes the place of its prompt.
             max_tokens: tokens of a forward pass.
-            packing: `share_prompts`, as for `pack`.
+            share_prompts: as for `pack`.
         """
         model, total = self.model, 0
         for sample in samples:
             guided = sample.guided
             sample.teacher_rows = torch.where(guided, guided.cumsum(0) - 1 + total, -1)
             total += int(guided.sum())
-        micros = pack([sample.seen_by_teacher() for sample in samples], max_tokens, **packing)
+        seen = [sample.seen_by_teacher() for sample in samples]
+        micros = balanced_count(pack(seen, max_tokens, share_prompts=share_prompts))
         # Frees the last batch's states first. Without any pass, this is what there is.
         dtype = model.head.weight.dtype
         self.hidden = torch.empty(0, model.hidden_size, dtype=dtype, device=model.device)
-        for number, micro in enumerate(balanced_count(micros)):
-            hidden = model.hidden_states(**micro.to(model.device).model_args())
-            if number == 0:
-                size = total * hidden.shape[1] * hidden.element_size()
-                pinned = hidden.is_cuda and size > self.offload_above
-                place = {"pin_memory": True} if pinned else {"device": hidden.device}
-                self.hidden = torch.empty(total, hidden.shape[1], dtype=hidden.dtype, **place)
-            for (start, count), index in zip(micro.spans, micro.indices, strict=True):
-                rows = samples[index].teacher_rows
-                guided = rows >= 0
-                if guided.any():  # the guided rows of a sample are consecutive
-                    first = int(rows[guided][0])
-                    picked = hidden[start : start + count][guided.to(hidden.device)]
-                    self.hidden[first : first + len(picked)].copy_(picked, non_blocking=True)
+        with self._reading():
+            for number, micro in enumerate(micros):
+                hidden = model.hidden_states(micro.to(model.device))
+                if number == 0:
+                    size = total * hidden.shape[1] * hidden.element_size()
+                    pinned = hidden.is_cuda and size > self.offload_above
+                    place = {"pin_memory": True} if pinned else {"device": hidden.device}
+                    self.hidden = torch.empty(total, hidden.shape[1], dtype=hidden.dtype, **place)
+                for (start, count), index in zip(micro.spans, micro.indices, strict=True):
+                    rows = samples[index].teacher_rows
+                    guided = rows >= 0
+                    if guided.any():  # the guided rows of a sample are consecutive
+                        first = int(rows[guided][0])
+                        picked = hidden[start : start + count][guided.to(hidden.device)]
+                        self.hidden[first : first + len(picked)].copy_(picked, non_blocking=True)
         if self.hidden.is_pinned():
             torch.cuda.synchronize()
+
+    def _reading(self) -> AbstractContextManager:
+        """What `attach` runs the model within."""
+        return nullcontext()
 
     def head(self, micro: Micro) -> TeacherHead:
         """The loss head's teacher for `micro`, also where none of its tokens is guided."""
@@ -83,7 +90,7 @@ class _ModelTeacher:
             rows=micro.teacher_rows,
         )
 
-    @contextlib.contextmanager
+    @contextmanager
     def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The head's weight and bias, entered within the student's head, also in backward."""
         head = self.model.head
@@ -105,19 +112,19 @@ class Teacher(_ModelTeacher):
     def __init__(
         self, model: PolicyModel, *, offload_above: int = 2**30, offload_body: bool = False
     ):
-        super().__init__(model.eval().requires_grad_(False), offload_above)
+        super().__init__(model.eval().requires_grad_(False), offload_above=offload_above)
         self.offload_body = offload_body
 
-    def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
-        """Keep the hidden states of a batch, with the decoder layers on the device meanwhile."""
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
         layers = self.model.layers if self.offload_body else []
         for layer in layers:
             layer.to(self.model.device)
-        super().attach(samples, max_tokens, **packing)
+        yield
         for layer in layers:
             layer.to("cpu")
 
-    @contextlib.contextmanager
+    @contextmanager
     def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         # The group that holds the head: its own, or the root's for a tied one.
         owner = self.model.head if isinstance(self.model.head, FSDPModule) else self.model
@@ -138,14 +145,5 @@ class SelfTeacher(_ModelTeacher):
     policy's own, which moves if a batch has several optimiser steps.
     """
 
-    def __init__(self, policy: PolicyModel, *, offload_above: int = 2**30):
-        super().__init__(policy, offload_above)
-
-    def attach(self, samples: Sequence[Sample], max_tokens: int, **packing: Any) -> None:
-        """Keep the hidden states of a batch, read in evaluation mode."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            super().attach(samples, max_tokens, **packing)
-        finally:
-            self.model.train(training)
+    def _reading(self) -> AbstractContextManager:
+        return self.model.evaluating()

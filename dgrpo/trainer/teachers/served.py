@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,83 +25,57 @@ PATH = "/v1/completions"
 ROUNDING = 1e-3  # a server's log-probability may lie above 0 by so much
 
 
-class HttpTopK:
-    """Asks an OpenAI-compatible server (vLLM) for top-k log-probabilities, at temperature 1.
+class ServedTeacher:
+    """A teacher known by its k likeliest tokens at each position; the rest is one bucket.
 
     Args:
-        url: of the server, e.g. "http://localhost:8000" (its `/v1/completions` is called).
-        model: name under which it serves the teacher.
-        key_variable, timeout, retries, workers: see `Endpoint`.
+        endpoint: of the server, e.g. "http://localhost:8000" (its `/v1/completions` is called, at
+            temperature 1), and the name under which it serves the teacher.
+        k: log-probabilities per token to ask for.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        key_variable: str = "OPENAI_API_KEY",
-        timeout: float = 600.0,
-        retries: int = 3,
-        workers: int = 16,
-    ):
-        url = url.rstrip("/").removesuffix("/v1")
-        options = {"timeout": timeout, "retries": retries, "workers": workers}
-        self.endpoint = Endpoint(url, model, key_variable, **options)
+    def __init__(self, endpoint: Endpoint, k: int):
+        if k < 1:
+            raise ValueError(f"k: got {k}, expected at least 1")
+        self.endpoint = replace(endpoint, url=endpoint.url.rstrip("/").removesuffix("/v1"))
+        self.k = k
+        self.missing = 0  # samples of the last batch that got no answer: they have no teacher
 
-    def topk(self, samples: Sequence[Sample], k: int) -> list[tuple[Tensor, Tensor] | None]:
-        """For each sample (C, k + 1) ids and log-probabilities: the sampled token, the k likeliest.
+    def attach(self, samples: Sequence[Sample], *_: Any) -> None:
+        """Ask for the batch and write `sample.topk`. Called as `Teacher.attach`; not collective.
 
-        A sample whose request fails gets None and a warning.
+        A sample whose request fails has no teacher, which is warned of.
 
         Raises:
             ConnectionError: not one request succeeded.
         """
-        url = f"{self.endpoint.url}{PATH}"
+        url, failed = f"{self.endpoint.url}{PATH}", []
 
-        def ask(sample: Sample) -> tuple[Tensor, Tensor] | Exception:
+        def ask(sample: Sample) -> tuple[Tensor, Tensor] | None:
             try:
-                return self._ask(sample, k)
+                ids, logprobs = self.topk(sample)
+                return ids.masked_fill(~sample.guided[:, None], -1), logprobs
             except (EndpointError, ValueError) as error:
                 place = f"group {sample.group}, sample {sample.index}"
                 log.warning("teacher at %s: no answer for %s: %s", url, place, error)
-                return error
+                failed.append(error)
+                return None
 
-        answers = dict(self.endpoint.each(ask, samples))
-        failed = [answer for answer in answers.values() if isinstance(answer, Exception)]
+        for i, answer in self.endpoint.each(ask, samples):
+            samples[i].topk = answer
+        self.missing = len(failed)
         if samples and len(failed) == len(samples):
             raise ConnectionError(
                 f"teacher: no request to {url} succeeded, the last failed with: {failed[-1]}"
             )
-        ordered = [answers[i] for i in range(len(samples))]
-        return [None if isinstance(answer, Exception) else answer for answer in ordered]
 
-    def _ask(self, sample: Sample, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """(C, k + 1) ids and log-probabilities: the sampled token, the k likeliest others."""
         seen = sample.seen_by_teacher()
         ids = torch.cat([seen.prompt_ids, seen.completion_ids]).tolist()
-        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self.k}
         answer = self.endpoint.post(PATH, body)
-        return parse_prompt_logprobs(answer, ids, len(seen.completion_ids), k)
-
-
-class ServedTeacher:
-    """A teacher known by its k likeliest tokens at each position; the rest is one bucket."""
-
-    def __init__(self, source: HttpTopK, k: int):
-        if k < 1:
-            raise ValueError(f"k: got {k}, expected at least 1")
-        self.source = source
-        self.k = k
-        self.missing = 0  # samples of the last batch that got no answer: they have no teacher
-
-    def attach(self, samples: Sequence[Sample], *_: Any, **__: Any) -> None:
-        """Ask for the batch and write `sample.topk`. Called as `Teacher.attach`; not collective."""
-        answers = self.source.topk(samples, self.k)
-        for sample, answer in zip(samples, answers, strict=True):
-            sample.topk = None
-            if answer is not None:
-                ids, logprobs = answer
-                sample.topk = ids.masked_fill(~sample.guided[:, None], -1), logprobs
-        self.missing = sum(answer is None for answer in answers)
+        return parse_prompt_logprobs(answer, ids, len(seen.completion_ids), self.k)
 
     def head(self, micro: Micro) -> TopKTeacher:
         """The loss head's teacher for `micro`, on its device."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.longblocks.rewards import worker
+from dgrpo.extras import load_function
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.trainer.config import Reward
 
@@ -68,7 +68,6 @@ def test_a_hanging_or_dying_reward_costs_its_sample_alone(bad):
         assert result.total.tolist() == [1, 2, 0, 4]
         again = scorer(["p"], ["aaa"], {})
         assert again.total.tolist() == [3] and not again.failed.any()
-        assert scorer.failures == {"moody": 1}
 
 
 def test_a_reward_that_always_hangs_is_given_up():
@@ -239,6 +238,7 @@ def test_a_killed_worker_is_replaced():
 
 HOST = """
 import sys
+from dgrpo.extras import load_function
 from dgrpo.longblocks.rewards.runner import Scorer
 from dgrpo.trainer.config import Reward
 scorer = Scorer([Reward(path=sys.argv[1])], timeout=100)  # at the top level: no main guard needed
@@ -279,7 +279,7 @@ def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "reward_lying_here.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
-    function = worker.load("reward_lying_here:one")
+    function = load_function("reward", "reward_lying_here:one")
     assert function(["p"], ["c"]) == [1.0]
     with Scorer([Reward(path="reward_lying_here:one")]) as scorer:
         assert scorer(["p"], ["c"], {}).total.tolist() == [1.0]

@@ -7,8 +7,7 @@ import pytest
 
 from dgrpo.longblocks import rewards
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings, make_row
-from dgrpo.longblocks.tasks.facts import Draft, Names
-from dgrpo.longblocks.tasks.retrieval import from_passages
+from dgrpo.longblocks.tasks.facts import Draft
 from dgrpo.text import count_tokens
 
 LENGTHS = (1500, 6000)
@@ -154,8 +153,8 @@ def test_passages_are_numbered_in_order_and_facts_have_theirs(ground):
         assert f"[{label}] {fact}\n\n" in woven.text + "\n\n"
 
 
-def test_names_do_not_repeat():
-    names = Names(np.random.default_rng(0))
+def test_names_do_not_repeat(ground):
+    names = Draft(ground, np.random.default_rng(0), 1000)
     assert len({names.place().lower() for _ in range(3000)}) == 3000
     assert len({names.number(10, 60) for _ in range(50)}) == 50
     with pytest.raises(ValueError, match="no unused number"):
@@ -167,14 +166,3 @@ def test_too_short_a_document_says_so(ground):
     with pytest.raises(ValueError, match="ask for longer documents"):
         for i in range(20):
             make_row(ground, settings, i)
-
-
-def test_retrieve_then_generate_from_passages_of_other_data():
-    rng = np.random.default_rng(0)
-    row = from_passages("Who?", ["Ann", "Anna"], ["Ann did\nit."], ["Bob did not.", "Rain."], rng)
-    assert score(row, row["response_reference"]) == 1.0
-    assert row["passages"] == ["Ann did it."] and len(re.findall(r"\[P\d\]", row["document"])) == 3
-    with pytest.raises(ValueError, match="no answer"):
-        from_passages("Who?", [], ["a"], [], rng)
-    with pytest.raises(ValueError, match="among the others"):
-        from_passages("Who?", ["a"], ["a b"], ["a  b"], rng)

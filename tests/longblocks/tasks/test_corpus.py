@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dgrpo.longblocks.tasks.corpus import Corpus, build_corpus, unit_cuts, unit_tokens
-from dgrpo.longblocks.tasks.haystack import read_text, source_lines, text_files, texts
+from dgrpo.longblocks.tasks.haystack import read_text, text_files, texts
 from dgrpo.text import BadRow, Report, count_tokens
 
 
@@ -79,8 +79,6 @@ def test_no_text_is_an_error(tmp_path):
         build_corpus("bytes", tmp_path)
     with pytest.raises(ValueError, match="expected a folder"):
         text_files(tmp_path / "none")
-    with pytest.raises(ValueError, match="no usable line"):
-        source_lines(str(tmp_path))
 
 
 def test_the_standard_library_is_the_default():

@@ -12,6 +12,7 @@ import pytest
 from dgrpo.data import PromptStream, Source, load_rows
 from dgrpo.longblocks.tasks.catalog import TASKS, MakeSettings
 from dgrpo.longblocks.tasks.make import make
+from dgrpo.trainer.config import Data
 
 
 def quiet(settings):
@@ -54,7 +55,7 @@ def test_an_interrupted_run_goes_on(settings):
     files = sorted(path for path in whole.files)
     before = [pyarrow.parquet.read_table(f) for f in files]
     files[1].unlink()
-    (files[1].parent / "part-00001.partial").write_bytes(b"half a file")
+    (files[1].parent / "part-00001.parquet.tmp").write_bytes(b"half a file")
     kept = files[0].stat().st_mtime_ns
     again = quiet(settings("whole"))
     assert files[0].stat().st_mtime_ns == kept and again.rows == 12
@@ -104,7 +105,8 @@ def test_text_without_python_takes_code_from_the_standard_library(settings, tmp_
 
 def test_the_trainer_reads_them(settings, tokenizer):
     quiet(settings())
-    prompts = PromptStream([Source(path=settings().out)], tokenizer, require_completion=True)
+    data = Data(sources=[Source(path=settings().out)])
+    prompts = PromptStream(data, tokenizer, require_completion=True)
     found = prompts.batch(12)
     assert len(found) == 12 and prompts.report.dropped == 0
     assert all(p.columns["reward"].startswith("dgrpo.rewards:") for p in found)
@@ -149,6 +151,7 @@ LONG = """
 import resource, sys
 import torch
 from dgrpo.trainer.batch import Sample, pack
+from dgrpo.trainer.config import Data
 from dgrpo.data import PromptStream, Source
 from dgrpo.longblocks.tasks import train_tokenizer
 from dgrpo.longblocks.tasks.make import make
@@ -164,7 +167,8 @@ settings = MakeSettings(
     tasks=("relations", "quoting"), tokens=(2**20,), count=4,
 )
 make(settings, log=lambda line: None, show=False)
-prompts = PromptStream([Source(path=settings.out)], tokenizer, max_prompt_tokens=2**20)
+data = Data(sources=[Source(path=settings.out)], max_prompt_tokens=2**20)
+prompts = PromptStream(data, tokenizer)
 found = prompts.batch(4)
 assert len(found) == 4 and all(len(p.ids) > 1_000_000 for p in found), prompts.report.lines()
 samples = [

@@ -102,7 +102,7 @@ def test_packed_models_equal_unpacked_ones(kind):
     micros = pack(samples, 25)
     assert max(len(micro.samples) for micro in micros) > 1
     for micro in micros:
-        logits = policy.head(policy.hidden_states(**micro.model_args()))
+        logits = policy.head(policy.hidden_states(micro))
         for sample, (start, tokens) in zip(micro.samples, micro.spans, strict=True):
             got = logits[start : start + tokens]
             scale = policy.head.logit_scale

@@ -47,23 +47,6 @@ def test_a_checkpoint_gives_it_back_to_the_bit(make):
     assert torch.equal(got.prompt_ids, want.prompt_ids)
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_checkpoints_from_before_the_typed_fields_are_read(given):
-    tags = dict(ROW)
-    if not given:
-        tags |= {"reward": 0.5, "parts": {"exact": 0.5}, "failed": False}
-        tags |= {"truncated": True, "factor": 0.25, "sampler_logprobs": LOGPROBS}
-    state = {k: v for k, v in sample().state().items() if k not in ("origin", "sampled", "scored")}
-    del state["teacher_factor"]
-    got = restored({**state, "tags": tags})
-    assert got.origin == Origin(**ROW) and torch.equal(got.old_logprobs, LOGPROBS)
-    if given:
-        assert got.sampled is got.scored is None and got.teacher_factor == 1.0
-        return
-    assert got.scored == Scored(0.5, {"exact": 0.5}, False) and got.teacher_factor == 0.25
-    assert got.sampled.truncated and torch.equal(got.sampled.logprobs, LOGPROBS)
-
-
 def test_the_teachers_view_has_its_prompt_and_its_tokens():
     sample = make_sample(5, 4, 0, loss_mask=torch.tensor([True, True, False, True]))
     sample.teacher_mask = torch.tensor([True, False, True, True])

@@ -33,7 +33,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, asynchronous):
     state = RunState(
         step=3,
         data={"epoch": 1, "order": (4, 2)},
-        counters={"tokens": 12},
+        skipped=12,
         rollouts=[{"tokens": torch.arange(4), "reward": 0.1, "text": "naïve </s>"}],
     )
     checkpointer = Checkpointer(tmp_path, asynchronous=asynchronous)

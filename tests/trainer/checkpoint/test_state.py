@@ -2,9 +2,7 @@
 
 import torch
 
-from dgrpo.trainer.checkpoint import Checkpointer, RunState, storage
 from dgrpo.trainer.checkpoint.state import decode, encode, share
-from tests.trainer.checkpoint.runs import make, saved_at, step_folder
 
 
 def test_trees_come_back_as_they_were():
@@ -28,14 +26,3 @@ def test_trees_come_back_as_they_were():
 def test_entries_are_dealt_whole_and_in_order():
     parts = [share(list(range(7)), rank, 3) for rank in range(3)]
     assert parts == [[0, 1], [2, 3], [4, 5, 6]]
-
-
-def test_a_field_that_the_state_no_longer_has_is_ignored(tmp_path, monkeypatch):
-    """Earlier checkpoints hold `scheduler`."""
-    shared = RunState.shared
-    monkeypatch.setattr(RunState, "shared", lambda self: {**shared(self), "scheduler": {"a": 1}})
-    saved_at(tmp_path, 3)
-    monkeypatch.undo()
-    text, _ = storage.read_rank(step_folder(tmp_path, 3), 0)
-    assert '"scheduler"' in text
-    assert Checkpointer(tmp_path).restore(*make()) == RunState(step=3)

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from dgrpo.trainer.metrics import display as display_module
-from dgrpo.trainer.metrics.display import Display, duration
+from dgrpo.trainer.metrics.display import Display
 
 
 class Terminal(io.StringIO):
@@ -22,9 +22,11 @@ def test_the_live_display_shows_the_last_steps_and_the_time_left(monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("CI", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    display = Display(100, done=40)
+    display = Display(done=40)
     for step in range(41, 61):
-        display.update({"step": step, "reward": 0.5, "divergence": 0.1, "memory/peak_gib": 3.25})
+        display.update(
+            {"step": step, "reward": 0.5, "divergence": 0.1, "memory/peak_gib": 3.25}, 100
+        )
     display.message("[bold] is text")
     display.close()
     output = terminal.getvalue()
@@ -40,19 +42,15 @@ def test_a_log_gets_lines(monkeypatch, variable):
     monkeypatch.setattr(sys, "stdout", terminal)
     for name, value in variable.items():
         monkeypatch.setenv(name, value)
-    Display(None).update({"step": 7, "loss": 1.0})
+    Display().update({"step": 7, "loss": 1.0})
     assert terminal.getvalue() == "step 7  loss 1\n"
 
 
 def test_the_time_left_is_that_of_the_steps_since_the_start(monkeypatch):
-    clock = iter((0, 30, 30))
+    clock = iter((0, 30))
     monkeypatch.setattr(
         display_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
     )
-    display = Display(100, done=40, live=False)
-    assert display.time_left(40) == "" and display.time_left(50) == "2:30"
-    assert display.time_left(100) == "" and Display(None, live=False).time_left(5) == ""
-
-
-def test_durations():
-    assert [duration(s) for s in (0, 59.6, 3599, 3723)] == ["0:00", "1:00", "59:59", "1:02:03"]
+    display = Display(done=40, live=False)
+    assert display.time_left(40, 100) == "" and display.time_left(50, 100) == "0:02:30"
+    assert display.time_left(100, 100) == "" and display.time_left(50, None) == ""

@@ -69,10 +69,10 @@ def test_records_read_back(tokenizer, tmp_path):
         scored=Scored(0.123456789, {"exact": 1.0}, failed=False),
     )
     values = {
-        "advantage": -1.0,
+        "advantage": torch.full((n,), -1.0),
         "divergence": torch.full((n,), 1 / 3),
         "clipped": torch.tensor([True] + [False] * (n - 1)),
-        "ratio": [math.inf] + [1.0] * (n - 1),
+        "ratio": torch.tensor([math.inf] + [1.0] * (n - 1)),
     }
     record = rollout_record(tokenizer, 3, sample, values)
     path = write_rollouts(tmp_path, 3, [record])
@@ -81,7 +81,11 @@ def test_records_read_back(tokenizer, tmp_path):
     assert got == record
     assert "".join(got["text"]) == "the answer <eos>" and got["tokens"] == ids
     assert got["prompt_tokens"] == 20_000 and "12,000 characters left out" in got["prompt"]
-    assert got["reward"] == 0.12346 and got["advantage"] == -1 and got["divergence"][0] == 0.33333
+    assert (
+        got["reward"] == 0.12346
+        and got["advantage"] == [-1] * n
+        and got["divergence"][0] == 0.33333
+    )
     assert got["rewards"] == {"exact": 1} and got["finish_reason"] == "stop"
     assert got["clipped"][:2] == [1, 0] and got["ratio"][:2] == [None, 1]
     assert "entropy" not in got and "answer" not in got
@@ -95,4 +99,4 @@ def test_a_value_for_each_token_is_needed(tokenizer):
         ValueError, match="divergence: got 2 values, expected one for each of 1 tokens"
     ):
         sample = Sample(torch.tensor([1]), torch.tensor([5]))
-        rollout_record(tokenizer, 1, sample, {"divergence": [1.0, 2.0]})
+        rollout_record(tokenizer, 1, sample, {"divergence": torch.ones(2)})

@@ -49,7 +49,7 @@ def compare(
     if teacher is not None:
         frozen = [PolicyModel(tiny_model(**teacher)).requires_grad_(False) for _ in range(2)]
         teachers = [Teacher(fsdp.shard(frozen[0], mesh)), Teacher(frozen[1])]
-    result, rank, world = {}, dist.get_rank(), fsdp.gradient_scale(mesh)
+    result, rank, world = {}, dist.get_rank(), mesh.size()
     own = samples_of(rank)
     if rank_0_has_all:
         own = [] if rank else everyone()
@@ -93,7 +93,7 @@ def inputs_arrive(mesh, cast):
 
     FusedHead.forward = spying
     try:
-        loss = policy(**micro.model_args(), inputs=micro.head_inputs()).loss
+        loss = policy(micro, inputs=micro.head_inputs()).loss
     finally:
         FusedHead.forward = forward
     if not cast:
@@ -117,7 +117,7 @@ def bf16_step(mesh):
     single.to(torch.bfloat16)
     fsdp.reset_rotary(single)
     fsdp.shard(policy, mesh, compute_dtype=torch.bfloat16)
-    rank, world = dist.get_rank(), fsdp.gradient_scale(mesh)
+    rank, world = dist.get_rank(), mesh.size()
     loss = step(policy, samples_of(rank), world)
     dist.all_reduce(loss)
     want = step(single, everyone(), 1)
@@ -144,7 +144,7 @@ def sampling(kind, mesh, fewest):
     got = HFSampler(policy).generate(prompts, 2, options)
     want = HFSampler(single).generate(prompts, 2, options)
     pairs = list(zip(got, want, strict=True))
-    loss = step(policy, samples_of(rank), fsdp.gradient_scale(mesh))  # training goes on
+    loss = step(policy, samples_of(rank), mesh.size())  # training goes on
     step(single, everyone(), 1)
     return {
         "tokens": all(torch.equal(a.completion_ids, b.completion_ids) for a, b in pairs),
@@ -163,7 +163,7 @@ def self_teaching(kind, mesh):
     single, _ = tiny_pair(kind)
     fsdp.shard(policy, mesh)
     teachers = [SelfTeacher(model) for model in (policy, single)]
-    rank, world, result = dist.get_rank(), fsdp.gradient_scale(mesh), {}
+    rank, world, result = dist.get_rank(), mesh.size(), {}
     for objective in (None, gspo):
         loss = step(policy, samples_of(rank), world, objective=objective, teacher=teachers[0])
         dist.all_reduce(loss)
@@ -217,7 +217,7 @@ def lora_mixed(mesh):
         if "lora_" in name:
             parameter.data = parameter.data.float()
     fsdp.shard(policy, mesh, compute_dtype=torch.bfloat16)
-    loss = step(policy, samples_of(dist.get_rank()), fsdp.gradient_scale(mesh))
+    loss = step(policy, samples_of(dist.get_rank()), mesh.size())
     trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     return {
         "finite": bool(torch.isfinite(loss)),

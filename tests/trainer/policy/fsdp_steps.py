@@ -66,7 +66,7 @@ def step(policy, samples, scale, *, objective=None, teacher=None, every_micro=Tr
             inputs = micro.head_inputs(
                 "stats", teacher=head, sequence_objective=function, options=options
             )
-        loss = policy(**micro.model_args(), inputs=inputs).loss
+        loss = policy(micro, inputs=inputs).loss
         loss.backward()
         total += loss.detach().double()
     return total

@@ -21,7 +21,7 @@ def test_logits_for_sampling_are_the_models_own(kind):
     policy, plain = tiny_pair(kind)
     (sample,) = make_samples([(4, 9)])
     (micro,) = pack([sample], 100)
-    hidden = policy.hidden_states(**micro.model_args())
+    hidden = policy.hidden_states(micro)
     got = policy.head.fp32_logits(hidden[3:])
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, plain_logits(plain, sample).detach(), rtol=1e-4, atol=1e-5)

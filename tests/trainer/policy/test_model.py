@@ -26,7 +26,7 @@ def policy_loss(policy, samples, max_tokens=30, **packing):
     """The loss over all micros, with gradients accumulated."""
     total = 0.0
     for micro in pack(samples, max_tokens, teacher_coef=0.0, **packing):
-        out = policy(**micro.model_args(), inputs=micro.head_inputs())
+        out = policy(micro, inputs=micro.head_inputs())
         out.loss.backward()
         total += float(out.loss.detach())
     return total
@@ -72,7 +72,7 @@ def test_masked_tokens_and_prompts_are_no_rows():
     policy, plain = tiny_pair("qwen2")
     samples = make_samples(SIZES)
     (micro,) = pack(samples, 100)
-    out = policy(**micro.model_args(), inputs=micro.head_inputs())
+    out = policy(micro, inputs=micro.head_inputs())
     assert len(micro.rows) == sum(int(s.mask.sum()) for s in samples) < micro.targets.numel()
     for index, values in micro.per_sample(out.logprobs):
         sample = samples[index]
@@ -88,7 +88,7 @@ def test_scoring_mode_has_no_gradient_and_needs_no_weights():
     policy, plain = tiny_pair("cohere")
     samples = make_samples(SIZES, token_weights=None, old_logprobs=None)
     (micro,) = pack(samples, 100)
-    out = policy(**micro.model_args(), inputs=micro.head_inputs("logprobs"))
+    out = policy(micro, inputs=micro.head_inputs("logprobs"))
     assert out.loss is None and not out.logprobs.requires_grad
     logp = torch.log_softmax(plain_logits(plain, samples[2]), -1)
     want = logp.gather(-1, samples[2].completion_ids[:, None])[:, 0] * samples[2].mask

@@ -79,7 +79,7 @@ def listed(page):
 
 def shown(page):
     """Step, prompt and index of the rollout that is read."""
-    return tuple(page.value("[rows[at.place].step, rows[at.place].group, rows[at.place].index]"))
+    return tuple(page.value("[at.row.step, at.row.group, at.row.index]"))
 
 
 @pytest.mark.parametrize("width, height, dark", WINDOWS)
@@ -94,7 +94,7 @@ def test_it_opens_at_its_top_within_the_window(page, report, width, height, dark
     )
     for told in ("0.035 → 0.575", "0.25 → 0.75", "grpo", "student", "60 of 60", "0:03:00 training"):
         assert told in text
-    assert page.value("document.querySelector('.facts').getBoundingClientRect().bottom") < height
+    assert page.value("document.querySelector('#runs dl').getBoundingClientRect().bottom") < height
     # No part hangs out of the window, be it hidden by an edge or not.
     assert (
         page.value(

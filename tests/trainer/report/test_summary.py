@@ -9,7 +9,7 @@ from dgrpo.cli import main
 from dgrpo.trainer.config import dump, validate
 from dgrpo.trainer.report import distinct, write_report
 from dgrpo.trainer.report.read import read_run
-from dgrpo.trainer.report.summary import changes, duration, facts, settings
+from dgrpo.trainer.report.summary import changes, facts, settings
 from tests.trainer.report.runs import data_of, write_run
 
 
@@ -50,16 +50,15 @@ def test_facts(tmp_path):
         ("model", "student"),
         ("teacher", "big"),
         ("steps", "2 of 9, not finished"),
-        ("time", "0:02:05 training, 5.0 s evaluation"),
+        ("time", "0:02:05 training, 0:00:05 evaluation"),
     ]
     sft = {"method": {"preset": "sft"}, "model": {"name": "m", "lora": {"rank": 4}}}
     assert facts(stage_of(tmp_path / "b", metrics[:1], done=True, **sft)) == [
         ("method", "sft"),
         ("model", "m, LoRA of rank 4"),
         ("steps", "1, finished"),
-        ("time", "40.0 s training, 5.0 s evaluation"),
+        ("time", "0:00:40 training, 0:00:05 evaluation"),
     ]
-    assert duration(59.96) == "0:01:00" and duration(90061) == "1 day, 1:01:01"
 
 
 def test_settings_are_those_that_matter(tmp_path):
@@ -142,6 +141,8 @@ def test_of_several_runs_with_stages_the_last_stages_are_shown(tmp_path):
 
 def test_names_tell_runs_apart():
     paths = [Path("/r/a/run"), Path("/r/b/run"), Path("/r/c/other")]
-    assert distinct(paths) == ["a/run", "b/run", "other"]
+    assert distinct(paths[1:]) == ["run", "other"]
+    assert distinct([Path("/r/a"), Path("/r/a/a")]) == ["a", "a/a"]
+    assert distinct(paths) == ["a/run", "b/run", "c/other"]
     with pytest.raises(ValueError, match="got none, expected the folder of at least one run"):
         write_report()

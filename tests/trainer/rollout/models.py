@@ -68,7 +68,7 @@ def scored(policy, rollouts, temperature=1.0) -> list[torch.Tensor]:
     for micro in pack([Sample(r.prompt_ids, r.completion_ids) for r in rollouts], 300):
         inputs = micro.head_inputs("logprobs", options=Options(temperature=temperature))
         with torch.no_grad():
-            out = policy(**micro.model_args(), inputs=inputs)
+            out = policy(micro, inputs=inputs)
         for place, values in micro.per_sample(out.logprobs):
             found[place] = values
     return found

@@ -59,7 +59,7 @@ def test_lora_and_a_restricted_vocabulary(prompts):
     assert max(max(t) for t in tokens(drawn)) < 20
     for micro in pack([Sample(r.prompt_ids, r.completion_ids) for r in drawn], 300):
         inputs = micro.head_inputs("logprobs", options=Options(vocab_size=20))
-        out = policy(**micro.model_args(), inputs=inputs)
+        out = policy(micro, inputs=inputs)
         for place, values in micro.per_sample(out.logprobs):
             assert torch.allclose(values, drawn[place].logprobs, atol=1e-5)
 

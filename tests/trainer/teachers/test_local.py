@@ -79,9 +79,9 @@ def test_a_prompt_is_read_once_for_all_of_its_completions(own_prompts, monkeypat
     teacher = Teacher(PolicyModel(tiny_model("gemma3", seed=3)))
     read, run = [], teacher.model.hidden_states
 
-    def counted(input_ids, *args, **options):
-        read.append(input_ids.numel())
-        return run(input_ids, *args, **options)
+    def counted(micro):
+        read.append(micro.input_ids.numel())
+        return run(micro)
 
     monkeypatch.setattr(teacher.model, "hidden_states", counted)
     kept, totals = [], []
@@ -129,7 +129,7 @@ def test_a_micro_without_the_teachers_tokens_has_an_empty_head():
     for micro in (*pack(samples, 25), filler()):
         head = teacher.head(micro)
         assert len(teacher.hidden) == 0 and (head.rows == -1).all()
-        out = policy(**micro.model_args(), inputs=micro.head_inputs(teacher=head))
+        out = policy(micro, inputs=micro.head_inputs(teacher=head))
         out.loss.backward()
         assert not out.divergence.any() and torch.isfinite(out.loss)
 

@@ -7,8 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from dgrpo.endpoint import Endpoint
 from dgrpo.trainer.batch import filler, pack
-from dgrpo.trainer.teachers.served import HttpTopK, ServedTeacher, parse_prompt_logprobs
+from dgrpo.trainer.teachers.served import ServedTeacher, parse_prompt_logprobs
 from tests.tiny import (
     VOCAB,
     assert_same_gradients,
@@ -74,7 +75,7 @@ def test_all_tokens_served_are_the_whole_teacher(server):
     policy, plain = tiny_pair("qwen3")
     want = plain_loss(plain, samples, teacher=server.model)
     want.backward()
-    teacher = ServedTeacher(HttpTopK(server.url, "t"), VOCAB)
+    teacher = ServedTeacher(Endpoint(server.url, "t"), VOCAB)
     got = loss_with(policy, samples, teacher)
     assert teacher.missing == 0 and abs(got - float(want.detach())) < 1e-4
     assert_same_gradients(policy, plain, 1e-3)
@@ -85,11 +86,11 @@ def test_few_tokens_served_bound_the_divergence_from_below(server):
     policy, _ = tiny_pair("qwen3")
     found = []
     for k in (1, 4, 20, VOCAB):
-        teacher = ServedTeacher(HttpTopK(server.url + "/v1/", "t"), k)
+        teacher = ServedTeacher(Endpoint(server.url + "/v1/", "t"), k)
         teacher.attach(samples, 100)
         (micro,) = pack(samples, 100)
         inputs = micro.head_inputs(teacher=teacher.head(micro))
-        divergence = policy(**micro.model_args(), inputs=inputs).divergence
+        divergence = policy(micro, inputs=inputs).divergence
         found.append(float(divergence.sum()))
         guided = torch.cat([s.guided for s in samples])
         picked = torch.cat([v for _, v in micro.per_sample(divergence)])
@@ -100,13 +101,15 @@ def test_few_tokens_served_bound_the_divergence_from_below(server):
 def test_what_is_asked_of_the_server(server, monkeypatch):
     monkeypatch.setenv("A_KEY", "key")
     samples = teacher_samples()
-    (ids, logprobs), *_ = HttpTopK(server.url, "name", key_variable="A_KEY").topk(samples, 5)
+    teacher = ServedTeacher(Endpoint(server.url, "name", "A_KEY"), 5)
+    teacher.attach(samples)
     path, headers, body = server.requests[0]
     assert path == "/v1/completions" and headers["Authorization"] == "Bearer key"
     assert body["model"] == "name" and body["prompt_logprobs"] == 5 and body["max_tokens"] == 1
     sent = sorted(request["prompt"] for _, _, request in server.requests)
     seen = [s.seen_by_teacher() for s in samples]
     assert sent == sorted(torch.cat([s.prompt_ids, s.completion_ids]).tolist() for s in seen)
+    ids, logprobs = teacher.topk(samples[0])
     logp = torch.log_softmax(plain_logits(server.model, samples[0], seen[0].prompt_ids), -1)
     assert torch.equal(ids[:, 0], samples[0].completion_ids)  # the sampled token first
     assert ids.shape == logprobs.shape == (5, 6)
@@ -116,14 +119,15 @@ def test_what_is_asked_of_the_server(server, monkeypatch):
 
 def test_passing_failures_are_asked_again(server):
     server.failures = [503, 429]
-    answers = HttpTopK(server.url, "t", workers=1).topk(make_samples([(3, 4)]), 2)
-    assert answers[0] is not None and len(server.requests) == 3
+    samples = make_samples([(3, 4)])
+    ServedTeacher(Endpoint(server.url, "t", pause=0.01), 2).attach(samples)
+    assert samples[0].topk is not None and len(server.requests) == 3
 
 
 def test_a_sample_without_an_answer_has_no_teacher(server, caplog):
     server.failures = [400]
     samples = make_samples([(3, 4), (2, 6)])
-    teacher = ServedTeacher(HttpTopK(server.url, "t", workers=1), 3)
+    teacher = ServedTeacher(Endpoint(server.url, "t", workers=1), 3)
     teacher.attach(samples)
     assert teacher.missing == 1 and samples[0].topk is None
     assert "HTTP 400: not today" in caplog.text
@@ -136,15 +140,16 @@ def test_a_sample_without_an_answer_has_no_teacher(server, caplog):
 
 
 def test_a_filler_has_no_served_teacher():
-    teacher = ServedTeacher(HttpTopK("http://localhost:1", "t"), 3)
+    teacher = ServedTeacher(Endpoint("http://localhost:1", "t"), 3)
     assert (teacher.head(filler()).token_ids == -1).all()
 
 
 def test_a_server_that_is_not_there_raises():
-    source = HttpTopK("http://127.0.0.1:9", "t", retries=0, timeout=2)
+    teacher = ServedTeacher(Endpoint("http://127.0.0.1:9", "t", retries=0, timeout=2), 3)
     with pytest.raises(ConnectionError, match="no request to http://127.0.0.1:9/v1/completions"):
-        ServedTeacher(source, 3).attach(make_samples([(3, 4)]))
-    assert source.topk([], 3) == []
+        teacher.attach(make_samples([(3, 4)]))
+    teacher.attach([])
+    assert teacher.missing == 0
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,5 @@ def test_nonsense_is_named(answer, message):
 
 
 def test_bad_arguments_raise():
-    with pytest.raises(ValueError, match="url: got 'localhost:8000'"):
-        HttpTopK("localhost:8000", "t")
     with pytest.raises(ValueError, match="k: got 0"):
-        ServedTeacher(HttpTopK("http://localhost", "t"), 0)
+        ServedTeacher(Endpoint("http://localhost", "t"), 0)
