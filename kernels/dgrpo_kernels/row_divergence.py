@@ -91,7 +91,7 @@ def row_divergence(
     check_rows("z", z.raw)
     check_rows("t", t.raw)
     rows, V = z.raw.shape
-    block, warps = at.divergence_block(V)
+    block, warps = at.divergence_block(V, z.bias is not None or t.bias is not None)
     per_row = isinstance(parameter, Tensor)
     with torch.cuda.device_of(z.raw):
         _row_divergence_kernel[(rows,)](

@@ -250,7 +250,8 @@ def row_stats(
     check_rows("z", z.raw)
     check_rows("t", teacher.raw)
     rows, V = z.raw.shape
-    heavy = round_policy or CAPPED in (z.form, teacher.form)
+    heavy = round_policy or CAPPED in (z.form, teacher.form) or z.bias is not None
+    heavy = heavy or teacher.bias is not None
     lanes, tiles, warps = at.stats_block(V, heavy)
     with torch.cuda.device_of(z.raw):
         _row_stats_kernel[(rows,)](
