@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from bench.variants import (  # first: it turns the interpreter off
+    ODD_VOCAB,
     ROWS,
     TARGETS,
     Variant,
@@ -24,6 +25,7 @@ from bench.variants import (  # first: it turns the interpreter off
     common_variants,
     compiling,
     core_variants,
+    fused_variant,
     loop_variants,
 )
 
@@ -115,8 +117,11 @@ def check_all(targets: list[str], *, everything: bool) -> int:
     )
     failures = 0
     for target in targets:
-        few = common_variants() if target == "sm_90" else core_variants()
-        failures += check(target, all_variants() if everything else few)
+        some = common_variants() if target == "sm_90" else core_variants()
+        some = all_variants() if everything else some
+        if target.startswith("sm_"):  # `row_fused` is for CUDA alone
+            some = [*some, fused_variant("plain"), fused_variant("full", ODD_VOCAB)]
+        failures += check(target, some)
     print(f"{failures} with faults" if failures else "no faults")
     return 1 if failures else 0
 

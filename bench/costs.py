@@ -8,7 +8,7 @@ saved on this kind of GPU.
 
 from __future__ import annotations
 
-from bench.estimate import Estimate, blocks_of, estimate, shared_workspace
+from bench.estimate import Estimate, blocks_of, estimate
 from bench.gpus import GPUS
 from bench.loops import Figures, computed
 from bench.loss_speed import SHAPES
@@ -38,14 +38,10 @@ def changes(gpu: str, budget: int, kernels: dict[str, Figures]) -> dict[str, Est
     card = GPUS[gpu]
     plan = roofline(CONTRACT, card, budget * MIB).plan
     blocks = blocks_of(plan)
-    sizes = range(1024, min(6144, budget * MIB // (2 * CONTRACT.vocab)), 128)
-    shared = [shared_workspace(CONTRACT, budget * MIB, rows) for rows in sizes]
-    together = min(shared, key=lambda parts: estimate(CONTRACT, card, parts).ms)
     return {
         "as it is": estimate(CONTRACT, card, blocks, kernels),
         "row kernels bound by HBM alone": estimate(CONTRACT, card, blocks),
-        "and one workspace for G and logits": estimate(CONTRACT, card, together),
-        "and the second read from L2": estimate(CONTRACT, card, together, second_read_in_l2=True),
+        "and the second read from L2": estimate(CONTRACT, card, blocks, second_read_in_l2=True),
     }
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bench.gpus import Ceilings
 from bench.loops import TOKENS, VOCAB, Figures
 from bench.sizes import Shape
-from dgrpo.ops.blocks import TILE, Plan
+from dgrpo.ops.plan import TILE, Plan
 
 LOGITS_PRODUCT = 1.04  # z and t over their bound: their blocks are small, waves are not full
 ADDED_SHARE = 0.4  # of reading and writing dW that the product does not hide
@@ -50,25 +50,6 @@ class Estimate(NamedTuple):
 def blocks_of(plan: Plan) -> list[list[int]]:
     """Rows of every part, in every block of G."""
     return [[part.stop - part.start for part in parts] for _, parts in plan.blocks()]
-
-
-def shared_workspace(shape: Shape, budget: int, grad_rows: int) -> list[list[int]]:
-    """Parts that use G's rows as long as these are not filled, in blocks of `grad_rows` rows.
-
-    A part of r rows after f filled ones needs (f + r) rows of G and r of both logits.
-    """
-    rows_of_g = budget // (WRITE * shape.vocab)
-    blocks, left = [], shape.tokens
-    while left:
-        block, filled = [], 0
-        end = min(grad_rows, left)
-        while filled < end:
-            most = (rows_of_g - filled) * WRITE // (READ + WRITE) // 32 * 32
-            block.append(min(max(most, 32), end - filled))
-            filled += block[-1]
-        blocks.append(block)
-        left -= end
-    return blocks
 
 
 def estimate(

@@ -26,8 +26,8 @@ from bench.ours import MIB, fused
 from bench.report import console, percent, save
 from bench.sizes import Shape, pair
 from dgrpo.objectives import Context
-from dgrpo.ops.blocks import Plan, make_plan, padded
 from dgrpo.ops.gemm import accumulate, accumulator, grad_hidden, project, writes_fp32
+from dgrpo.ops.plan import CPU_RIDGE, Plan, make_plan, padded, ridge_of
 from dgrpo_kernels.rows import POLICY_INPUTS, POLICY_OUTPUTS, STATS, Logits, PolicyRows
 
 SHAPES = {
@@ -59,6 +59,7 @@ def plan_of(case: Case, budget: int) -> Plan:
         teacher_width=shape.teacher_hidden,
         budget=budget,
         processors=torch.cuda.get_device_properties(0).multi_processor_count if gpu else 0,
+        ridge=ridge_of(device) if gpu else CPU_RIDGE,
         lifts=not writes_fp32("mm", case.weight),
     )
 
@@ -85,12 +86,15 @@ def row_kernels(
     else:
         import dgrpo.ops.rows_torch as backend
 
-    return {
+    found = {
         "row_stats": lambda: backend.row_stats(*logits, targets, stats),
         "row_grad": lambda: backend.row_grad(
             *logits, targets, stats, coefficients, grad, **options
         ),
     }
+    if triton:  # both in one kernel: not part of the sum while the op does not use it
+        found["row_fused"] = lambda: backend.row_fused(*logits, targets, stats, grad, **options)
+    return found
 
 
 @torch.no_grad()
@@ -99,19 +103,17 @@ def parts(case: Case, plan: Plan, copied: int, repeats: int) -> list[Part]:
     shape, device = case.shape, case.hidden.device
     tokens, vocab = shape.tokens, shape.vocab
     weight, teacher_weight = case.weight.detach(), case.teacher_weight
-    buffers = [
-        torch.empty(plan.logit_rows, padded(vocab), device=device)[:, :vocab] for _ in range(2)
-    ]
-    z, t = buffers
-    h, h_teacher = case.hidden.detach()[: plan.logit_rows], case.teacher_hidden[: plan.logit_rows]
+    rows_each = plan.mean_rows
+    z, t = (torch.empty(rows_each, padded(vocab), device=device)[:, :vocab] for _ in range(2))
+    h, h_teacher = case.hidden.detach()[:rows_each], case.teacher_hidden[:rows_each]
     grad = torch.zeros(plan.grad_rows, padded(vocab), dtype=weight.dtype, device=device)[:, :vocab]
     wide = case.hidden.detach()[: plan.grad_rows]
     total = torch.zeros(vocab, shape.hidden, dtype=accumulator(weight.dtype), device=device)
     project(h, weight, z, plan.scratch)
     project(h_teacher, teacher_weight, t, plan.scratch)
-    for start in range(0, plan.grad_rows, plan.logit_rows):
+    for start in range(0, plan.grad_rows, rows_each):
         # G holds real gradients: products of zeros run faster.
-        part = grad[start : start + plan.logit_rows]
+        part = grad[start : start + rows_each]
         rows = row_kernels(case, z[: len(part)], t[: len(part)], part, triton=z.is_cuda)
         for run in rows.values():
             run()
@@ -119,7 +121,7 @@ def parts(case: Case, plan: Plan, copied: int, repeats: int) -> list[Part]:
     scale = tokens / min(FLOOR_ROWS, tokens)
     floor = {name: scale * burst_ms(run, repeats=repeats) for name, run in gemms(case).items()}
     rate = copy_rate(copied, device, repeats) / 1e3  # bytes per millisecond
-    many, few = tokens / plan.logit_rows, tokens / plan.grad_rows
+    many, few = tokens / rows_each, tokens / plan.grad_rows
     size = weight.dtype.itemsize
     products = {
         "z": (lambda: project(h, weight, z, plan.scratch), many),
@@ -127,10 +129,11 @@ def parts(case: Case, plan: Plan, copied: int, repeats: int) -> list[Part]:
         "dHidden": (lambda: grad_hidden(grad, weight, plan.scratch), few),
         "dW": (lambda: accumulate(total, grad, wide, plan.scratch), few),
     }
-    read = {"row_stats": 8 * tokens * vocab, "row_grad": (8 + size) * tokens * vocab}
+    read = {"row_stats": 8, "row_grad": 8 + size, "row_fused": 8 + size}  # bytes per logit
+    every = tokens * vocab / rate
     return [
         *(Part(n, run, calls, floor[n], "compute") for n, (run, calls) in products.items()),
-        *(Part(n, rows[n], many, read[n] / rate, "memory") for n in ("row_stats", "row_grad")),
+        *(Part(n, run, many, read[n] * every, "memory") for n, run in rows.items()),
     ]
 
 
@@ -160,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     body = {
         "shape": str(shape),
         "budget": budget,
-        "logit_rows": plan.logit_rows,
+        "part_rows": plan.parts,
         "grad_rows": plan.grad_rows,
         "step_ms": step_ms,
         "rows": found,
@@ -182,7 +185,7 @@ def whole_step(case: Case, budget: int, repeats: int) -> float:
 
 def print_parts(shape: Shape, plan: Plan, found: list[dict], step_ms: float) -> None:
     """The table, the sum, and what the sum leaves unexplained."""
-    title = f"{shape}; R = {plan.logit_rows} rows of logits, M = {plan.grad_rows} rows of G"
+    title = f"{shape}; M = {plan.grad_rows} rows of G, {plan.mean_rows} rows of logits on average"
     table = Table(title=title, title_justify="left", box=None)
     for heading in ("part", "bound by", "calls", "ms each", "ms", "floor ms", "of floor"):
         table.add_column(heading, justify="right")
@@ -196,7 +199,7 @@ def print_parts(shape: Shape, plan: Plan, found: list[dict], step_ms: float) -> 
             f"{row['floor_ms']:.4g}",
             percent(row["floor_ms"] / row["ms"]),
         )
-    total = sum(row["ms"] for row in found)
+    total = sum(row["ms"] for row in found if row["part"] != "row_fused")
     floor = sum(row["floor_ms"] for row in found if row["bound"] == "compute")
     table.add_section()
     table.add_row("sum", "", "", "", f"{total:.4g}", f"{floor:.4g}", percent(floor / total))

@@ -24,7 +24,7 @@ from bench.loops import TOKENS, VOCAB, computed
 from bench.ours import MIB
 from bench.report import console, human, output_folder
 from bench.sizes import MODELS, Shape, heads
-from dgrpo.ops.blocks import Plan, make_plan
+from dgrpo.ops.plan import Plan, make_plan
 
 
 class Cost(NamedTuple):
@@ -65,6 +65,7 @@ def roofline(shape: Shape, gpu: Ceilings, budget: int) -> Roofline:
         teacher_width=teacher,
         budget=budget,
         processors=gpu.processors,
+        ridge=gpu.flops / gpu.bandwidth,
     )
 
     def product(name: str, depth: int) -> Cost:
@@ -186,7 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         f"ceilings ({ceilings.source}): {ceilings.flops / 1e12:.0f} TFLOP/s, "
         f"{ceilings.bandwidth / 1e12:.2f} TB/s"
     )
-    out.print(f"blocks: R = {found.plan.logit_rows}, M = {found.plan.grad_rows}\n")
+    parts = " + ".join(map(str, found.plan.parts))
+    out.print(f"blocks: {found.plan.grad_rows} rows of G, in parts of {parts} rows of logits\n")
     table = Table(title="time, computed", title_justify="left", box=None)
     for heading in ("part", "TFLOP", "bytes moved", "ms"):
         table.add_column(heading, justify="left" if heading == "part" else "right")

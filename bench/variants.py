@@ -91,11 +91,14 @@ class Variant(NamedTuple):
     bias: bool = False  # reads as many numbers again, from the cache
 
 
-def block(vocab: int, bias: bool = False, softcap: bool = False, holes: bool = True) -> Logits:
-    """A block of raw logits with a padded row stride."""
+def block(
+    vocab: int, bias: bool = False, softcap: bool = False, holes: bool | None = None
+) -> Logits:
+    """A block of raw logits with a padded row stride. holes: None = those of a bias."""
     width = -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE
     raw = torch.empty(ROWS, width)[:, :vocab]
     soft = 30.0 if softcap else None
+    holes = bias if holes is None else holes
     return Logits(raw, torch.empty(width) if bias else None, softcap=soft, holes=holes)
 
 
@@ -112,7 +115,7 @@ def stats_variant(
     vocab: int = VOCAB,
     bias: bool = False,
     softcap: bool = False,
-    holes: bool = True,
+    holes: bool | None = None,
     **rest: Any,
 ) -> Variant:
     """`row_stats`; without a teacher for the divergence "none"."""
@@ -130,7 +133,7 @@ def divergence_variant(
     vocab: int = VOCAB,
     bias: bool = False,
     softcap: bool = False,
-    holes: bool = True,
+    holes: bool | None = None,
 ) -> Variant:
     """`row_divergence`, the second pass of the clipped forward KL and of the JSD."""
     z = block(vocab, bias, softcap, holes)
@@ -147,13 +150,14 @@ def grad_variant(
     vocab: int = VOCAB,
     bias: bool = False,
     softcap: bool = False,
-    holes: bool = True,
+    holes: bool | None = None,
     policy: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     **rest: Any,
 ) -> Variant:
     """`row_grad`, also with dGRPO fused in, of the least ("plain") or the most ("full") inputs."""
     z = block(vocab, bias, softcap, holes)
+    z = z._replace(holes=True) if divergence == "bucket" else z
     t = z if divergence in FULL else None
     reads = {"blocks": 1 if t is None else 2, "bias": bias}
     out = torch.empty(ROWS, z.raw.stride(0), dtype=dtype)[:, :vocab]
@@ -164,13 +168,27 @@ def grad_variant(
             kernels.row_grad, z, t, targets(), statistics(), torch.empty(3, ROWS), out, **options
         )
         return Variant(f"row_grad {label}", launch, **reads)
-    given = torch.empty(ROWS) if policy == "full" else None
-    context = Context(torch.empty(ROWS), torch.empty(ROWS), *(given,) * 4, ref_coef=0.1)
-    rows = PolicyRows(torch.empty(7, ROWS), torch.empty(7, ROWS), context)
+    rows = policy_rows(policy)
     launch = partial(
         kernels.row_grad, z, t, targets(), statistics(), None, out, policy=rows, **options
     )
     return Variant(f"row_grad {label} dgrpo {policy}", launch, **reads)
+
+
+def fused_variant(policy: str, vocab: int = VOCAB, dtype: torch.dtype = torch.bfloat16) -> Variant:
+    """`row_fused`, of the least ("plain") or the most ("full") inputs, 4 programs per row."""
+    z = block(vocab, holes=False)
+    out = torch.empty(ROWS, z.raw.stride(0), dtype=dtype)[:, :vocab]
+    rows = policy_rows(policy)
+    launch = partial(kernels.row_fused, z, z, targets(), statistics(), out, policy=rows, group=4)
+    return Variant(f"row_fused reverse_kl {vocab} dgrpo {policy}", launch, blocks=2)
+
+
+def policy_rows(policy: str) -> PolicyRows:
+    """The objective's rows, with all optional inputs for "full"."""
+    given = torch.empty(ROWS) if policy == "full" else None
+    context = Context(torch.empty(ROWS), torch.empty(ROWS), *(given,) * 4, ref_coef=0.1)
+    return PolicyRows(torch.empty(7, ROWS), torch.empty(7, ROWS), context)
 
 
 def topk_variants(vocab: int = VOCAB) -> list[Variant]:
@@ -203,6 +221,7 @@ def common_variants() -> list[Variant]:
         grad_variant("reverse_kl", dtype=torch.float16),
         grad_variant("reverse_kl", dtype=torch.float32),
         grad_variant("reverse_kl", vocab=1000),
+        stats_variant("none", holes=True),
         *topk_variants(),
     ]
 
@@ -239,6 +258,7 @@ def loop_variants() -> list[Variant]:
         "row_grad-forward_kl": grad_variant("forward_kl", **plain),
         "row_grad-jsd": grad_variant("jsd", **plain),
         "row_grad-no_teacher": grad_variant("none", policy="plain", **plain),
+        "row_fused-policy": fused_variant("plain"),
         "row_grad-full": grad_variant("reverse_kl", policy="full", **full, round_policy=True),
     }
     return [variant._replace(name=name) for name, variant in named.items()]
@@ -246,7 +266,7 @@ def loop_variants() -> list[Variant]:
 
 def all_variants() -> list[Variant]:
     """Every combination of options."""
-    found = []
+    found = [stats_variant("none", holes=True), stats_variant("none", softcap=True, holes=True)]
     heads = [(VOCAB, *flags) for flags in itertools.product((False, True), repeat=2)]
     for vocab, bias, softcap in [*heads, (ODD_VOCAB, True, True), (1000, True, True)]:
         head = {"vocab": vocab, "bias": bias, "softcap": softcap}

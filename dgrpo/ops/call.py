@@ -219,6 +219,8 @@ def _lay_out(
         rows = (flat != checks.IGNORE).nonzero()[:, 0]  # one sync, for CUDA targets
         dense = len(rows) == len(flat)
     host_rows = rows
+    if rows.is_cpu and device.type == "cuda":
+        rows = rows.pin_memory()  # or the copy would wait for the device
     rows = rows.to(device, non_blocking=True)
     picked = flat[rows]
     dtype, teacher_dtype = weight.dtype, None

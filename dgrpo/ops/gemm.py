@@ -7,6 +7,7 @@ head ever exists.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -35,9 +36,16 @@ def _writes_fp32(product: str, device: torch.device, dtype: torch.dtype) -> bool
             a = a.T.contiguous()
             torch.addmm(out, a.T, b.T, out_dtype=torch.float32, out=out)
             want += 1
+        right = bool((out == want).all())
     except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return bool((out == want).all())
+        right = False
+    if not right:
+        warnings.warn(
+            f"{product}(out_dtype=torch.float32) does not work with {dtype} on {device} in torch "
+            f"{torch.__version__}: products run in fp32, several times slower, in smaller blocks",
+            stacklevel=2,
+        )
+    return right
 
 
 def writes_fp32(product: str, like: Tensor) -> bool:

@@ -63,11 +63,16 @@ def measure(
             z, t, stats, divergence=divergence, parameter=call.parameter_at(part)
         )
         call.shard.add_divergence(stats)
+    leave_out(call, part, stats)
+    return columns
+
+
+def leave_out(call: Call, part: slice, stats: Tensor) -> None:
+    """Zero the statistics of tokens without a teacher."""
     if call.has_teacher is not None:
         out, absent = RowStats(*stats.unbind(0)), ~call.has_teacher[part]
         out.divergence.masked_fill_(absent, 0)
         out.teacher_logprobs.masked_fill_(absent, 0)
-    return columns
 
 
 class Score:
@@ -195,9 +200,16 @@ class FusedPolicy(_Writer):
         self.found = PolicyOutputs(*outputs)
 
     def __call__(self, z: Logits, t: Logits | None, part: slice, grad: Tensor | None) -> None:
-        columns = measure(self.call, z, t, part, self.stats[:, part])
+        call, stats = self.call, self.stats[:, part]
         inputs, outputs, context = self.rows
         rows = PolicyRows(inputs[:, part], outputs[:, part], context)
+        kernels = call.backend
+        whole = kernels.ROW_FUSED and call.topk is None and call.shard.group is None
+        if whole and kernels.takes(z, t, call.divergence, call.round_policy):
+            kernels.row_fused(z, t, call.targets[part], stats, grad, policy=rows)
+            leave_out(call, part, stats)
+            return
+        columns = measure(call, z, t, part, stats)
         coef = outputs[PolicyOutputs._fields.index("a") :, part]
         self.write(z, t, part, columns, coef, grad, rows)
 

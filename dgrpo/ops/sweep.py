@@ -1,7 +1,7 @@
 """The loop that every loss runs through: blocks of rows, never all logits at once.
 
-Two levels of blocks (`blocks`): R rows of fp32 logits, M rows of gradient before each dHidden and
-dW product. A step decides what happens to a part's logits: `Score` keeps statistics, `Descend`
+Two levels of blocks (`plan`): R rows of fp32 logits, M rows of gradient before each dHidden and dW
+product. A step decides what happens to a part's logits: `Score` keeps statistics, `Descend`
 evaluates an objective and writes gradients at once (4 matrix products), `Replay` writes gradients
 from upstream coefficients (recompute mode). All losses share this loop.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dgrpo.ops.blocks import Head, logits_buffer, open_heads, padded, plan_of
+from dgrpo.ops.blocks import Head, open_heads, plan_of
 from dgrpo.ops.call import Call, Need
 from dgrpo.ops.gradients import Grads, Sums
+from dgrpo.ops.plan import Workspace
 from dgrpo_kernels.rows import Logits
 
 
@@ -40,31 +40,28 @@ def sweep(
     with open_heads(call, hidden, weight, bias) as (student, teacher):
         plan = plan_of(call, student, teacher, need.any())
         sums = Sums(call, hidden, weight, bias, need)
-        z_rows = logits_buffer(plan.logit_rows, columns, student.weight)
-        t_rows = None if teacher is None else torch.empty_like(z_rows)
-        g_rows = None
-        if need.any():
-            g_rows = student.weight.new_empty(plan.grad_rows, padded(columns))
+        space = Workspace(plan, columns, student.weight, teacher is not None, need.any())
         for block, parts in plan.blocks():
             h = student.gather(call.select(block))
             for part in parts:
                 here = slice(part.start - block.start, part.stop - block.start)
                 with record_function("dgrpo::logits"):
-                    z = student.logits(h[here], z_rows, plan.scratch)
-                    t = _teacher_logits(call, teacher, part, t_rows, plan.scratch)
+                    raw = space.logits(here)
+                    z = student.logits(h[here], raw[0], plan.scratch)
+                    t = _teacher_logits(call, teacher, part, raw[-1], plan.scratch)
                 with record_function("dgrpo::rows"):
-                    step(z, t, part, None if g_rows is None else g_rows[here, :columns])
+                    step(z, t, part, space.grad(here))
             if need.any():
-                g = g_rows[: len(h), :columns]
+                g = space.grad(slice(0, len(h)))
                 units = None if step.units is None else step.units[block]
                 sums.add(g, h, student.weight, block, units, plan.scratch)
     return sums.finish()
 
 
 def _teacher_logits(
-    call: Call, teacher: Head | None, part: slice, buffer: Tensor | None, scratch: int
+    call: Call, teacher: Head | None, part: slice, raw: Tensor, scratch: int
 ) -> Logits | None:
     if teacher is None:
         return None
     rows = call.select(part) if call.teacher_index is None else call.teacher_index[part]
-    return teacher.logits(teacher.gather(rows), buffer, scratch)
+    return teacher.logits(teacher.gather(rows), raw, scratch)

@@ -6,10 +6,15 @@ and its slopes a = dL/dlogp, b = dL/dD, c = dL/dentropy (dGRPO, arXiv 2605.12227
 `dgrpo.objectives.dgrpo`; both are tested against each other.
 """
 
+from __future__ import annotations
+
+from math import inf
+
 import triton
 import triton.language as tl
 
 from dgrpo_kernels import layout as at
+from dgrpo_kernels.rows import PolicyRows
 
 
 @triton.jit
@@ -66,3 +71,37 @@ def dgrpo_row(
     b = tl.where(skip | (teacher_coef == 0), 0.0, weight * teacher_coef)
     c = tl.where(skip, 0.0, -weight * entropy_coef)
     return loss, ratio, clipped, clamped, a, b, c
+
+
+@triton.jit
+def store_policy(out_ptr, out_row, loss, ratio, clipped, clamped, a, b, c):
+    """One token's `PolicyOutputs`."""
+    tl.store(out_ptr + out_row * at.LOSSES, loss)
+    tl.store(out_ptr + out_row * at.RATIO, ratio)
+    tl.store(out_ptr + out_row * at.CLIPPED, clipped.to(tl.float32))
+    tl.store(out_ptr + out_row * at.CLAMPED, clamped.to(tl.float32))
+    tl.store(out_ptr + out_row * at.COEF_A, a)
+    tl.store(out_ptr + out_row * at.COEF_B, b)
+    tl.store(out_ptr + out_row * at.COEF_C, c)
+
+
+def policy_numbers(policy: PolicyRows | None) -> tuple[float, ...]:
+    """The objective's numbers, in the order of the kernels' arguments; infinite where None."""
+    if policy is None:
+        return (0.0,) * 6
+    given = policy.context
+    numbers = (
+        given.clip_low, given.clip_high, given.clip_dual, given.is_cap, given.ref_coef,
+        given.entropy_coef,
+    )  # fmt: skip
+    return tuple(inf if number is None else float(number) for number in numbers)
+
+
+def policy_flags(policy: PolicyRows | None) -> dict[str, bool]:
+    """Which of the objective's optional inputs are there."""
+    context = None if policy is None else policy.context
+    flags = {
+        "HAS_OLD": "old_logprobs", "HAS_REF": "ref_logprobs", "HAS_WEIGHTS": "policy_weights",
+        "HAS_SAMPLER": "sampler_logprobs",
+    }  # fmt: skip
+    return {flag: getattr(context, name, None) is not None for flag, name in flags.items()}

@@ -10,10 +10,11 @@
                                                               + (1-w) p (log p - log q - KL(p‖q))
 
 with S the sum of the unclipped q and M = (1-beta) p + beta q (the JSD's convention is TRL's, GKD
-2306.13649; w = 1/2 is half of what Jeffreys 1946 defines). One of one pass is summed online in
-`row_stats`, `add_online`, and finished by `online_value`; one of two passes needs both normalisers
-first: `row_divergence` sums the value and `aux` (S, KL(p‖M) or KL(p‖q)) column by column,
-`column_terms`. `slope` is dD/dz of a block of columns.
+2306.13649; w = 1/2 is half of what Jeffreys 1946 defines).
+
+One of one pass is summed online in `row_stats` (`online_terms`) and finished by `online_value`. One
+of two passes needs both normalisers first: `row_divergence` sums the value and `aux` (S, KL(p‖M) or
+KL(p‖q)) column by column (`column_terms`). `slope` is dD/dz of a block of columns.
 
 To add a divergence: an entry, its functions, and a branch where they are called.
 `dgrpo.ops.divergences` is the twin in plain torch.
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from dgrpo_kernels.logits import FLOOR
+from dgrpo_kernels.logits import FLOOR, exp
 
 
 class Divergence(NamedTuple):
@@ -55,12 +56,12 @@ JSD = tl.constexpr(DIVERGENCES["jsd"].code)
 JEFFREYS = tl.constexpr(DIVERGENCES["jeffreys"].code)
 
 
-# reverse KL: the running sum of e^u (u - v)
+# reverse KL: the sum of e^u (u - v)
 
 
 @triton.jit
-def _add_reverse_kl(cross, u, v, e, sum_z, step_z, step_t, decay_z):
-    return decay_z * (cross + (step_z - step_t) * sum_z) + tl.where(e > 0, e * (u - v), 0.0)
+def _move_reverse_kl(cross, sum_z, step_z, step_t, decay_z):
+    return decay_z * (cross + (step_z - step_t) * sum_z)
 
 
 @triton.jit
@@ -68,19 +69,18 @@ def _reverse_kl_slope(p, lp, lq, divergence):
     return p * (lp - lq - divergence)
 
 
-# forward KL: the running sum of e^v (v - u)
+# forward KL: the sum of e^v (v - u)
 
 
 @triton.jit
-def _add_forward_kl(cross, u, v, f, sum_t, step_z, step_t, decay_t):
+def _move_forward_kl(cross, sum_t, step_z, step_t, decay_t):
     # Infinite where the student forbids what the teacher says, until that q underflows.
-    cross = tl.where(decay_t > 0, decay_t * (cross + (step_t - step_z) * sum_t), 0.0)
-    return cross + tl.where(f > 0, f * (v - u), 0.0)
+    return tl.where(decay_t > 0, decay_t * (cross + (step_t - step_z) * sum_t), 0.0)
 
 
 @triton.jit
 def _forward_kl_slope(p, lq):
-    return p - tl.exp(lq)
+    return p - exp(lq)
 
 
 # clipped forward KL
@@ -94,7 +94,7 @@ def _clipped_forward_kl_terms(q, lp, lq, clip):
 
 @triton.jit
 def _clipped_forward_kl_slope(p, lp, lq, aux, clip):
-    q = tl.exp(lq)
+    q = exp(lq)
     unclipped = q * (lq - lp) < clip
     return p * aux - tl.where(unclipped, q, 0.0)
 
@@ -106,7 +106,7 @@ def _clipped_forward_kl_slope(p, lp, lq, aux, clip):
 def _jsd_terms(p, q, lp, lq, beta):
     lp = tl.where(p > 0, lp, FLOOR)
     top = tl.maximum(lp, lq)
-    log_mix = top + tl.log((1.0 - beta) * tl.exp(lp - top) + beta * tl.exp(lq - top))
+    log_mix = top + tl.log((1.0 - beta) * exp(lp - top) + beta * exp(lq - top))
     student = tl.where(p > 0, p * (lp - log_mix), 0.0)
     teacher = tl.where(q > 0, q * (lq - log_mix), 0.0)
     return beta * teacher + (1.0 - beta) * student, student
@@ -117,7 +117,7 @@ def _jsd_slope(p, lp, lq, aux, beta):
     x = lp + tl.log(1.0 - beta)
     y = lq + tl.log(beta)
     top = tl.maximum(x, y)
-    log_mix = top + tl.log(tl.exp(x - top) + tl.exp(y - top))
+    log_mix = top + tl.log(exp(x - top) + exp(y - top))
     return (1.0 - beta) * p * (lp - log_mix - aux)
 
 
@@ -133,24 +133,33 @@ def _jeffreys_terms(p, q, lp, lq, weight):
 
 @triton.jit
 def _jeffreys_slope(p, lp, lq, aux, weight):
-    return weight * (p - tl.exp(lq)) + (1.0 - weight) * p * (lp - lq - aux)
+    return weight * (p - exp(lq)) + (1.0 - weight) * p * (lp - lq - aux)
 
 
 # what the row kernels call
 
 
 @triton.jit
-def add_online(
-    cross, u, v, e, f, sum_z, sum_t, step_z, step_t, decay_z, decay_t, DIVERGENCE: tl.constexpr
-):
-    """The running sum of a divergence of one pass after one more block of columns.
-
-    e, f: e^u, e^v. sum_z, sum_t: their sums so far. step, decay: how the maxima moved, and e^step.
-    """
+def online_terms(u, v, e, f, HOLES: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """Each column's part of the sum of a divergence of one pass. e, f: e^u, e^v."""
     if DIVERGENCE == REVERSE_KL:
-        cross = _add_reverse_kl(cross, u, v, e, sum_z, step_z, step_t, decay_z)
-    elif DIVERGENCE == FORWARD_KL:
-        cross = _add_forward_kl(cross, u, v, f, sum_t, step_z, step_t, decay_t)
+        terms = e * (u - v)
+        weight = e
+    else:
+        terms = f * (v - u)
+        weight = f
+    return tl.where(weight > 0, terms, 0.0) if HOLES else terms
+
+
+@triton.jit
+def move_online(
+    cross, sum_z, sum_t, step_z, step_t, decay_z, decay_t, DIVERGENCE: tl.constexpr
+):  # fmt: skip
+    """That sum after the maxima moved by `-step`. decay: e^step; sum_z, sum_t: of e^u, e^v."""
+    if DIVERGENCE == REVERSE_KL:
+        cross = _move_reverse_kl(cross, sum_z, step_z, step_t, decay_z)
+    else:
+        cross = _move_forward_kl(cross, sum_t, step_z, step_t, decay_t)
     return cross
 
 
@@ -190,5 +199,5 @@ def slope(lp, lq, p, divergence, aux, parameter, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == JEFFREYS:
         g = _jeffreys_slope(p, lp, lq, aux, parameter)
     else:
-        g = p * aux - tl.exp(lq)
+        g = p * aux - exp(lq)
     return g

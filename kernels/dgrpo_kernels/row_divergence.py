@@ -13,8 +13,27 @@ from torch import Tensor
 
 from dgrpo_kernels import layout as at
 from dgrpo_kernels.divergences import DIVERGENCES, column_terms
-from dgrpo_kernels.logits import FLOOR, load_row, logits_of
+from dgrpo_kernels.logits import FLOOR, exp, load_raw, logits_of, within
 from dgrpo_kernels.rows import Logits, check_rows
+
+
+@triton.jit
+def _terms(
+    cols, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
+    z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+    max_z, log_sum_z, max_t, log_sum_t, parameter,
+    Z_FORM: tl.constexpr, T_FORM: tl.constexpr, HOLES: tl.constexpr, T_HOLES: tl.constexpr,
+    DIVERGENCE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Each column's part of the value and of `aux`."""
+    x = load_raw(z_ptr, z_bias_ptr, cols, z_row, MASKED)
+    y = load_raw(t_ptr, t_bias_ptr, cols, t_row, MASKED)
+    z = logits_of(x, z_scale, z_softcap, z_inv_temperature, Z_FORM, HOLES)
+    t = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_FORM, T_HOLES)
+    lp = within(z, cols, V, HOLES, MASKED) - max_z - log_sum_z
+    v = within(t, cols, V, T_HOLES, MASKED) - max_t
+    lq = (tl.maximum(v, FLOOR) if T_HOLES else v) - log_sum_t
+    return column_terms(exp(lp), exp(lq), lp, lq, parameter, DIVERGENCE)
 
 
 @triton.jit(
@@ -25,8 +44,8 @@ def _row_divergence_kernel(
     z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, stats_ptr, parameters_ptr,
     V, z_row, t_row, stats_row,
     z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature, parameter,
-    Z_SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr, DIVERGENCE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    Z_FORM: tl.constexpr, T_FORM: tl.constexpr, HOLES: tl.constexpr, T_HOLES: tl.constexpr,
+    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_row
@@ -41,19 +60,17 @@ def _row_divergence_kernel(
     lanes = tl.arange(0, BLOCK)
     divergence = tl.zeros((BLOCK,), tl.float32)
     aux = divergence
-    for start in range(0, V, BLOCK):
-        cols = start + lanes
-        x = load_row(z_ptr, z_bias_ptr, cols, z_row, V)
-        y = load_row(t_ptr, t_bias_ptr, cols, t_row, V)
-        z = logits_of(x, z_scale, z_softcap, z_inv_temperature, Z_SOFTCAP)
-        t = logits_of(y, t_scale, t_softcap, t_inv_temperature, T_SOFTCAP)
-        lp = z - max_z - log_sum_z
-        lq = tl.maximum(t - max_t, FLOOR) - log_sum_t
-        p = tl.exp(lp)
-        q = tl.exp(lq)
-        value_terms, aux_terms = column_terms(p, q, lp, lq, parameter, DIVERGENCE)
-        divergence += value_terms
-        aux += aux_terms
+    full = V // BLOCK * BLOCK
+    for REST in tl.static_range(2):  # whole blocks, then what is left, masked
+        for start in range(full if REST else 0, V if REST else full, BLOCK):
+            value_terms, aux_terms = _terms(
+                start + lanes, z_ptr, t_ptr, z_bias_ptr, t_bias_ptr, V, z_row, t_row,
+                z_scale, z_softcap, z_inv_temperature, t_scale, t_softcap, t_inv_temperature,
+                max_z, log_sum_z, max_t, log_sum_t, parameter,
+                Z_FORM, T_FORM, HOLES, T_HOLES, DIVERGENCE, REST == 1,
+            )  # fmt: skip
+            divergence += value_terms
+            aux += aux_terms
     tl.store(stats_ptr + stats_row * at.DIVERGENCE_ROW, tl.sum(divergence, 0))
     tl.store(stats_ptr + stats_row * at.AUX, tl.sum(aux, 0))
 
@@ -74,13 +91,13 @@ def row_divergence(
     check_rows("z", z.raw)
     check_rows("t", t.raw)
     rows, V = z.raw.shape
-    block, warps = at.stats_block(V)
+    block, warps = at.divergence_block(V, z.bias is not None or t.bias is not None)
     per_row = isinstance(parameter, Tensor)
     with torch.cuda.device_of(z.raw):
         _row_divergence_kernel[(rows,)](
             z.raw, t.raw, z.bias, t.bias, stats, parameter if per_row else None,
             V, z.raw.stride(0), t.raw.stride(0), stats.stride(0),
             *z.scalars, *t.scalars, 0.0 if per_row else float(parameter or 0.0),
-            Z_SOFTCAP=z.softcap is not None, T_SOFTCAP=t.softcap is not None,
+            Z_FORM=z.form, T_FORM=t.form, HOLES=z.holes, T_HOLES=t.holes,
             DIVERGENCE=DIVERGENCES[divergence].code, BLOCK=block, num_warps=warps,
         )  # fmt: skip

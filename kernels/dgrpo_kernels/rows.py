@@ -8,6 +8,8 @@ from torch import Tensor
 
 ROW_MULTIPLE = 16  # elements; row strides are multiples, so that every load is 16 bytes wide
 
+RAW, SCALED, CAPPED = 0, 1, 2  # what turns raw values into logits: see `dgrpo_kernels.logits`
+
 FLOOR = -1e6  # nats below the peak at which a teacher's logit is held: its KLs stay finite
 
 
@@ -54,6 +56,13 @@ class Logits(NamedTuple):
     softcap: float | None = None
     temperature: float = 1.0
     holes: bool = True
+
+    @property
+    def form(self) -> int:
+        """RAW, SCALED or CAPPED."""
+        if self.softcap is not None:
+            return CAPPED
+        return RAW if self.scale == self.temperature == 1 else SCALED
 
     @property
     def scalars(self) -> tuple[float, float, float]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from bench.gpus import GPUS
 from bench.loops import computed, figures, resident_warps
@@ -118,13 +119,28 @@ def test_figures_are_per_eight_columns_of_one_row():
     assert resident_warps(32, 4, 100 << 10, "sm_90") == 8
 
 
-def test_the_plain_loops_are_counted_on_every_nvidia_target():
-    found = computed("sm_80", "sm_90", "sm_100")
+@pytest.fixture(scope="module")
+def plain_loops():
+    return computed("sm_80", "sm_90", "sm_100")
+
+
+def test_the_plain_loops_are_counted_on_every_nvidia_target(plain_loops):
+    found = plain_loops
     names = [(name, f"sm_{number}") for number in (80, 90, 100) for name in PLAIN]
     assert sorted(found) == sorted(names)
     for one in found.values():
         assert one.instructions == pytest.approx(sum(one.classes.values())) and one.in_flight > 0
         assert one.bytes_per_column == (10 if one.name.startswith("row_grad") else 8)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("kernel, most", [("row_stats", 130), ("row_grad", 95)])
+def test_the_plain_loops_keep_their_bounds(plain_loops, kernel, most, target):
+    one = plain_loops[f"{kernel}-plain", target]
+    assert one.barriers == one.shuffles == 0
+    assert one.in_flight >= 4
+    newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+    assert one.instructions <= most * (1 if newest else 1.1)
 
 
 def test_machine_code_is_kept_in_a_file_per_variant(tmp_path):

@@ -158,3 +158,34 @@ def test_autocast_and_a_compiled_model():
     for value, wanted in zip(got, want, strict=True):
         assert value.dtype == torch.float32
         assert_near(value, wanted, 2e-2, "gradient")  # inductor fuses the body's rounding
+
+
+@on_gpu
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("columns", [1001, 152064])
+def test_programs_that_share_a_row(columns, group):
+    """`row_fused`, whose programs wait for each other, against `row_stats` and `row_grad`."""
+    from dgrpo.objectives import Context
+    from dgrpo_kernels import STATS, Logits, PolicyRows
+    from dgrpo_kernels import triton_rows as kernels
+
+    rows, width = 300, -(-columns // 16) * 16
+    z, t = (Logits(torch.randn(rows, width, device=DEVICE)[:, :columns], holes=False) for _ in "zt")
+    targets = torch.randint(columns, (rows,), device=DEVICE)
+    inputs = torch.rand(7, rows, device=DEVICE)
+    context = Context(inputs[1], inputs[0], inputs[2])
+    runs = []
+    for kernel in ("two", "one", "one"):
+        stats = torch.zeros(STATS, rows, device=DEVICE)
+        grad = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)[:, :columns]
+        policy = PolicyRows(inputs, torch.zeros(7, rows, device=DEVICE), context)
+        if kernel == "one":
+            kernels.row_fused(z, t, targets, stats, grad, policy=policy, group=group)
+        else:
+            kernels.row_stats(z, t, targets, stats)
+            kernels.row_grad(z, t, targets, stats, None, grad, policy=policy)
+        runs.append((stats, policy.outputs, grad))
+    two, one, again = runs
+    assert all(map(torch.equal, one, again))
+    for got, wanted, most in zip(one, two, (1e-5, 1e-5, 1e-2), strict=True):
+        assert_near(got.float(), wanted.double(), most, "row_fused")

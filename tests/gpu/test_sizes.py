@@ -50,8 +50,8 @@ def test_row_offsets_beyond_32_bits_in_the_kernels():
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 14 GiB")
     draw = torch.randn(rows, 100, device=DEVICE)
-    far = torch.empty(2 * stride + 112, device=DEVICE).as_strided((rows, 100), (stride, 1))
-    out = torch.empty(2 * stride + 112, device=DEVICE, dtype=torch.bfloat16)
+    far = torch.empty(2 * stride + 128, device=DEVICE).as_strided((rows, 100), (stride, 1))
+    out = torch.empty(2 * stride + 128, device=DEVICE, dtype=torch.bfloat16)
     out = out.as_strided((rows, 100), (stride, 1))
     far.copy_(draw)
     targets = torch.tensor([1, 2, 3], device=DEVICE)

@@ -41,6 +41,7 @@ def block(rows: int, columns: int, seed: int = 0, bias: bool = False, **transfor
     raw[torch.arange(rows), torch.randint(columns, (rows,), generator=generator)] += 12
     full = torch.zeros(width)
     full[:columns] = torch.randn(columns, generator=generator)
+    transform.setdefault("holes", bias)
     return Logits(raw.to(DEVICE)[:, :columns], full.to(DEVICE) if bias else None, **transform)
 
 

@@ -37,9 +37,10 @@ def check(backend, z, t, divergence="reverse_kl", most=1e-5, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("columns", SIZES)
-def test_any_number_of_columns(columns, backend):
-    check(backend, block(3, columns), block(3, columns, seed=1))
+def test_any_number_of_columns(columns, holes, backend):
+    check(backend, block(3, columns, holes=holes), block(3, columns, seed=1, holes=holes))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,7 +101,7 @@ def test_a_target_outside_reads_what_it_is_told(target, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_whose_first_block_was_taken_out(backend):
-    z = block(2, 2100)
+    z = block(2, 2100, holes=True)
     z.raw[0, :2050] = -torch.inf  # all of the first 2048 columns
     z.raw[1] = -torch.inf  # all columns
     targets = torch.tensor([2060, 5], device=DEVICE)

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dgrpo.ops import TeacherHead
 from dgrpo.trainer.batch import Micro, Sample, balanced_count, pack
@@ -67,10 +68,13 @@ class _ModelTeacher:
                     self.hidden = torch.empty(total, hidden.shape[1], dtype=hidden.dtype, **place)
                 for (start, count), index in zip(micro.spans, micro.indices, strict=True):
                     rows = samples[index].teacher_rows
-                    guided = rows >= 0
-                    if guided.any():  # the guided rows of a sample are consecutive
-                        first = int(rows[guided][0])
-                        picked = hidden[start : start + count][guided.to(hidden.device)]
+                    tokens = (rows >= 0).nonzero()[:, 0]
+                    if len(tokens):  # the guided rows of a sample are consecutive
+                        first = int(rows[tokens[0]])
+                        picked = hidden[start : start + count]
+                        if len(tokens) < count:  # by indices: a mask would wait for the device
+                            chosen = tokens.pin_memory() if hidden.is_cuda else tokens
+                            picked = picked[chosen.to(hidden.device, non_blocking=True)]
                         self.hidden[first : first + len(picked)].copy_(picked, non_blocking=True)
         if self.hidden.is_pinned():
             torch.cuda.synchronize()
@@ -114,15 +118,27 @@ class Teacher(_ModelTeacher):
     ):
         super().__init__(model.eval().requires_grad_(False), offload_above=offload_above)
         self.offload_body = offload_body
+        self._host: list[Tensor] = []  # pinned; the layers are frozen: nothing is copied back
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        layers = self.model.layers if self.offload_body else []
-        for layer in layers:
-            layer.to(self.model.device)
+        model, layers = self.model, self.model.layers if self.offload_body else []
+        moved = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+        if any(isinstance(tensor, DTensor) for tensor in moved):  # FSDP knows where its parts are
+            for layer in layers:
+                layer.to(model.device)
+            yield
+            for layer in layers:
+                layer.to("cpu")
+            return
+        if not self._host:
+            on_gpu = torch.device(model.device).type == "cuda"
+            self._host = [t.data.cpu().pin_memory() if on_gpu else t.data for t in moved]
+        for tensor, host in zip(moved, self._host, strict=True):
+            tensor.data = host.to(model.device, non_blocking=True)
         yield
-        for layer in layers:
-            layer.to("cpu")
+        for tensor, host in zip(moved, self._host, strict=True):
+            tensor.data = host
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Tensor, Tensor | None]]:
