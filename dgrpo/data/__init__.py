@@ -4,8 +4,19 @@ from dgrpo.extras import require
 
 require(__name__, "numpy", "datasets")
 
+from dgrpo.data.books import Books, no_document
 from dgrpo.data.prompts import PromptStream
 from dgrpo.data.render import Prompt, Source, render_row
+from dgrpo.data.row_stream import RowStream
 from dgrpo.data.rows import load_rows
 
-__all__ = ["Prompt", "PromptStream", "Source", "load_rows", "render_row"]
+__all__ = [
+    "Books",
+    "Prompt",
+    "PromptStream",
+    "RowStream",
+    "Source",
+    "load_rows",
+    "no_document",
+    "render_row",
+]

@@ -7,8 +7,7 @@ Institutional Books (56 %) is null: they are dropped and counted, or joined with
 from collections.abc import Iterator
 from pathlib import Path
 
-from dgrpo.data.books import Books, no_document
-from dgrpo.data.row_stream import RowStream
+from dgrpo.data import Books, RowStream, no_document
 from dgrpo.text import BadRow, Report, count_tokens
 
 HUB = "utter-project/LongBlocks"
