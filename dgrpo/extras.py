@@ -18,10 +18,16 @@ class MissingExtra(ImportError):
 
 def require(module: str, *packages: str) -> None:
     """Raise MissingExtra where packages of the extra `train` are not there; load none of them."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    missing = [package for package in packages if not _found(package)]
     if missing:
         lacks = f"got no {', '.join(missing)}, expected the extra `train`"
         raise MissingExtra(f"{module}: {lacks}; pip install 'dgrpo[train]'")
+
+
+def _found(package: str) -> bool:
+    with suppress(ImportError, ValueError):  # of an import hook that blocks it, or a broken one
+        return importlib.util.find_spec(package) is not None
+    return False
 
 
 def load_function(setting: str, path: str, home: str = "") -> Callable[..., Any]:

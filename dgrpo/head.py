@@ -18,9 +18,11 @@ from dgrpo.objectives import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
 from dgrpo.ops.autograd import run_loss, run_stats
 from dgrpo.ops.gemm import accumulator, project
+from dgrpo.ops.losses import opaque
 from dgrpo.ops.options import Options
 from dgrpo.ops.steps import TokenStats
 
+_loss, _stats = opaque(run_loss), opaque(run_stats)
 MODES = ("loss", "stats", "logprobs")
 LIFT_BYTES = 2**26  # scratch for lifting a bf16 head on the CPU
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
@@ -63,6 +65,8 @@ class HeadInputs:
         if self.mode == "loss" or self.sequence_objective is not None:
             self._check_context()
         own = self.options
+        if not isinstance(own, Options):
+            raise TypeError(f"options: got {type(own).__name__}, expected Options")
         if own.bias is not None or own.logit_scale != 1 or own.logit_softcap is not None:
             raise ValueError(
                 "options: got a bias, logit_scale or logit_softcap, expected none; they are the "
@@ -174,12 +178,12 @@ class FusedHead(nn.Linear):
         )
         if inputs.mode == "logprobs":
             with torch.no_grad():
-                stats = run_stats(hidden, weight, targets, options.without_teacher())
+                stats = _stats(hidden, weight, targets, options.without_teacher())
             return HeadOutput(None, stats.logprobs, None, None, stats.entropy, {})
         if inputs.mode == "stats":
-            return _sequence_loss(run_stats(hidden, weight, targets, options), inputs)
+            return _sequence_loss(_stats(hidden, weight, targets, options), inputs)
         objective = dgrpo if inputs.objective is None else inputs.objective
-        return HeadOutput(*run_loss(hidden, weight, targets, options, objective, inputs.context))
+        return HeadOutput(*_loss(hidden, weight, targets, options, objective, inputs.context))
 
 
 def _sequence_loss(stats: TokenStats, inputs: HeadInputs) -> HeadOutput:

@@ -1,5 +1,7 @@
 """Without extras: the loss works, and everything else names the extra that it lacks."""
 
+import sys
+
 import pytest
 
 from dgrpo.extras import MissingExtra, require
@@ -76,3 +78,15 @@ def test_what_is_there_is_not_reported():
     require("dgrpo.trainer", "torch")
     with pytest.raises(MissingExtra, match="dgrpo.trainer: got no no_such_package, expected"):
         require("dgrpo.trainer", "torch", "no_such_package")
+
+
+def test_a_blocked_package_is_missing(monkeypatch):
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name == "colorsys":
+                raise ModuleNotFoundError("No module named 'colorsys'")
+
+    monkeypatch.setattr(sys, "meta_path", [Blocked(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(MissingExtra, match="here: got no colorsys, expected the extra `train`"):
+        require("here", "colorsys")

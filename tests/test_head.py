@@ -156,12 +156,17 @@ def test_an_adapter_on_the_head_gets_its_gradient(case):
         ({"mode": "score"}, ValueError, "mode: got 'score', expected one of loss, stats, logprobs"),
         ({}, TypeError, "context: got NoneType, expected Context for mode 'loss'"),
         (
+            {"mode": "logprobs", "options": {"temperature": 1.0}},
+            TypeError,
+            "options: got dict, expected Options",
+        ),
+        (
             {"mode": "stats", "sequence_objective": lambda stats, context: 0},
             TypeError,
             "context: got NoneType, expected Context for mode 'stats'",
         ),
     ],
-    ids=["mode", "context", "context of a sequence objective"],
+    ids=["mode", "context", "options", "context of a sequence objective"],
 )
 def test_bad_inputs(case, inputs, error, words):
     with pytest.raises(error, match=words):

@@ -6,9 +6,8 @@ Two autograd functions: gradients finished in forward, and gradients by recomput
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,32 +25,11 @@ from dgrpo.ops.steps import (
     Replay,
     Score,
     TokenStats,
+    at_rows,
     token_stats,
     unpack,
 )
 from dgrpo.ops.sweep import sweep
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def opaque(function: Callable[P, T]) -> Callable[P, T]:
-    """`torch.compiler.disable`, applied only once a compiler is there.
-
-    Applied at once it would import the whole compiler: a second and 100 MB for everyone.
-    """
-    disabled: Callable[P, T] | None = None
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if disabled is None:
-            disabled = torch.compiler.disable(function)
-        return disabled(*args, **kwargs)
-
-    return call
 
 
 def first_order(backward: Callable) -> Callable:
@@ -155,7 +133,6 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-@opaque
 def run_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -169,9 +146,7 @@ def run_loss(
     dGRPO's own objective runs in the gradient kernel where the backend has it.
     """
     call, weight = prepare(hidden, weight, targets, options, context, objective)
-    need, of_rows = needs(hidden, weight, options.bias), objective
-    if context is not None:
-        of_rows = lambda stats, rows: objective(stats, call.context.at(rows))  # noqa: E731
+    need, of_rows = needs(hidden, weight, options.bias), at_rows(objective, call.context)
     if need.any():
         fused = context is not None and objective is dgrpo and call.backend.FUSES_DGRPO
         # In fp16 the units of G's rows follow from the coefficients, before the kernel runs.
@@ -190,7 +165,6 @@ def run_loss(
     return LossOutput(loss, logprobs, teacher_logprobs, divergence, entropy, metrics)
 
 
-@opaque
 def run_stats(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> TokenStats:
     """Statistics shaped like targets, differentiable by recomputation."""
     call, weight = prepare(hidden, weight, targets, options)

@@ -291,7 +291,7 @@ SLOPES = {**DIVERGENCES, "none": Divergence(), "bucket": Bucket()}  # what the r
 
 def check_divergence(options: Any, targets: Tensor) -> None:
     """Raise for an unknown divergence, and for parameters (by attribute) that cannot be used."""
-    if options.divergence not in DIVERGENCES:
+    if options.divergence not in tuple(DIVERGENCES):  # a dict would hash it
         raise ValueError(
             f"divergence: got {options.divergence!r}, expected one of {', '.join(DIVERGENCES)}"
         )

@@ -5,7 +5,10 @@ Each puts its arguments into one `Options` (and one `Context`), which travel who
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +16,32 @@ from torch import Tensor
 
 from dgrpo.objectives.context import Context
 from dgrpo.objectives.dgrpo_loss import dgrpo
-from dgrpo.ops.autograd import LossOutput, opaque, run_loss, run_stats
+from dgrpo.ops.autograd import LossOutput, run_loss, run_stats
 from dgrpo.ops.options import TEACHER_OPTIONS, Options
 from dgrpo.ops.steps import Objective, TokenStats
 from dgrpo.ops.teachers import TeacherHead, TopKTeacher
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def opaque(function: Callable[P, T]) -> Callable[P, T]:
+    """`torch.compiler.disable`, applied only once a compiler is there.
+
+    Applied at once it would import the whole compiler: a second and 100 MB for everyone.
+    """
+    disabled: Callable[P, T] | None = None
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 class DgrpoOutput(NamedTuple):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dgrpo.objectives.context import Context
 from dgrpo.ops.call import Call
 from dgrpo.ops.gradients import row_units
 from dgrpo.ops.topk import TopKColumns
@@ -167,6 +168,13 @@ class Descend(_Writer):
                     self.metrics[name] = value.new_zeros(self.call.count)
                 self.metrics[name][part] = value
         return losses
+
+
+def at_rows(objective: Callable, context: Context | None) -> Objective:
+    """An objective of `(stats, context)` as one of `(stats, rows)`; without a context, itself."""
+    if context is None:
+        return objective
+    return lambda stats, rows: objective(stats, context.at(rows))
 
 
 def unpack(result: object, rows: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -3,7 +3,7 @@
     run.lock         held while a run is under way
     settings.yaml    of the stretch that trained last: a start that does not train leaves it alone
     history/         one file for each stretch that trained, by date and by the step it went on from
-    done.yaml        a copy of settings.yaml, once the run came to its end
+    done.yaml        a copy of settings.yaml, once the run has finished
 
 A stretch is what one start of the run trained.
 """
@@ -198,7 +198,7 @@ def last_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def finished(settings: RunSettings) -> bool:
-    """Whether the run's folder came to its end with exactly these settings."""
+    """Whether the run of this folder finished with exactly these settings."""
     done = Path(settings.out) / DONE
     return done.exists() and not _since(done, settings)
 
@@ -280,7 +280,7 @@ class History:
         (self.folder / DONE).unlink(missing_ok=True)  # there are steps after that end
 
     def end(self) -> None:
-        """Note that the run came to its end, with the settings that trained it."""
+        """Note that the run finished, with the settings that trained it."""
         write(self.folder / DONE, (self.folder / SETTINGS).read_text())
 
 

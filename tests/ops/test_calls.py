@@ -1,5 +1,8 @@
 """How the ops are called in the wild: shapes, views, rows, and every mode of autograd."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -256,3 +259,34 @@ def test_in_a_compiled_model(op):
     got = gradients(torch.compile(step, backend="aot_eager")(case.hidden), body.weight, case.weight)
     for value, wanted in zip(got, want, strict=True):
         torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("kind", ["full", "topk", None])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_call_goes_down_once(backend, kind):
+    """No file of ops and kernels is entered twice on the way down, and at most 8 are."""
+    case, root = case_of(), Path(dgrpo.__file__).parents[1]
+    homes = (str(root / "dgrpo/ops"), str(root / "kernels"))
+    teacher = None if kind is None else teacher_of(kind, case)
+    inputs = (case.hidden, case.weight, case.targets, case.advantages)
+    ways: set[tuple[str, ...]] = set()
+
+    def follow(frame, event, _):
+        if event != "call" or not frame.f_code.co_filename.startswith(homes):
+            return
+        way: list[str] = []
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if name.startswith(homes) and name not in way[-1:]:
+                way.append(name)
+            frame = frame.f_back
+        ways.add(tuple(str(Path(name).relative_to(root)) for name in reversed(way)))
+
+    before = sys.getprofile()
+    sys.setprofile(follow)
+    try:
+        dgrpo.linear_dgrpo_loss(*inputs, teacher=teacher, backend=backend)
+    finally:
+        sys.setprofile(before)
+    assert 4 < max(map(len, ways)) <= 8, max(ways, key=len)
+    assert not [way for way in ways if len(set(way)) < len(way)]

@@ -68,6 +68,7 @@ TEACHER = {
     "teacher temperature": (
         {"teacher_temperature": -1}, ValueError, "teacher_temperature", "-1 above"),
     "divergence of another name": ({"divergence": "kl"}, ValueError, "divergence", "'kl' jsd"),
+    "divergences": ({"divergence": ["jsd"]}, ValueError, "divergence", "['jsd'] reverse_kl"),
     "the kernels' own divergence": (
         {"divergence": "bucket"}, ValueError, "divergence", "'bucket' reverse_kl"),
     "clip is missing": (

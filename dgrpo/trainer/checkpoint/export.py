@@ -57,6 +57,7 @@ def export(
                     own = {name: tensor.cpu() for name, tensor in tensors if ".lora_" in name}
                     options = {"state_dict": own, "save_embedding_layers": False}
                     model.model.save_pretrained(temporary, **options)
+                    (temporary / "README.md").unlink(missing_ok=True)  # peft's unfilled model card
                 else:
                     _write_model(model, tensors, temporary, dtype)
                 if tokenizer is not None:

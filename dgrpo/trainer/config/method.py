@@ -169,7 +169,7 @@ class Method(Settings):
     @model_validator(mode="after")
     def _terms_agree(self) -> Self:
         if self.teacher == "none" and self.teacher_coef != 0.0:
-            raise ValueError("teacher_coef: got a value above 0 without a teacher, expected 0")
+            raise ValueError(f"teacher_coef: got {self.teacher_coef} without a teacher, expected 0")
         if self.teacher == "self" and self.teacher_context == "same":
             raise ValueError(
                 'teacher_context: got "same" for a self-teacher, which then equals the policy; '

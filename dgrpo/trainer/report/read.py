@@ -19,7 +19,7 @@ class Stage:
 
     name: str
     rollouts: list[Path]  # the files of its rollouts, by step
-    finished: bool  # the run came to its end
+    finished: bool  # the run finished
     steps: list[int] = field(default_factory=list)
     # Each numeric metric at each of `steps`; None where it has no finite value.
     series: dict[str, list[float | None]] = field(default_factory=dict)
