@@ -1,4 +1,4 @@
-"""What each rank of a vocabulary-parallel group runs for `test_shards.py`.
+"""What each rank of a vocabulary-parallel group runs for `test_vocab_parallel.py`.
 
 A case gets a `Ranks`; on every rank it compares the sharded call with that of one process.
 """

@@ -1,4 +1,4 @@
-"""A rank of `test_shards.py`: runs every case of `shard_cases.py` and `shard_edges.py`."""
+"""A rank of `test_vocab_parallel.py`: runs every case of `shard_cases.py` and `shard_edges.py`."""
 
 from __future__ import annotations
 
