@@ -40,7 +40,7 @@ class Head:
             picked = hidden[rows // hidden.shape[1], rows % hidden.shape[1]]
         elif isinstance(rows, slice):
             picked = hidden[rows]
-        else:  # from the host straight into pinned memory, which the copy reads behind our back
+        else:  # from the host straight into pinned memory, for the asynchronous copy below
             streams = hidden.is_cpu and self.weight.is_cuda
             picked = hidden.new_empty(len(rows), hidden.shape[1], pin_memory=streams)
             torch.index_select(hidden, 0, rows, out=picked)

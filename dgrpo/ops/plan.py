@@ -25,10 +25,8 @@ ADDED_SHARE = 0.4  # of reading and writing dW: what its product does not hide (
 # FLOP of a low-precision product per byte of memory: below it, a product waits for its operands.
 RIDGES = {"A100": 156, "H100": 263, "H200": 184, "B200": 280, "MI300": 247}
 OTHER_RIDGE, CPU_RIDGE = 200, 8
-PART = {
-    True: 4e7,
-    False: 1e6,
-}  # what starting a part costs on a GPU and a CPU, in bytes (estimates)
+# What starting a part costs on a GPU (True) and on a CPU, in bytes that memory moves; estimates.
+PART = {True: 4e7, False: 1e6}
 
 
 def ridge_of(device: torch.device) -> float:
